@@ -1,0 +1,61 @@
+# The commands of this repository. `make` alone lists them.
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+PYTEST_OPTIONS ?=
+
+# SETUP=skip uses the environment that $(PYTHON) belongs to, as it is: one with a GPU build of torch already in it, say.
+ifeq ($(SETUP),skip)
+RUN := $(PYTHON)
+STAMP :=
+else
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test lint format benchmark clean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo "options: PYTHON=python3.12  VENV=folder  SETUP=skip (use PYTHON's packages as they are)  PYTEST_OPTIONS=\"-k name\""
+
+setup: $(STAMP) ## make .venv and install everything into it
+
+# torch comes first and from pip, which finds a local or CPU build where the machine is set up for one; uv, many times
+# faster, brings the rest, and pip stands in for it where it is not to be had.
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+		|| { echo "setup: $(PYTHON) is not Python 3.11, 3.12 or 3.13; name one that is: make setup PYTHON=python3.12" >&2; exit 2; }
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@echo "setup: torch (minutes on a GPU machine: the CUDA build is large)"
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) torch
+	@echo "setup: everything else"
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) uv \
+		&& $(VENV)/bin/python -m uv pip install --quiet --python $(VENV)/bin/python --constraint $(CONSTRAINTS) --editable '.[dev]' \
+		|| $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'
+	@touch $@
+
+quickstart: $(STAMP) ## set up, train two small models on this machine and write a report about them
+	$(RUN) -m scripts.quickstart
+
+test: lint ## set up, then lint and every test that this machine can run
+	$(RUN) -m pytest $(PYTEST_OPTIONS)
+
+lint: $(STAMP) ## style, types, and imports that point one way
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright
+	$(RUN) -m scripts.check_imports
+
+format: $(STAMP) ## rewrite the files in the house style
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+benchmark: $(STAMP) ## our training loop against bare PyTorch and bare DeepSpeed, as ratios
+	$(RUN) -m scripts.benchmark_training
+
+clean: ## remove the environment and caches; runs/ and prepared/ stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

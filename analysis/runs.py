@@ -1,0 +1,112 @@
+"""Finds what a path on the command line names, and reads what a run left beside its checkpoints."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from analysis.shards import Checkpoint, is_checkpoint, open_checkpoint
+from model.errors import InputError
+
+_STEP_FOLDER = re.compile(r"step-(\d+)")
+
+
+@dataclass
+class Run:
+    """A run folder, a DeepSpeed save folder, or one checkpoint.
+
+    Attributes:
+        path: what was named.
+        folder: the run folder (recipe.yaml, metrics.jsonl, ...), or None where the checkpoints stand alone.
+        checkpoints: checkpoint folders, oldest first; never empty.
+    """
+
+    path: Path
+    folder: Path | None
+    checkpoints: list[Path] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The run's name; a single checkpoint's is run/step."""
+        if self.folder is not None and self.folder.resolve() != self.path.resolve():
+            return f"{self.folder.resolve().name}/{self.path.name}"
+        return self.path.resolve().name
+
+    def default_report(self) -> Path:
+        """Where results go unless told otherwise: report/ of the run, or of the folder that was named."""
+        return (self.folder or self.path) / "report"
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of the run folder, or None when there is none. Raises InputError when it is not JSON."""
+        path = self.folder / name if self.folder else None
+        return read_json(path) if path is not None and path.exists() else None
+
+    def open(self, verify: bool = True) -> list[Checkpoint]:
+        """Every checkpoint, oldest first; with `verify`, after comparing all files with their recorded checksums."""
+        opened = [open_checkpoint(path) for path in self.checkpoints]
+        if verify:
+            for checkpoint in opened:
+                checkpoint.verify()
+        return sorted(opened, key=lambda checkpoint: checkpoint.step)
+
+
+def find_run(path: str | Path) -> Run:
+    """What lies at a path: a run folder or a DeepSpeed save folder with all its checkpoints, or one checkpoint folder.
+
+    Raises:
+        InputError: no such path, or no checkpoint there.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        raise InputError(f"{path}: expected a run folder or a checkpoint folder, found a file")
+    if is_checkpoint(path):
+        parent = path.resolve().parent
+        return Run(path, parent.parent if parent.name == "checkpoints" else None, [path])
+    if (path / "checkpoints").is_dir():
+        steps = [(int(match[1]), p) for p in (path / "checkpoints").iterdir() if (match := _STEP_FOLDER.fullmatch(p.name))]
+        if not steps:
+            raise InputError(f"{path}: this run has no checkpoint yet")
+        return Run(path, path, [p for _, p in sorted(steps)])
+    tags = [p for p in sorted(path.iterdir()) if not p.name.startswith(".") and is_checkpoint(p)]
+    if not tags:
+        raise InputError(f"{path}: no checkpoint here (expected a run folder, a step folder, or a folder that DeepSpeed saved into)")
+    return Run(path, path if (path / "metrics.jsonl").exists() else None, tags)
+
+
+def read_metrics(run: Run) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl by step; where a resumed run wrote a step again, the later record's values win.
+
+    Raises:
+        InputError: a line other than the last (which may be half-written) is not a JSON object.
+    """
+    path = run.folder / "metrics.jsonl" if run.folder else None
+    if path is None or not path.exists():
+        return []
+    records: dict[int, dict[str, Any]] = {}
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            records.setdefault(int(record["step"]), {}).update(record)
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):
+                raise InputError(f"{path}, line {number}: not a metrics record: {line[:80]!r}") from None
+    return [records[step] for step in sorted(records)]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises InputError when it is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value

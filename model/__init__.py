@@ -1,0 +1,1 @@
+"""The network: pure torch, one process, no files, no DeepSpeed."""

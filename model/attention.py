@@ -1,0 +1,82 @@
+"""Causal self-attention: projections, RoPE, QK-norm and the softmax core."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` whose weight is left as allocated: `parametrization.initialize` fills every parameter."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """`nn.Embedding` whose weight is left as allocated, as in `Linear`."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+def make_norm(kind: str, width: int, config: ModelConfig) -> nn.Module:
+    """The norm of that kind ("rms_norm", "layer_norm" or "none") over the last dimension; its scale starts at 1."""
+    if kind == "rms_norm":
+        return nn.RMSNorm(width, eps=config.norm_epsilon)
+    if kind == "layer_norm":
+        return nn.LayerNorm(width, eps=config.norm_epsilon, bias=config.biases)
+    return nn.Identity()
+
+
+def rotary_tables(length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of RoPE (arXiv 2104.09864), each (length, head_dim / 2), float32.
+
+    Made anew in each forward pass rather than kept as buffers: a buffer would be cast to bf16 with the model, and positions
+    above 256 are not representable there.
+    """
+    frequencies = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate x (batch, heads, length, head_dim) by its positions; pairs are (i, i + head_dim / 2), the Hugging Face convention."""
+    cosines, sines = rotary
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1).type_as(x)
+
+
+class Attention(nn.Module):
+    """Multi-head (or grouped-query) causal attention: concat_h softmax(Norm(X W_Q) Norm(X W_K)^T / sqrt(d_k) + M) X W_V, times W_P."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.kv_heads is not None and config.head_dim is not None and config.qk_norm is not None
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.query = Linear(config.width, self.heads * self.head_dim, bias=config.biases)
+        self.key = Linear(config.width, self.kv_heads * self.head_dim, bias=config.biases)
+        self.value = Linear(config.width, self.kv_heads * self.head_dim, bias=config.biases)
+        self.output = Linear(self.heads * self.head_dim, config.width, bias=config.biases)
+        # QK-norm comes before RoPE, which keeps norms: the order of the Hugging Face ports.
+        self.query_norm = make_norm(config.qk_norm, self.head_dim, config)
+        self.key_norm = make_norm(config.qk_norm, self.head_dim, config)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor:
+        """x (batch, length, width) -> (batch, length, width).
+
+        `mask` (batch, 1, length, length), bool, True where a query may look; None means plain causal attention.
+        """
+        batch, length, _ = x.shape
+        query = self.query_norm(self.query(x).view(batch, length, self.heads, self.head_dim)).transpose(1, 2)
+        key = self.key_norm(self.key(x).view(batch, length, self.kv_heads, self.head_dim)).transpose(1, 2)
+        value = self.value(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.kv_heads != self.heads
+        )
+        return self.output(mixed.transpose(1, 2).reshape(batch, length, self.heads * self.head_dim))

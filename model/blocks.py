@@ -1,0 +1,71 @@
+"""The blocks: pre-norm, and Outlier-Protected (arXiv 2405.19279, appendix B).
+
+Both are two residual branches in sequence, and differ in what stands around them:
+
+    pre_norm             X + MHA(Norm(X))               Xhat + MLP(Norm(Xhat))
+    outlier_protected    X + beta MHA(X)                Xhat + beta MLP(alpha Xhat)        with QK-norm inside MHA
+
+so one class holds both: `ModelConfig` sets the norms to identity and the gains to one where a block has none.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import Attention, Linear, make_norm
+from model.config import ModelConfig
+
+
+class MLP(nn.Module):
+    """One hidden layer with GELU or ReLU, or SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.mlp_width is not None
+        self.activation = config.activation
+        self.up = Linear(config.width, config.mlp_width, bias=config.biases)
+        self.gate = Linear(config.width, config.mlp_width, bias=config.biases) if config.activation == "swiglu" else None
+        self.down = Linear(config.mlp_width, config.width, bias=config.biases)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (batch, length, width) -> (batch, length, width)."""
+        hidden = self.up(x)
+        if self.gate is not None:
+            hidden = F.silu(self.gate(x)) * hidden
+        elif self.activation == "relu":
+            hidden = F.relu(hidden)
+        else:
+            hidden = F.gelu(hidden)
+        return self.down(hidden)
+
+
+class Block(nn.Module):
+    """One layer. Its input is the residual stream that enters attention: the place where outliers are measured."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.residual_gain is not None and config.mlp_input_scale is not None
+        norm = config.norm if config.block == "pre_norm" else "none"
+        self.attention_norm = make_norm(norm, config.width, config)
+        self.attention = Attention(config)
+        self.mlp_norm = make_norm(norm, config.width, config)
+        self.mlp = MLP(config)
+        self.mlp_input_scale = config.mlp_input_scale  # alpha
+        # beta: a plain number, one trainable number, or a trainable number a channel (LayerScale)
+        if config.residual_gain_form == "fixed":
+            self.attention_gain = self.mlp_gain = config.residual_gain
+        else:
+            size = 1 if config.residual_gain_form == "scalar" else config.width
+            self.attention_gain = nn.Parameter(torch.empty(size))
+            self.mlp_gain = nn.Parameter(torch.empty(size))
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor:
+        """x (batch, length, width) -> (batch, length, width); `rotary` and `mask` as in `Attention`."""
+        x = x + _scaled(self.attention(self.attention_norm(x), rotary, mask), self.attention_gain)
+        return x + _scaled(self.mlp(_scaled(self.mlp_norm(x), self.mlp_input_scale)), self.mlp_gain)
+
+
+def _scaled(x: Tensor, factor: Tensor | float) -> Tensor:
+    return x if isinstance(factor, float) and factor == 1.0 else x * factor

@@ -1,0 +1,1 @@
+"""Commands around training: benchmark, quickstart, checks."""

@@ -1,0 +1,208 @@
+"""The network against independent truth: transformers' own models, the papers' formulas in float64, and properties."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from model.config import SIZES, ModelConfig
+from model.errors import InputError
+from model.parametrization import initialize, is_decayed, owned_parameters
+from model.transformer import IGNORED_TARGET, Transformer
+
+SMALL = {"width": 48, "depth": 3, "heads": 4, "vocab_size": 97, "sequence_length": 32}
+
+
+def make(seed: int = 0, **fields: object) -> Transformer:
+    model = Transformer(ModelConfig(**{**SMALL, **fields}))  # pyright: ignore[reportArgumentType]
+    initialize(model, seed)
+    return model
+
+
+def tokens_of(model: Transformer, batch: int = 2, length: int = 32) -> torch.Tensor:
+    return torch.randint(0, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def test_equals_llama() -> None:
+    """RMSNorm, RoPE, SwiGLU, grouped queries, untied: the logits of transformers' Llama with the same weights."""
+    ours = make(activation="swiglu", kv_heads=2, tied_embeddings=False, mlp_width=80).double()
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=32, rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            tie_word_embeddings=False, attention_bias=False,
+        )
+    ).double()  # fmt: skip
+    names = {"embedding": "model.embed_tokens", "unembedding": "lm_head", "final_norm": "model.norm", "blocks": "model.layers"}
+    inner = {
+        "attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "attention.query": "self_attn.q_proj",
+        "attention.key": "self_attn.k_proj", "attention.value": "self_attn.v_proj", "attention.output": "self_attn.o_proj",
+        "mlp.up": "mlp.up_proj", "mlp.gate": "mlp.gate_proj", "mlp.down": "mlp.down_proj",
+    }  # fmt: skip
+    renamed = {}
+    for name, value in ours.state_dict().items():
+        first, _, rest = name.partition(".")
+        new = f"{names[first]}.{rest}"
+        for old, replacement in inner.items():
+            new = new.replace(f".{old}.", f".{replacement}.")
+        renamed[new] = value
+    missing = theirs.load_state_dict(renamed, strict=True)
+    assert not missing.missing_keys
+    tokens = tokens_of(ours)
+    # the rotary tables are float32 in both
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=0, atol=1e-6)
+
+
+def test_equals_gpt2() -> None:
+    """LayerNorm, learned positions, GELU, biases, tied: the logits of transformers' GPT-2 with the same weights."""
+    ours = make(norm="layer_norm", positions="learned", biases=True).double()
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+    config = GPT2Config(
+        vocab_size=97, n_positions=32, n_embd=48, n_layer=3, n_head=4, activation_function="gelu", resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
+    theirs = GPT2LMHeadModel(config).double().eval()
+    with torch.no_grad():
+        theirs.transformer.wte.weight.copy_(ours.embedding.weight)
+        assert ours.position_embedding is not None
+        theirs.transformer.wpe.weight.copy_(ours.position_embedding.weight)
+        theirs.transformer.ln_f.load_state_dict(ours.final_norm.state_dict())
+        for block, layer in zip(ours.blocks, theirs.transformer.h, strict=True):
+            layer.ln_1.load_state_dict(block.attention_norm.state_dict())
+            layer.ln_2.load_state_dict(block.mlp_norm.state_dict())
+            attention = block.attention
+            layer.attn.c_attn.weight.copy_(torch.cat([attention.query.weight, attention.key.weight, attention.value.weight]).T)
+            layer.attn.c_attn.bias.copy_(torch.cat([attention.query.bias, attention.key.bias, attention.value.bias]))
+            for linear, conv in ((attention.output, layer.attn.c_proj), (block.mlp.up, layer.mlp.c_fc), (block.mlp.down, layer.mlp.c_proj)):
+                conv.weight.copy_(linear.weight.T)
+                conv.bias.copy_(linear.bias)
+    tokens = tokens_of(ours)
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=0, atol=1e-9)
+
+
+def test_outlier_protected_block_is_the_papers_equation() -> None:
+    """Eq 12 and 13 of arXiv 2405.19279, written out head by head in float64."""
+    model = make(block="outlier_protected", positions="learned", depth=1, mlp_input_scale=0.7, residual_gain=0.3).double()
+    block, config = model.blocks[0], model.config
+    x = torch.randn(2, 10, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert config.head_dim is not None
+
+    def norm(v: torch.Tensor) -> torch.Tensor:
+        return v / (v.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+
+    heads = []
+    for h in range(4):
+        rows = slice(h * config.head_dim, (h + 1) * config.head_dim)
+        query = norm(x @ block.attention.query.weight[rows].T)
+        key = norm(x @ block.attention.key.weight[rows].T)
+        scores = query @ key.transpose(1, 2) / math.sqrt(config.head_dim)
+        scores = scores.masked_fill(torch.ones(10, 10).triu(1).bool(), -math.inf)
+        heads.append(scores.softmax(-1) @ (x @ block.attention.value.weight[rows].T))
+    x_hat = x + 0.3 * torch.cat(heads, dim=-1) @ block.attention.output.weight.T
+    expected = x_hat + 0.3 * F.gelu(0.7 * x_hat @ block.mlp.up.weight.T) @ block.mlp.down.weight.T
+    torch.testing.assert_close(block(x, None, None), expected, rtol=0, atol=1e-7)  # gains and alpha pass through float32
+
+
+def test_outlier_protected_defaults_have_unit_scale() -> None:
+    """At init the embedded input and the MLP's pre-activations have mean square one, and there is no norm but QK-norm."""
+    model = make(block="outlier_protected", width=256, vocab_size=4000)
+    seen = {}
+    model.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.update(residual=inputs[0]))
+    model.blocks[0].mlp.up.register_forward_hook(lambda module, inputs, output: seen.update(pre_activation=output))
+    model(tokens_of(model))
+    assert seen["residual"].pow(2).mean().item() == pytest.approx(1.0, rel=0.05)
+    assert seen["pre_activation"].pow(2).mean().item() == pytest.approx(1.0, rel=0.35)  # the attention branch has added to the residual
+    norms = [name for name, module in model.named_modules() if isinstance(module, torch.nn.RMSNorm)]
+    assert norms and all(name.endswith(("query_norm", "key_norm")) for name in norms)
+    assert model.config.residual_gain == 1 / math.sqrt(3)
+
+
+@pytest.mark.parametrize("fields", [{}, {"block": "outlier_protected"}, {"positions": "learned", "activation": "relu", "qk_norm": "layer_norm"}])
+def test_no_token_sees_the_future(fields: dict) -> None:
+    model = make(**fields)
+    tokens = tokens_of(model)
+    changed = tokens.clone()
+    changed[:, 20:] = (changed[:, 20:] + 1) % 97
+    before, after = model(tokens), model(changed)
+    torch.testing.assert_close(before[:, :20], after[:, :20])
+    assert not torch.allclose(before[:, 20:], after[:, 20:])
+
+
+def test_packed_documents_do_not_see_each_other() -> None:
+    """With document ids, each document's logits are those it has when it stands alone (RoPE is relative)."""
+    model = make()
+    tokens = tokens_of(model, batch=1)
+    ids = torch.tensor([[0] * 11 + [1] * 15 + [2] * 6])
+    packed = model(tokens, document_ids=ids)
+    alone = torch.cat([model(part) for part in tokens.split([11, 15, 6], dim=1)], dim=1)
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(packed, model(tokens), atol=1e-3)
+
+
+def test_loss_is_a_sum_over_valid_targets() -> None:
+    model = make()
+    tokens = tokens_of(model, batch=4)
+    targets = tokens.roll(-1, dims=1)
+    targets[0, 5:] = IGNORED_TARGET
+    targets[3, :2] = IGNORED_TARGET
+    log_probabilities = model(tokens).detach().double().log_softmax(-1)
+    expected = -float(sum(log_probabilities[b, t, targets[b, t]] for b in range(4) for t in range(32) if targets[b, t] != IGNORED_TARGET))
+    assert model(tokens, targets).item() == pytest.approx(expected, rel=1e-6)
+    parts = sum(model(tokens[i : i + 1], targets[i : i + 1]) for i in range(4))
+    assert float(parts.detach()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_activation_checkpointing_changes_nothing() -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        model = make(block="outlier_protected")
+        model.activation_checkpointing = checkpointed
+        model(tokens_of(model), tokens_of(model)).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_initial_values_depend_on_seed_and_name_alone() -> None:
+    small, deep = make(depth=2, block="outlier_protected"), make(depth=5, block="outlier_protected")
+    other = dict(make(seed=1, depth=2, block="outlier_protected").named_parameters())
+    for name, parameter in small.named_parameters():
+        if not name.endswith("_gain"):  # 1 / sqrt(depth)
+            assert torch.equal(parameter, dict(deep.named_parameters())[name])
+        if name.endswith("up.weight"):
+            assert not torch.equal(parameter, other[name])
+    assert small.embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    plain = make(width=192)
+    assert plain.blocks[0].mlp.down.weight.std().item() == pytest.approx(0.02 / math.sqrt(6), rel=0.05)
+
+
+def test_weight_decay_is_for_matrices() -> None:
+    model = make(block="outlier_protected", positions="learned", biases=True)
+    decayed = {name for name, module, _ in owned_parameters(model) if is_decayed(name, module)}
+    assert decayed == {n for n, p in model.named_parameters() if p.ndim == 2 and n != "position_embedding.weight"}
+    assert any(name.endswith("attention_gain") for name, _, _ in owned_parameters(model))
+
+
+@pytest.mark.parametrize(("size", "low", "high"), [("nano", 0.7e6, 1.1e6), ("10m", 9e6, 11e6), ("130m", 110e6, 140e6), ("320m", 300e6, 360e6), ("1b", 1.1e9, 1.4e9), ("7b", 6e9, 7e9)])
+def test_sizes_mean_what_they_say(size: str, low: float, high: float) -> None:
+    vocab_size = 1024 if size in ("nano", "10m") else 32768
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(vocab_size=vocab_size, sequence_length=1024, **SIZES[size]))
+    assert low < sum(p.numel() for p in model.parameters()) < high
+
+
+def test_a_sequence_that_is_too_long_is_refused() -> None:
+    model = make()
+    with pytest.raises(InputError, match="33 tokens.*at most 32"):
+        model(torch.zeros(1, 33, dtype=torch.long))
+
+
+def test_wrong_shapes_are_named_together() -> None:
+    with pytest.raises(InputError) as error:
+        ModelConfig(width=50, depth=2, heads=4, vocab_size=10, sequence_length=8, kv_heads=3)
+    assert "model.heads" in str(error.value) and "model.kv_heads" in str(error.value)

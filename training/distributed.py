@@ -1,0 +1,117 @@
+"""Who this process is among the ranks, however it was launched: `deepspeed`, `torchrun`, `srun`, or plain `python`."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from model.errors import InputError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place: `rank` of `world_size`, and `local_rank` of `local_world_size` on this host."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def discover(environment: dict[str, str] | None = None) -> Ranks:
+    """Read the launcher's environment, and complete it with what `torch.distributed` needs (MASTER_ADDR, MASTER_PORT, ...).
+
+    Raises:
+        InputError: the environment contradicts itself.
+    """
+    env = os.environ if environment is None else environment
+    if "RANK" not in env and "SLURM_STEP_ID" in env:  # srun; a batch script itself has no step
+        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_NTASKS"], env["SLURM_LOCALID"]
+        env.setdefault("LOCAL_WORLD_SIZE", re.split(r"\D", env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", "1")))[0])
+        env.setdefault("MASTER_ADDR", _first_slurm_host(env))
+        # every task of a job derives the same port from the job's number, and two jobs on a host rarely collide
+        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+    elif "RANK" not in env:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            env["MASTER_PORT"] = str(free.getsockname()[1])
+        env.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"})
+    try:
+        rank, world_size, local_rank = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0"))
+        local_world_size = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world_size)  # the deepspeed launcher says LOCAL_SIZE
+    except (KeyError, ValueError) as error:
+        raise InputError(f"launcher environment: {error} is missing or not a number; expected RANK and WORLD_SIZE as torchrun sets them") from None
+    if not 0 <= rank < world_size:
+        raise InputError(f"launcher environment: RANK {rank} is not below WORLD_SIZE {world_size}")
+    env["LOCAL_RANK"] = str(local_rank)
+    return Ranks(rank, world_size, local_rank, local_world_size)
+
+
+def _first_slurm_host(env: Any) -> str:
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
+    if "[" not in nodes:
+        return nodes.split(",")[0]
+    try:
+        return subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        raise InputError(f"srun: cannot expand the node list {nodes!r} with scontrol; set MASTER_ADDR to the first host") from None
+
+
+def sum_over_ranks(*values: float | torch.Tensor, device: torch.device) -> list[float]:
+    """Each value summed over all ranks, in float64: one collective, one host synchronisation."""
+    numbers = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device).reshape(()) for value in values])
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(numbers)
+    return numbers.tolist()
+
+
+def raise_together(problem: str | None) -> None:
+    """Raise the same `InputError` on every rank if any rank has a problem, so that none is left waiting for the others."""
+    problems: list[str | None] = [problem]
+    if dist.is_initialized():
+        problems = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+    found = list(dict.fromkeys(p for p in problems if p))
+    if found:
+        raise InputError("\n".join(found))
+
+
+@contextmanager
+def one_clear_line() -> Iterator[None]:
+    """Turn an `InputError` into its message on stderr and exit code 2, printed by one rank."""
+    try:
+        yield
+    except InputError as error:
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            # Most errors are the same everywhere and the launcher ends us when rank 0 exits; what only this rank met still comes out.
+            time.sleep(3)
+        where = "" if rank == "0" else f" (rank {rank})"
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+        leave(2)
+
+
+def leave(code: int) -> None:
+    """End this process now.
+
+    ZeRO-3 over gloo sometimes aborts in the interpreter's teardown, after all work is done; and a rank that has met an
+    error must not wait in a collective for the others. Files are closed before this is called.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,207 @@
+"""The only file that touches DeepSpeed's insides: build a model born sharded, run micro-batches, step, save, load.
+
+What it relies on beyond DeepSpeed's documentation is listed here and fenced by tests/distributed:
+  * `deepspeed.ops.__compatible_ops__`: an entry set to False keeps the shared-memory collectives from being compiled;
+  * `engine.optimizer.overflow`, `_global_grad_norm` and `engine.skipped_steps`: whether the last step was applied.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.config import ModelConfig
+from model.parametrization import initialize
+from model.transformer import Transformer
+from training.data import Batch
+from training.distributed import Ranks
+from training.optimizers import GuardedAdamW, make_optimizer, parameter_groups
+from training.recipe import Recipe, zero_stage
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before DeepSpeed is imported: it picks its accelerator then
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+import deepspeed  # noqa: E402
+import deepspeed.comm  # noqa: E402
+from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
+
+
+warnings.filterwarnings("ignore", message=".*is deprecated. Please use .*_single", category=FutureWarning)  # DeepSpeed's own calls
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step did. `grad_norm` is the global norm before clipping."""
+
+    grad_norm: float
+    applied: bool
+
+
+def start_distributed(ranks: Ranks) -> torch.device:
+    """Join the process group (NCCL on GPUs, else gloo) and return this rank's device."""
+    deepspeed_logger.setLevel(logging.ERROR)
+    # DeepSpeed would compile its shared-memory collectives for CPU ranks, a minute and a C++ compiler; gloo needs neither.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pyright: ignore[reportAttributeAccessIssue]
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
+    device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False, dist_init_required=True)
+    return device
+
+
+def deepspeed_config(recipe: Recipe, accumulation: int, world_size: int) -> dict[str, Any]:
+    """The recipe's `deepspeed` section, completed with what the rest of the recipe says."""
+    config = copy.deepcopy(recipe.deepspeed)
+    config["train_micro_batch_size_per_gpu"] = recipe.training.micro_batch_size
+    config["gradient_accumulation_steps"] = accumulation
+    config["train_batch_size"] = recipe.training.micro_batch_size * accumulation * world_size
+    # Without ZeRO in fp32 our optimizer clips (see GuardedAdamW); everywhere else DeepSpeed does.
+    config["gradient_clipping"] = 0.0 if _unguarded(recipe) else recipe.training.gradient_clipping
+    config.setdefault("steps_per_print", 10**9)  # the loop prints; DeepSpeed's own line would be a second one
+    config.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's AdamW serves offload too, without a compiler
+    if recipe.training.precision == "bf16":
+        config.setdefault("bf16", {})["enabled"] = True
+    return config
+
+
+def _unguarded(recipe: Recipe) -> bool:
+    return zero_stage(recipe) == 0 and recipe.training.precision == "fp32"
+
+
+@contextmanager
+def _first_non_finite_output(model: torch.nn.Module) -> Iterator[list[str]]:
+    """Collect the names of modules whose output is not finite, in the order in which they ran."""
+    names: list[str] = []
+
+    def look(name: str) -> Any:
+        def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor) and not output.isfinite().all():
+                names.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
+    try:
+        yield names
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Engine:
+    """A model, its optimizer and DeepSpeed around both."""
+
+    def __init__(self, recipe: Recipe, model_config: ModelConfig, accumulation: int, ranks: Ranks, device: torch.device) -> None:
+        self.recipe, self.ranks, self.device, self.accumulation = recipe, ranks, device, accumulation
+        self.stage = zero_stage(recipe)
+        config = deepspeed_config(recipe, accumulation, ranks.world_size)
+        born_sharded = deepspeed.zero.Init(config_dict_or_path=config) if self.stage == 3 else nullcontext()
+        with born_sharded:
+            model = Transformer(model_config)
+        initialize(model, recipe.run.seed, gather=self._gather)
+        model.activation_checkpointing = recipe.training.activation_checkpointing
+        if recipe.training.compile:
+            for block in model.blocks:
+                block.compile()
+        offloaded = bool(recipe.deepspeed.get("zero_optimization", {}).get("offload_optimizer"))
+        fused = device.type == "cuda" and not offloaded
+        if _unguarded(recipe):
+            optimizer = GuardedAdamW(
+                parameter_groups(model, recipe.optimizer),
+                max_norm=recipe.training.gradient_clipping,
+                lr=recipe.optimizer.learning_rate,
+                betas=recipe.optimizer.betas,
+                eps=recipe.optimizer.epsilon,
+                fused=fused,
+            )
+        else:
+            optimizer = make_optimizer(model, recipe.optimizer, fused)
+        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.model = model
+
+    def _gather(self, parameter: torch.nn.Parameter) -> AbstractContextManager:
+        """A context in which a ZeRO-3 parameter is whole; what rank 0 writes there is kept."""
+        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if self.stage == 3 else nullcontext()
+
+    def accumulate(self, batch: Batch, scale: float) -> torch.Tensor:
+        """Forward and backward of one micro-batch; gradients of `scale` x summed loss add up until `step`.
+
+        Returns the summed loss (float32 scalar, detached). The gradient that `step` applies is the sum over ranks and
+        micro-batches of `scale` x d(summed loss): with `scale` = 1 / (valid tokens of the step over all ranks) it is the mean
+        over tokens, however they fall into micro-batches.
+        """
+        loss = self.deepspeed(*self._on_device(batch))
+        # DeepSpeed averages over ranks and over micro-batches; undo both to get the sum
+        self.deepspeed.backward(loss * (scale * self.ranks.world_size * self.accumulation))
+        if not self.deepspeed.is_gradient_accumulation_boundary():
+            self.deepspeed.step()  # DeepSpeed counts micro-batches by these calls; only the one at the boundary changes weights
+        return loss.detach()
+
+    def step(self, learning_rate: float) -> StepResult:
+        """Clip, and apply the optimizer with this learning rate; a step with non-finite gradients is skipped."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        skipped_before = self.deepspeed.skipped_steps
+        self.deepspeed.step()
+        norm = self.deepspeed.get_global_grad_norm()
+        norm = float(norm) if norm is not None else math.nan
+        return StepResult(norm if norm >= 0 else math.inf, self.deepspeed.skipped_steps == skipped_before)
+
+    @torch.no_grad()
+    def summed_loss(self, batch: Batch) -> torch.Tensor:
+        """Summed loss of a batch (float32 scalar) without gradients. Every rank must call it equally often."""
+        self.deepspeed.eval()
+        loss = self.deepspeed(*self._on_device(batch))
+        self.deepspeed.train()
+        return loss
+
+    def name_non_finite(self, batches: Iterable[Batch]) -> str:
+        """Where non-finite gradients come from, found by going through this rank's micro-batches of the skipped step again.
+
+        Weights did not change, so the same numbers come out; gradients are taken beside DeepSpeed's and leave no trace.
+        Every rank must call it.
+        """
+        names, parameters = zip(*self.model.named_parameters(), strict=True)
+        found: str | None = None
+        for batch in batches:
+            with _first_non_finite_output(self.model) as outputs:
+                loss = self.model(*self._on_device(batch))
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            bad = [name for name, gradient in zip(names, gradients, strict=True) if gradient is not None and not gradient.isfinite().all()]
+            if found is None and outputs:
+                found = f"output of {outputs[0]} (rank {self.ranks.rank})"
+            elif found is None and bad:  # gradients flow backwards: the last in forward order is where it began
+                found = f"gradient of {bad[-1]} and {len(bad) - 1} more (rank {self.ranks.rank})"
+        everyone: list[str | None] = [found]
+        if self.ranks.world_size > 1:
+            everyone = [None] * self.ranks.world_size
+            torch.distributed.all_gather_object(everyone, found)
+        return "; ".join(filter(None, everyone)) or "each rank's gradients are finite, so their sum overflowed"
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped since the run began."""
+        return self.deepspeed.skipped_steps
+
+    def save(self, folder: Path, tag: str) -> None:
+        """DeepSpeed's files below folder/tag. Raises OSError or RuntimeError when the disk refuses."""
+        self.deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Weights, optimizer state and counters from folder/tag, at the ranks and stage that wrote them."""
+        self.deepspeed.load_checkpoint(str(folder), tag=tag)
+
+    def _on_device(self, batch: Batch) -> tuple[torch.Tensor | None, ...]:
+        return tuple(None if t is None else t.to(self.device, non_blocking=True) for t in (batch.tokens, batch.targets, batch.document_ids))

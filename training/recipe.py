@@ -1,0 +1,461 @@
+"""The recipe: one YAML file is one complete run.
+
+Read a recipe top to bottom as the sections of `Recipe` below: each field is a key of the file, with its type, its default
+and what it means. `load_recipe` reads a file, applies `section.key=value` overrides, and reports every problem at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from model.config import SIZES, ModelConfig
+from model.errors import InputError
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys are errors, values do not change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class RunSection(Section):
+    """Where the run lives and what makes it repeatable."""
+
+    name: str | None = Field(None, description="Folder of the run below `folder`; default: the recipe file's name.")
+    folder: str = Field("runs", description="Where run folders are made.")
+    seed: int = Field(0, ge=0, description="Seeds the initial weights and the order of the data.")
+    stop_at_step: int | None = Field(None, ge=1, description="Save and stop after this step; the schedule still spans the whole run.")
+
+
+class ModelSection(Section):
+    """The network: a size of the table in model/config.py, or width, depth and heads; any other field overrides the size's."""
+
+    size: str | None = Field(None, description=f"One of {', '.join(SIZES)}.")
+    width: int | None = Field(None, ge=1, description="Width of the residual stream.")
+    depth: int | None = Field(None, ge=1, description="Number of blocks.")
+    heads: int | None = Field(None, ge=1, description="Number of query heads.")
+    sequence_length: int | None = Field(None, ge=1, description="Longest sequence the model accepts; default: training.sequence_length.")
+    kv_heads: int | None = Field(None, ge=1, description="Key and value heads, for grouped-query attention; default: heads.")
+    head_dim: int | None = Field(None, ge=1, description="Width of a head; default: width / heads.")
+    mlp_width: int | None = Field(None, ge=1, description="Hidden width of the MLP; default: 4 width, or 8/3 width for SwiGLU.")
+    block: Literal["pre_norm", "outlier_protected"] = "pre_norm"
+    norm: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    norm_epsilon: float = Field(1e-5, gt=0)
+    positions: Literal["rope", "learned"] = "rope"
+    rope_base: float = Field(10000.0, gt=0)
+    activation: Literal["gelu", "relu", "swiglu"] = "gelu"
+    tied_embeddings: bool = Field(True, description="The unembedding shares the embedding's weight.")
+    biases: bool = Field(False, description="Biases in the linear layers and in LayerNorm.")
+    init_std: float = Field(0.02, gt=0, description="Standard deviation of the initial weights.")
+    qk_norm: Literal["none", "rms_norm", "layer_norm"] | None = Field(
+        None, description="Norm of queries and keys; outlier_protected: rms_norm."
+    )
+    final_norm: bool | None = Field(None, description="Norm before the unembedding; outlier_protected: no.")
+    embedding_multiplier: float | None = Field(None, gt=0, description="Factor on the embeddings; outlier_protected: 1 / init_std.")
+    residual_gain: float | None = Field(None, gt=0, description="beta, on both branches; outlier_protected: 1 / sqrt(depth).")
+    residual_gain_form: Literal["fixed", "scalar", "vector"] | None = Field(
+        None, description="A constant, a trainable number or a trainable vector; outlier_protected: scalar."
+    )
+    mlp_input_scale: float | None = Field(
+        None, gt=0, description="alpha, on the MLP's input; outlier_protected: what gives pre-activations unit scale, 1 for ReLU."
+    )
+
+
+class TokenizerSection(Section):
+    """What turns text into tokens."""
+
+    kind: Literal["sentencepiece", "pretrained"] = Field(
+        "sentencepiece", description="Train a SentencePiece model on the data, or use a Hugging Face tokenizer."
+    )
+    vocab_size: int = Field(16384, ge=260, le=2**24, description="Pieces of the SentencePiece model, 256 bytes and specials included.")
+    sample_megabytes: float = Field(32.0, gt=0, description="How much text the SentencePiece model is trained on.")
+    path: str | None = Field(None, description="kind pretrained: a local folder or a hub name.")
+
+
+class DataSection(Section):
+    """What the model reads."""
+
+    source: Literal["python_source", "files", "huggingface"] = Field(
+        "python_source", description="The Python code installed on this machine, local files, or a Hugging Face data set."
+    )
+    paths: list[str] = Field(
+        default_factory=list,
+        description="source files: files, folders or globs (txt, md, py, jsonl, parquet; .gz and .zst of the text ones).",
+    )
+    dataset: str | None = Field(None, description="source huggingface: a hub name or a local folder.")
+    subset: str | None = Field(None, description="source huggingface: the data set's configuration.")
+    split: str = Field("train", description="source huggingface: which split to read.")
+    text_field: str = Field("text", description="The field that holds the text in jsonl, parquet and Hugging Face data.")
+    max_megabytes: float | None = Field(None, gt=0, description="Read at most this much text.")
+    validation_fraction: float = Field(0.01, gt=0, lt=1, description="Share of documents held out, chosen by the hash of the document.")
+    document_masks: bool = Field(False, description="Attention stays within a document, and no token predicts the next document's first.")
+    tokenizer: TokenizerSection = TokenizerSection()
+    prepared: str = Field("prepared", description="Where tokenised shards are kept, shared by all runs.")
+    workers: int | None = Field(None, ge=1, description="Processes that tokenise; default: the cores of this machine.")
+
+
+class TrainingSection(Section):
+    """How much, how long, how large a bite."""
+
+    tokens: int = Field(description="Tokens to train on.", gt=0)
+    tokens_per_step: int = Field(
+        description="Tokens an optimiser step averages over: ranks x micro-batch x accumulation x sequence length.", gt=0
+    )
+    micro_batch_size: int = Field(description="Sequences a rank holds at once.", gt=0)
+    sequence_length: int = Field(description="Tokens in a sequence.", gt=0)
+    precision: Literal["fp32", "bf16"] = "bf16"
+    gradient_clipping: float = Field(1.0, ge=0, description="Largest global gradient norm; 0: no clipping.")
+    activation_checkpointing: bool = Field(False, description="Keep only each block's input and recompute the rest in the backward pass.")
+    compile: bool = Field(False, description="torch.compile each block.")
+    max_skipped_steps: int = Field(5, ge=1, description="Stop after so many steps in a row with non-finite gradients.")
+
+
+class OptimizerSection(Section):
+    """The base optimizer and its schedule."""
+
+    kind: Literal["adamw"] = "adamw"
+    learning_rate: float = Field(1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0, description="On matrices; norms, gains, biases and positions have none.")
+    schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = "cosine"
+    warmup_fraction: float = Field(0.05, ge=0, le=1, description="Share of the steps in linear warm-up.")
+    decay_fraction: float = Field(0.2, ge=0, le=1, description="warmup_stable_decay: share of the steps in the final linear decay.")
+    final_learning_rate_fraction: float = Field(0.1, ge=0, le=1, description="Last learning rate as a share of the peak.")
+
+
+class EvaluationSection(Section):
+    """Validation loss during training."""
+
+    every: int = Field(250, ge=1, description="Steps between evaluations; the last step is always evaluated.")
+    tokens: int = Field(1_048_576, ge=1, description="Validation tokens an evaluation reads, at most.")
+
+
+class CheckpointSection(Section):
+    """What is left on disk."""
+
+    every: int = Field(1000, ge=1, description="Steps between checkpoints; the last step is always saved.")
+    first: bool = Field(False, description="Also save the initial weights, as step 0: trajectories start there.")
+    keep_last: int | None = Field(None, ge=1, description="Delete all but the last so many; default: keep all.")
+    keep_every: int | None = Field(None, ge=1, description="Never delete a step that divides by this.")
+
+
+class LoggingSection(Section):
+    """What a person sees."""
+
+    every: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl, TensorBoard and the console.")
+    tensorboard: bool = True
+
+
+class Recipe(Section):
+    """A complete run."""
+
+    run: RunSection = RunSection()
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    training: TrainingSection
+    optimizer: OptimizerSection = OptimizerSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    logging: LoggingSection = LoggingSection()
+    deepspeed: dict[str, Any] = Field(
+        default_factory=lambda: {"zero_optimization": {"stage": 2}}, description="DeepSpeed's own keys, passed through."
+    )
+
+
+class LoadedRecipe(typing.NamedTuple):
+    """A validated recipe, where it came from, and where each of its values came from."""
+
+    recipe: Recipe
+    path: Path
+    provenance: dict[str, str]  # dotted key -> "default", the file, or "command line"
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.recipe.run.folder) / (self.recipe.run.name or self.path.stem)
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> LoadedRecipe:
+    """Read, override and validate a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: `section.key=value`, each value in YAML.
+
+    Raises:
+        InputError: every problem found, one a line.
+    """
+    path = Path(path)
+    tree = _read_yaml(path)
+    provenance = dict.fromkeys(_leaves(tree), str(path))
+    problems = []
+    for override in overrides or []:
+        problem = _override(tree, provenance, override)
+        if problem:
+            problems.append(problem)
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        problems.extend(_describe(details) for details in error.errors())
+    if recipe is not None:
+        problems.extend(_cross_field_problems(recipe))
+    if recipe is None or problems:
+        raise InputError(
+            "\n".join([f"{path}: {len(problems)} problem{'s' if len(problems) > 1 else ''} in the recipe", *(f"  {p}" for p in problems)])
+        )
+    for leaf in _leaves(recipe.model_dump()):
+        provenance.setdefault(leaf, "default")
+    return LoadedRecipe(recipe, path, provenance)
+
+
+def model_config(recipe: Recipe, vocab_size: int) -> ModelConfig:
+    """The network this recipe asks for: the size's numbers where the recipe names none."""
+    fields = recipe.model.model_dump(exclude={"size"}, exclude_none=True)
+    fields = {**SIZES.get(recipe.model.size or "", {}), **fields}
+    fields.setdefault("sequence_length", recipe.training.sequence_length)
+    return ModelConfig(vocab_size=vocab_size, **fields)
+
+
+def dump_recipe(loaded: LoadedRecipe) -> str:
+    """The resolved recipe as YAML, each value with a comment that says where it came from. It loads as a recipe again."""
+    lines = [f"# Resolved from {loaded.path}. Each comment says where the value came from."]
+
+    def emit(tree: dict[str, Any], prefix: str, indent: str) -> None:
+        for key, value in tree.items():
+            dotted = f"{prefix}{key}"
+            if isinstance(value, dict) and value:
+                lines.append(f"{indent}{key}:")
+                emit(value, f"{dotted}.", indent + "  ")
+            else:
+                scalar = yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
+                lines.append(f"{indent}{key}: {scalar}  # {loaded.provenance.get(dotted, 'default')}")
+
+    emit(json.loads(loaded.recipe.model_dump_json()), "", "")
+    return "\n".join(lines) + "\n"
+
+
+# What may differ between the launch that made a run and one that continues it: nothing that changes a weight.
+MAY_CHANGE_ON_RESUME = (
+    "run.folder",
+    "run.name",
+    "run.stop_at_step",
+    "evaluation.",
+    "checkpoint.",
+    "logging.",
+    "data.prepared",
+    "data.workers",
+)
+
+
+def differences(saved: Path, loaded: LoadedRecipe) -> list[str]:
+    """What differs between a run's saved recipe and this one, as `key: saved there, given here`, but for what may change on resume."""
+    there = _flat(Recipe.model_validate(_read_yaml(saved)).model_dump(mode="json"))
+    here = _flat(loaded.recipe.model_dump(mode="json"))
+    return [
+        f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key) and not key.startswith(MAY_CHANGE_ON_RESUME)
+    ]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with two changes: numbers such as 1e-3 are numbers (YAML 1.2), and a key given twice is an error."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _construct_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    keys = [key.value for key, _ in node.value]
+    for key, _ in node.value:
+        if keys.count(key.value) > 1:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: _construct_mapping(loader, node, deep=True))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise InputError(f"{path}: no such recipe{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as a recipe: {error}") from None
+    try:
+        tree = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: a recipe is a mapping of sections ({', '.join(Recipe.model_fields)}), found {type(tree).__name__}")
+    return tree
+
+
+def _override(tree: dict[str, Any], provenance: dict[str, str], override: str) -> str | None:
+    """Put one `section.key=value` into the tree; returns what is wrong with it, if anything."""
+    dotted, equals, text = override.partition("=")
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        return f"{override}: an override is written section.key=value"
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        return f"{override}: the value is not valid YAML"
+    for depth, key in enumerate(keys[:-1], start=1):
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            return f"{override}: {'.'.join(keys[:depth])} is a value, not a section"
+    tree[keys[-1]] = value
+    for leaf in [leaf for leaf in provenance if leaf == dotted or leaf.startswith(dotted + ".")]:
+        del provenance[leaf]
+    provenance.update({f"{dotted}.{leaf}".rstrip("."): "command line" for leaf in (_leaves(value) if isinstance(value, dict) else [""])})
+    return None
+
+
+def _leaves(tree: dict[str, Any]) -> list[str]:
+    return list(_flat(tree))
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; an empty mapping is a leaf."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _describe(details: Any) -> str:
+    """One pydantic error as one line: the key, what was found, what was expected, and the nearest right name."""
+    location = [str(part) for part in details["loc"]]
+    dotted = ".".join(location)
+    found = details["input"]
+    if details["type"] == "extra_forbidden":
+        known = _known_names(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        elsewhere = [f"{section}.{location[-1]}" for section in Recipe.model_fields if location[-1] in _known_names([section])]
+        advice = (
+            f"did you mean {'.'.join([*location[:-1], near[0]])}?"
+            if near
+            else f"did you mean {elsewhere[0]}?"
+            if elsewhere
+            else f"known here: {', '.join(known)}"
+        )
+        return f"{dotted}: unknown key; {advice}"
+    if details["type"] == "missing":
+        return f"{dotted}: required, and not given"
+    if details["type"] == "literal_error":
+        expected = details["ctx"]["expected"]
+        near = difflib.get_close_matches(str(found), re.findall(r"'([^']*)'", expected), n=1)
+        return f"{dotted}: {found!r} is not one of {expected}" + (f"; did you mean {near[0]}?" if near else "")
+    message = details["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    return f"{dotted}: expected {message}, found {found!r}"
+
+
+def _known_names(location: list[str]) -> list[str]:
+    """The keys a section may have, following nested sections."""
+    section: Any = Recipe
+    for part in location:
+        field = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, Section) else None
+        section = field.annotation if field else None
+    return list(section.model_fields) if isinstance(section, type) and issubclass(section, Section) else []
+
+
+# What Burnish writes into DeepSpeed's configuration itself, and where a recipe says it.
+_SET_ELSEWHERE = {
+    "train_batch_size": "training.tokens_per_step",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.tokens_per_step",
+    "gradient_clipping": "training.gradient_clipping",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.schedule",
+    "tensorboard": "logging.tensorboard",
+}
+# DeepSpeed ignores a top-level key it does not know, so a mistyped one would silently do nothing. Its own list is spread over
+# its parser; these are the keys that its 0.19 documentation names and that make sense here.
+_DEEPSPEED_KEYS = (
+    "zero_optimization", "bf16", "torch_autocast", "data_types", "communication_data_type", "prescale_gradients",
+    "gradient_predivide_factor", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "activation_checkpointing",
+    "aio", "checkpoint", "comms_logger", "compile", "dump_state", "flops_profiler", "memory_breakdown", "seq_parallel_communication_data_type",
+    "steps_per_print", "wall_clock_breakdown", "disable_allgather", "dataloader_drop_last", "tensor_parallel", "sequence_parallel_size",
+    "timers", "wandb", "csv_monitor", "comet",
+)  # fmt: skip
+
+
+def _cross_field_problems(recipe: Recipe) -> list[str]:
+    """What single fields cannot say: fields that need or exclude one another."""
+    problems = []
+    model, data, training = recipe.model, recipe.data, recipe.training
+    if model.size is not None and model.size not in SIZES:
+        near = difflib.get_close_matches(model.size, SIZES, n=1)
+        problems.append(f"model.size: {model.size!r} is not one of {', '.join(SIZES)}" + (f"; did you mean {near[0]}?" if near else ""))
+    missing = [name for name in ("width", "depth", "heads") if getattr(model, name) is None]
+    if model.size is None and missing:
+        problems.append(f"model: give a size ({', '.join(SIZES)}), or also {' and '.join(missing)}")
+    if not problems:
+        try:
+            model_config(recipe, vocab_size=1)
+        except InputError as error:
+            problems.extend(str(error).splitlines())
+    if model.sequence_length is not None and training.sequence_length > model.sequence_length:
+        problems.append(
+            f"training.sequence_length: {training.sequence_length} is over the model's {model.sequence_length} (model.sequence_length)"
+        )
+    if training.tokens < training.tokens_per_step:
+        problems.append(
+            f"training.tokens: {training.tokens} is less than one step of {training.tokens_per_step} tokens (training.tokens_per_step)"
+        )
+    if data.source == "files" and not data.paths:
+        problems.append("data.paths: required with source files: the files, folders or globs to read")
+    if data.source == "huggingface" and not data.dataset:
+        problems.append("data.dataset: required with source huggingface: a hub name or a local folder")
+    if data.tokenizer.kind == "pretrained" and not data.tokenizer.path:
+        problems.append("data.tokenizer.path: required with kind pretrained: a local folder or a hub name")
+    if any(not 0 <= beta < 1 for beta in recipe.optimizer.betas):
+        problems.append(f"optimizer.betas: expected two numbers in [0, 1), found {list(recipe.optimizer.betas)}")
+    return problems + _deepspeed_problems(recipe)
+
+
+def _deepspeed_problems(recipe: Recipe) -> list[str]:
+    problems = []
+    for key in recipe.deepspeed:
+        if key in _SET_ELSEWHERE:
+            problems.append(f"deepspeed.{key}: set by Burnish; say it as {_SET_ELSEWHERE[key]}")
+        elif key == "fp16":
+            problems.append("deepspeed.fp16: Burnish trains in fp32 or bf16; say it as training.precision")
+        elif key not in _DEEPSPEED_KEYS:
+            near = difflib.get_close_matches(key, _DEEPSPEED_KEYS, n=1)
+            problems.append(
+                f"deepspeed.{key}: unknown key"
+                + (f"; did you mean deepspeed.{near[0]}?" if near else f"; known: {', '.join(_DEEPSPEED_KEYS)}")
+            )
+    zero = recipe.deepspeed.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        return [*problems, f"deepspeed.zero_optimization: expected a mapping such as {{stage: 2}}, found {zero!r}"]
+    if zero.get("stage", 0) not in (0, 1, 2, 3):
+        problems.append(f"deepspeed.zero_optimization.stage: expected 0, 1, 2 or 3, found {zero['stage']!r}")
+    bf16 = recipe.deepspeed.get("bf16", {})
+    if isinstance(bf16, dict) and bf16.get("enabled", recipe.training.precision == "bf16") != (recipe.training.precision == "bf16"):
+        problems.append("deepspeed.bf16.enabled: contradicts training.precision; leave it out")
+    return problems
+
+
+def zero_stage(recipe: Recipe) -> int:
+    """ZeRO stage, 0 to 3."""
+    return int(recipe.deepspeed.get("zero_optimization", {}).get("stage", 0))

@@ -1,0 +1,96 @@
+"""A run's folder: made once, held by one launch at a time, and never mixed with another recipe's."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from model.errors import InputError
+from training.recipe import LoadedRecipe, differences, dump_recipe
+
+_PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece", "numpy")
+
+
+def open_run_folder(loaded: LoadedRecipe) -> IO[str]:
+    """Make the folder or check that it belongs to this recipe, and hold it. Called by the first rank alone.
+
+    Returns:
+        The lock: the folder is held until this file is closed or the process ends.
+
+    Raises:
+        InputError: another launch holds the folder, it was made by another recipe, or it cannot be written.
+    """
+    folder = loaded.run_folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a")  # noqa: SIM115 - it stays open as long as the run
+    except OSError as error:
+        raise InputError(f"{folder}: the run folder cannot be written: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InputError(f"{folder}: in use by another launch; wait for it, stop it, or choose another run.name") from None
+    saved = folder / "recipe.yaml"
+    if saved.exists():
+        different = differences(saved, loaded)
+        if different:
+            raise InputError(
+                f"{folder}: made by another recipe ({'; '.join(different)}); give the same values, or another run.name for a new run"
+            )
+    else:
+        write_whole(saved, dump_recipe(loaded))
+    return lock
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that a reader finds the old text or the new, never a part."""
+    beside = path.with_name(f".{path.name}.writing")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def describe_environment(world_size: int, device: torch.device) -> dict[str, Any]:
+    """Versions, commit, hardware and command: what someone needs to get a figure of this run again."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str | None:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in _PACKAGES},
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_changed": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "world_size": world_size,
+        "hardware": {
+            "accelerator": accelerator,
+            "cpu": _cpu_name(),
+            "cpu_cores": len(os.sched_getaffinity(0)),
+            "threads_per_rank": torch.get_num_threads(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        },
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_whole(path, json.dumps(value, indent=2) + "\n")
