@@ -32,12 +32,14 @@ class Run:
     def name(self) -> str:
         """The run's name; a single checkpoint's is run/step."""
         if self.folder is not None and self.folder.resolve() != self.path.resolve():
-            return f"{self.folder.resolve().name}/{self.path.name}"
+            return f"{self.folder.resolve().name}/{self.path.resolve().name}"
         return self.path.resolve().name
 
     def default_report(self) -> Path:
-        """Where results go unless told otherwise: report/ of the run, or of the folder that was named."""
-        return (self.folder or self.path) / "report"
+        """Where results go unless told otherwise: report/ of the run or save folder; for one checkpoint, a folder of its name in there."""
+        if self.checkpoints != [self.path]:
+            return self.path / "report"
+        return (self.folder or self.path.resolve().parent) / "report" / self.path.resolve().name
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """A JSON file of the run folder, or None when there is none. Raises InputError when it is not JSON."""

@@ -260,7 +260,7 @@ class Checkpoint:
         state = self._optimizer_state(rank)
         if kind == "weight":
             groups = state.get("fp32_flat_groups") or state.get("single_partition_of_fp32_groups") or []
-            return list(groups)
+            return [group.detach() for group in groups]
         base = state.get("optimizer_state_dict") or state.get("base_optimizer_state")
         states = base if isinstance(base, list) else [(base or {}).get("state", {}).get(i, {}) for i in range(len(self._groups(rank)))]
         if not all(kind in group for group in states):
@@ -310,7 +310,7 @@ class Checkpoint:
         # Stage 2 lists frozen parameters; stage 1 leaves them in the module alone.
         fragments = first.get("frozen_param_fragments") or {}
         known = self._pieces.keys() | self.aliases.keys() | set(first["buffer_names"])
-        self._whole = {name: fragments.get(name, value) for name, value in first["module"].items() if name not in known}
+        self._whole = {name: fragments.get(name, value).detach() for name, value in first["module"].items() if name not in known}
         self._join_tied_copies()
         self.frozen = frozenset(self._whole)
         self._shapes = {name: shape for shapes in shapes_by_group for name, shape in shapes.items()}
@@ -344,7 +344,7 @@ class Checkpoint:
         self._shapes = {name: shape for shapes in [*shapes_by_group, frozen_shapes] for name, shape in shapes.items()}
 
     def _index_stage_0(self, first: dict[str, Any]) -> None:
-        self._whole = {name: value for name, value in first["module"].items() if name not in self.buffers}
+        self._whole = {name: value.detach() for name, value in first["module"].items() if name not in self.buffers}
         self._join_tied_copies()
         optimizer = first.get("optimizer") or {}
         adam = optimizer.get("optimizer_state_dict") or optimizer
@@ -354,7 +354,7 @@ class Checkpoint:
         if masters is not None and names is not None:
             for group_names, group_masters in zip(names, masters, strict=True):
                 for name, master in zip(group_names, group_masters, strict=True):
-                    self._whole[name] = master
+                    self._whole[name] = master.detach()
         trained = {name for group in names or [] for name in group}
         if names is None:
             self._moments_missing = "without ZeRO DeepSpeed saves the optimizer's state without names, and here they do not follow"

@@ -17,7 +17,7 @@ from training.metrics import MFU_DEFINITION, Metrics, PeakMemory, duration, peak
 from training.optimizers import learning_rate
 from training.plan import accumulation_steps, plan
 from training.recipe import LoadedRecipe, Recipe, model_config, zero_stage
-from training.run_folder import describe_environment, open_run_folder, write_json
+from training.run_folder import check_run_folder, describe_environment, open_run_folder, write_json
 
 
 def train(loaded: LoadedRecipe) -> None:
@@ -34,10 +34,11 @@ def train(loaded: LoadedRecipe) -> None:
     # What can be wrong is found before anything is made.
     ranks = discover()
     accumulation = accumulation_steps(recipe, ranks.world_size)
-    lock = open_run_folder(loaded) if ranks.is_first else None
+    check_run_folder(loaded)
     data = prepare(recipe.data, training.sequence_length)
     require_step(data, training.tokens_per_step, training.sequence_length)
     config = model_config(recipe, data.vocab_size)
+    lock = open_run_folder(loaded) if ranks.is_first else None
     total_steps = training.tokens // training.tokens_per_step
     last_step = min(total_steps, recipe.run.stop_at_step or total_steps)
 

@@ -6,6 +6,7 @@ and what it means. `load_recipe` reads a file, applies `section.key=value` overr
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import re
@@ -201,20 +202,42 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> LoadedR
         problem = _override(tree, provenance, override)
         if problem:
             problems.append(problem)
-    recipe = None
-    try:
-        recipe = Recipe.model_validate(tree)
-    except ValidationError as error:
-        problems.extend(_describe(details) for details in error.errors())
+    recipe = _validate(tree, problems)
     if recipe is not None:
         problems.extend(_cross_field_problems(recipe))
     if recipe is None or problems:
-        raise InputError(
-            "\n".join([f"{path}: {len(problems)} problem{'s' if len(problems) > 1 else ''} in the recipe", *(f"  {p}" for p in problems)])
-        )
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        raise InputError("\n".join([f"{path}: {count} in the recipe", *(f"  {problem}" for problem in problems)]))
     for leaf in _leaves(recipe.model_dump()):
         provenance.setdefault(leaf, "default")
     return LoadedRecipe(recipe, path, provenance)
+
+
+def _validate(tree: dict[str, Any], problems: list[str]) -> Recipe | None:
+    """The recipe without its wrong values, which go into `problems`, so that what is wrong between fields is found as well."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        problems.extend(_describe(details) for details in error.errors())
+        remaining = copy.deepcopy(tree)
+        for details in error.errors():
+            _remove(remaining, details["loc"])
+    try:
+        return Recipe.model_validate(remaining)
+    except ValidationError:  # something required is missing
+        return None
+
+
+def _remove(tree: Any, location: tuple[int | str, ...]) -> None:
+    """Take the value at a location out of nested mappings; what lies inside a list goes with its list."""
+    for key in location[:-1]:
+        if not isinstance(tree, dict) or not isinstance(tree.get(key), dict):
+            break
+        tree = tree[key]
+    else:
+        key = location[-1]
+    if isinstance(tree, dict):
+        tree.pop(key, None)
 
 
 def model_config(recipe: Recipe, vocab_size: int) -> ModelConfig:

@@ -20,8 +20,18 @@ from training.recipe import LoadedRecipe, differences, dump_recipe
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece", "numpy")
 
 
+def check_run_folder(loaded: LoadedRecipe) -> None:
+    """Raises InputError when the folder was made by another recipe. Writes nothing."""
+    saved = loaded.run_folder / "recipe.yaml"
+    different = differences(saved, loaded) if saved.exists() else []
+    if different:
+        raise InputError(
+            f"{loaded.run_folder}: made by another recipe ({'; '.join(different)}); give the same values, or another run.name for a new run"
+        )
+
+
 def open_run_folder(loaded: LoadedRecipe) -> IO[str]:
-    """Make the folder or check that it belongs to this recipe, and hold it. Called by the first rank alone.
+    """Make the folder, or check that it belongs to this recipe, and hold it. Called by the first rank alone.
 
     Returns:
         The lock: the folder is held until this file is closed or the process ends.
@@ -32,22 +42,16 @@ def open_run_folder(loaded: LoadedRecipe) -> IO[str]:
     folder = loaded.run_folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a")  # noqa: SIM115 - it stays open as long as the run
+        lock = (folder / ".lock").open("a")
     except OSError as error:
         raise InputError(f"{folder}: the run folder cannot be written: {error.strerror}") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise InputError(f"{folder}: in use by another launch; wait for it, stop it, or choose another run.name") from None
-    saved = folder / "recipe.yaml"
-    if saved.exists():
-        different = differences(saved, loaded)
-        if different:
-            raise InputError(
-                f"{folder}: made by another recipe ({'; '.join(different)}); give the same values, or another run.name for a new run"
-            )
-    else:
-        write_whole(saved, dump_recipe(loaded))
+    check_run_folder(loaded)
+    if not (folder / "recipe.yaml").exists():
+        write_whole(folder / "recipe.yaml", dump_recipe(loaded))
     return lock
 
 

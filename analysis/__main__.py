@@ -1,0 +1,103 @@
+"""python -m analysis VERB RUN_OR_CHECKPOINT ...
+
+What happened inside a training run, read from its checkpoints on disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from analysis.runs import Run, find_run
+from model.errors import InputError
+
+EXAMPLES = """
+A run is a run folder (runs/NAME), a folder that DeepSpeed saved into, or one checkpoint folder. Results are JSON, named after
+the verb, that says what each number is, and pictures; they go to --out, or to the run's report/.
+
+  python -m analysis report runs/quickstart_pre_norm runs/quickstart_outlier_protected
+  python -m analysis trajectory runs/X --out maps
+  python -m analysis outliers runs/X/checkpoints/step-00001000 --data my_text.txt
+"""
+
+
+def trajectory(arguments: argparse.Namespace) -> None:
+    from analysis import pictures
+    from analysis.output import write_json
+    from analysis.trajectory import analyze_trajectory, describe
+
+    for run, out in places(arguments):
+        result = analyze_trajectory(run, arguments.memory_megabytes, not arguments.skip_checksums)
+        print(describe(result))
+        print(f"  {write_json(out / 'trajectory.json', result)}\n  {pictures.trajectory_picture(result, out / 'trajectory.png')}")
+
+
+def outliers(arguments: argparse.Namespace) -> None:
+    from analysis import pictures
+    from analysis.outliers import analyze_outliers, describe
+    from analysis.output import write_json
+
+    for run, out in places(arguments):
+        result = analyze_outliers(run, arguments.tokens, arguments.data, not arguments.skip_checksums)
+        print(describe(result))
+        print(f"  {write_json(out / 'outliers.json', result)}\n  {pictures.outliers_picture(result, out / 'outliers.png')}")
+
+
+def report(arguments: argparse.Namespace) -> None:
+    from analysis.report import write_report
+
+    for path in write_report([find_run(path) for path in arguments.runs], arguments.out, not arguments.skip_checksums):
+        print(path)
+
+
+VERBS = {
+    "trajectory": (trajectory, "maps, angles and lengths of the path through weight space"),
+    "outliers": (outliers, "kurtosis and max-median ratio of the residual stream, layer by layer"),
+    "report": (report, "one self-contained HTML page that compares runs"),
+}
+
+
+def places(arguments: argparse.Namespace) -> list[tuple[Run, Path]]:
+    """Each run, and where its results go: below --out, a folder a run when there are several."""
+    runs = [find_run(path) for path in arguments.runs]
+    if arguments.out is None:
+        return [(run, run.default_report()) for run in runs]
+    if len(runs) == 1:
+        return [(runs[0], Path(arguments.out))]
+    names = [run.name.replace("/", "-") for run in runs]
+    unique = [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names, 1)]
+    return [(run, Path(arguments.out) / name) for run, name in zip(runs, unique, strict=True)]
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m analysis", description=__doc__, epilog=EXAMPLES, formatter_class=formatter)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, (function, summary) in VERBS.items():
+        verb = verbs.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=EXAMPLES, formatter_class=formatter)
+        verb.set_defaults(function=function)
+        verb.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help="a run folder, a DeepSpeed folder or a checkpoint folder")
+        verb.add_argument("--out", metavar="DIR", help="where results go; default: report/ of the run")
+        verb.add_argument("--skip-checksums", action="store_true", help="do not compare the files with manifest.json's checksums first")
+        if name == "trajectory":
+            verb.add_argument("--memory-megabytes", type=float, default=256, metavar="MB", help="bounds the working memory (default: 256)")
+        if name == "outliers":
+            verb.add_argument("--tokens", type=int, default=8192, metavar="N", help="how many tokens to run through (default: 8192)")
+            verb.add_argument("--data", nargs="+", metavar="FILE", help="text files; default: the run's validation split")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a verb; returns the exit code: 0 done, 2 the input is wrong."""
+    parsed = parse(arguments)
+    try:
+        parsed.function(parsed)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

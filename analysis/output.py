@@ -1,0 +1,36 @@
+"""Writes results so that a reader finds the old file or the new, never a part; and says numbers the same way everywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from model.errors import InputError
+
+
+def write_whole(path: Path, content: str | bytes) -> Path:
+    """Write a file, making its folder. Raises InputError when it cannot be written; the old file stays then."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+    return path
+
+
+def write_json(path: Path, value: dict[str, Any]) -> Path:
+    """Write JSON; numbers that are not finite are a fault."""
+    return write_whole(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def short(number: float) -> str:
+    """1234567 -> 1.23M: three digits, for labels."""
+    for factor, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= factor:
+            return f"{number / factor:.3g}{suffix}"
+    return f"{number:.3g}"

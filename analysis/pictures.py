@@ -1,0 +1,204 @@
+"""The PNG pictures beside the numbers: trajectory.png, outliers.png, and overview.png for several runs."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator  # noqa: E402
+
+from analysis.output import short, write_whole  # noqa: E402
+
+RUN_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: told apart by everyone
+MAP_COLOURS = "viridis"
+
+_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#888888",
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+    "figure.dpi": 110,
+    "savefig.dpi": 160,
+}
+
+
+def trajectory_picture(result: dict[str, Any], path: Path) -> Path:
+    """Both maps, angles and lengths along the run, and directional similarity by layer and kind."""
+    network, steps = result["network"], result["steps"]
+    with mpl.rc_context(_STYLE):
+        figure, axes = plt.subplots(2, 3, figsize=(13, 7.6), layout="constrained")
+        figure.suptitle(f"{result['run']}: trajectory through weight space, {len(steps)} checkpoints", x=0.01, ha="left", fontsize=12)
+        _heat_map(axes[0, 0], network["trajectory_map"], steps, f"From the origin, ω = {_value(network['omega'])}")
+        walk = result["null_values"]["random_walk"]["omega_relative"]
+        _heat_map(axes[0, 1], network["relative_map"], steps[1:], f"From the start, ω = {_value(network['omega_relative'])} (random walk {walk:.2f})")
+        _groups(axes[0, 2], result)
+
+        angles = axes[1, 0]
+        angles.plot(steps[1:-1], _floats(network["consecutive_update_angles"]), "o-", ms=3, color=RUN_COLOURS[0], label="previous update")
+        angles.plot(steps[:-1], _floats(network["displacement_angles"]), "s-", ms=3, color=RUN_COLOURS[1], label="whole displacement")
+        angles.axhline(90, color="#888888", lw=1, ls=":")
+        angles.set(title="Angle of an update to …", ylabel="degrees", xlabel="step at which the update begins")
+        angles.legend()
+        norms = axes[1, 1]
+        norms.plot(steps, network["weight_norms"], "o-", ms=3, color=RUN_COLOURS[0], label="weights |θ|")
+        norms.plot(steps, network["displacement_norms"], "s-", ms=3, color=RUN_COLOURS[1], label="displacement |θ − θ₀|")
+        norms.set(title="Lengths", xlabel="step", ylim=(0, None))
+        norms.legend()
+        updates = axes[1, 2]
+        updates.plot(steps[1:], network["update_norms"], "o-", ms=3, color=RUN_COLOURS[2])
+        updates.set(title="Length of each update", xlabel=f"step   (straightness of the path {_value(network['straightness'])})", ylim=(0, None))
+        for axis in (angles, norms, updates):
+            _step_axis(axis)
+        return _save(figure, path)
+
+
+def outliers_picture(result: dict[str, Any], path: Path) -> Path:
+    """Kurtosis - 1 and max-median ratio by layer over training."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+        figure.suptitle(f"{result['run']}: outlier features in the residual stream, {result['tokens']:,} tokens", x=0.01, ha="left", fontsize=12)
+        _by_layer(axes[0], result, "kurtosis_minus_one")
+        axes[0].set(title=f"Kurtosis − 1 of channel RMS (0 to {result['width'] - 1})")
+        _by_layer(axes[1], result, "max_median_ratio_mean")
+        axes[1].set(title="Largest over median activation, mean over positions")
+        axes[1].legend(fontsize=8, ncols=2)
+        return _save(figure, path)
+
+
+def overview_picture(runs: list[dict[str, Any]], path: Path) -> Path:
+    """Loss curves, kurtosis over training, and a trajectory map each, in one picture.
+
+    Args:
+        runs: as `report.gather` returns them.
+    """
+    maps = [run for run in runs if run["trajectory"]][:3]
+    with mpl.rc_context(_STYLE):
+        figure, axes = plt.subplots(1, 2 + max(1, len(maps)), figsize=(7.2 + 3.3 * max(1, len(maps)), 3.5), layout="constrained")
+        _losses(axes[0], runs)
+        kurtosis = axes[1]
+        for i, run in enumerate(runs):
+            if run["outliers"]:
+                places = [p for p in run["outliers"]["places"] if p != "unembedding"]
+                peak = [max((c["places"][p]["kurtosis_minus_one"] or np.nan) for p in places) for c in run["outliers"]["checkpoints"]]
+                kurtosis.plot(run["outliers"]["steps"], peak, "o-", ms=3, color=RUN_COLOURS[i % len(RUN_COLOURS)], label=run["name"])
+        kurtosis.set(title="Outliers: kurtosis − 1, worst layer")
+        _log_axis(kurtosis)
+        _step_axis(kurtosis)
+        for axis, run in zip(axes[2:], maps, strict=False):
+            result = run["trajectory"]
+            title = f"{run['name']}\nfrom the start, ω = {_value(result['network']['omega_relative'])}"
+            _heat_map(axis, result["network"]["relative_map"], result["steps"][1:], title)
+        if not maps:
+            axes[2].set_axis_off()
+        return _save(figure, path)
+
+
+def _losses(axis: Axes, runs: list[dict[str, Any]]) -> None:
+    for i, run in enumerate(runs):
+        colour = RUN_COLOURS[i % len(RUN_COLOURS)]
+        training = [(r["tokens"], r["loss"]) for r in run["metrics"] if "loss" in r and "tokens" in r]
+        validation = [(r["tokens"], r["validation_loss"]) for r in run["metrics"] if "validation_loss" in r and "tokens" in r]
+        if training:
+            axis.plot(*zip(*training, strict=True), color=colour, alpha=0.45, lw=1)
+        if validation:
+            axis.plot(*zip(*validation, strict=True), "o-", ms=3.5, color=colour, label=run["name"])
+    unigrams = {run["unigram_loss"] for run in runs if run["unigram_loss"] is not None}
+    for loss in unigrams:
+        axis.axhline(loss, color="#555555", lw=1, ls="--")
+        axis.annotate("unigram model", (1, loss), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color="#555555")
+    axis.set(title="Loss, nats a token (line: training, dots: validation)", xlabel="tokens")
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
+    axis.xaxis.set_major_locator(MaxNLocator(5))
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=8)
+
+
+def _by_layer(axis: Axes, result: dict[str, Any], measure: str) -> None:
+    places = result["places"]
+    colours = plt.get_cmap(MAP_COLOURS)(np.linspace(0, 0.9, max(2, len(places))))
+    for place, colour in zip(places, colours, strict=False):
+        values = _floats([checkpoint["places"][place][measure] for checkpoint in result["checkpoints"]])
+        axis.plot(result["steps"], values, "--" if place == "unembedding" else "-", marker="o", ms=2.5, color=colour, label=place)
+    _step_axis(axis)
+    _log_axis(axis)
+
+
+def _groups(axis: Axes, result: dict[str, Any]) -> None:
+    groups = [("network", result["network"])]
+    groups += [(f"layer {layer}", summary) for layer, summary in result["layers"].items()] if len(result["layers"]) <= 12 else []
+    groups += list(result["kinds"].items())
+    values = _floats([summary["omega_relative"] for _, summary in groups])
+    places = np.arange(len(groups))[::-1]
+    axis.barh(places, values, height=0.62, color=["#444444"] + [RUN_COLOURS[0 if name.startswith("layer ") else 2] for name, _ in groups[1:]])
+    axis.set_yticks(places, [name for name, _ in groups])
+    axis.axvline(result["null_values"]["random_walk"]["omega_relative"], color="#d55e00", lw=1, ls=":")
+    axis.axvline(1.0, color="#888888", lw=1, ls=":")
+    axis.set(title="ω from the start, by part", xlabel="dotted: random walk, straight line", xlim=(min(0.0, float(np.nanmin(values, initial=0.0))), 1.02))
+    axis.grid(axis="y", visible=False)
+
+
+def _heat_map(axis: Axes, values: list[list[float | None]], steps: list[int], title: str) -> None:
+    """Cosines, on the same colour scale for every run: 0 to 1, or -1 to 1 when some are clearly negative."""
+    array = np.array([_floats(row) for row in values])
+    image = axis.imshow(array, cmap=MAP_COLOURS, vmin=map_floor(values), vmax=1.0, interpolation="nearest")
+    ticks = np.unique(np.linspace(0, len(steps) - 1, min(5, len(steps))).round().astype(int))
+    labels = [short(steps[t]) for t in ticks]
+    axis.set_xticks(ticks, labels)
+    axis.set_yticks(ticks, labels)
+    axis.set(title=title, xlabel="step", ylabel="step")
+    axis.grid(visible=False)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+    axis.figure.colorbar(image, ax=axis, shrink=0.8, label="cosine")
+
+
+def map_floor(values: list[list[float | None]]) -> float:
+    """Where the colour scale of a map of cosines begins."""
+    return -1.0 if any(x is not None and x < -0.05 for row in values for x in row) else 0.0
+
+
+def _step_axis(axis: Axes) -> None:
+    axis.set_xlabel(axis.get_xlabel() or "step")
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+
+
+def _log_axis(axis: Axes) -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: short(y)))
+
+
+def _floats(values: list[Any]) -> np.ndarray:
+    """None becomes nan, which is not drawn."""
+    return np.array([np.nan if value is None else value for value in values], dtype=float)
+
+
+def _value(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    plt.close(figure)
+    return write_whole(path, buffer.getvalue())

@@ -1,0 +1,336 @@
+"""One self-contained HTML page that compares runs: what they are, how they learned, and what happened inside them."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import statistics
+import sys
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from analysis import outliers, pictures, trajectory
+from analysis.charts import Line, heat_map, line_chart, padded_range, scale_colour
+from analysis.output import short, write_json, write_whole
+from analysis.page import facts, folded, grid, page, panel, section, table
+from analysis.runs import Run, read_json, read_metrics
+from analysis.shards import open_checkpoint
+from model.errors import InputError
+
+
+def write_report(runs: list[Run], out: str | Path | None = None, verify: bool = True) -> list[Path]:
+    """Analyse what has not been analysed yet, and write the page and overview.png beside it.
+
+    Args:
+        out: a folder, or an .html file; default: report/ of a single run, else the folder that holds the runs.
+
+    Returns:
+        The page and the picture.
+    """
+    if out is None:
+        target = runs[0].default_report() if len(runs) == 1 else Path(os.path.commonpath([run.path.resolve().parent for run in runs]))
+    else:
+        target = Path(out)
+    file = target if target.suffix == ".html" else target / "report.html"
+    gathered = [gather(run, verify) for run in runs]
+    names = [run["name"] for run in gathered]
+    for run in gathered:
+        if names.count(run["name"]) > 1:
+            run["name"] = run["path"]
+    command = f"python -m analysis report {' '.join(shlex.quote(str(run.path)) for run in runs)}"
+    if out is not None:
+        command += f" --out {shlex.quote(str(out))}"
+    picture = pictures.overview_picture(gathered, file.with_name("overview.png"))
+    return [write_whole(file, render(gathered, command)), picture]
+
+
+def gather(run: Run, verify: bool = True) -> dict[str, Any]:
+    """Everything the page says about a run. Analyses that cannot be made are None, and `notes` say why."""
+    notes: list[str] = []
+    report = run.default_report()
+    found: dict[str, dict[str, Any] | None] = {}
+    for verb, analyze, draw in (
+        ("trajectory", trajectory.analyze_trajectory, pictures.trajectory_picture),
+        ("outliers", outliers.analyze_outliers, pictures.outliers_picture),
+    ):
+        found[verb] = _up_to_date(run, report / f"{verb}.json")
+        if found[verb] is None:
+            run.open(verify)  # damage stops the report; what follows only says that an analysis does not apply
+            try:
+                result = analyze(run, verify=False)
+            except InputError as error:
+                notes.append(f"{verb}: {error}")
+                print(f"note: no {verb}: {error}", file=sys.stderr)
+                continue
+            found[verb] = result
+            write_json(report / f"{verb}.json", result)
+            draw(result, report / f"{verb}.png")
+    last = open_checkpoint(run.checkpoints[-1])
+    configuration = run.checkpoints[-1] / "model_config.json"
+    recipe = run.folder / "recipe.yaml" if run.folder else None
+    return {
+        "name": run.name,
+        "path": str(run.path),
+        "metrics": read_metrics(run),
+        "unigram_loss": (run.read_json("data.json") or {}).get("validation_unigram_loss"),
+        "environment": run.read_json("environment.json") or {},
+        "model": read_json(configuration) if configuration.exists() else {},
+        "recipe": recipe.read_text(encoding="utf-8", errors="replace") if recipe and recipe.exists() else "",
+        "data": _data_manifest(run),
+        "manifest": last.manifest or {},
+        "parameters": sum(shape.numel() for shape in last.shapes.values()),
+        "checkpoint": {"step": last.step, "zero_stage": last.zero_stage, "ranks": last.world_size, "precision": last.precision},
+        "trajectory": found["trajectory"],
+        "outliers": found["outliers"],
+        "notes": notes,
+    }
+
+
+def _up_to_date(run: Run, path: Path) -> dict[str, Any] | None:
+    """The result in this file, unless there is none or a checkpoint came, went or changed since."""
+    if not path.exists() or any(file.stat().st_mtime > path.stat().st_mtime for folder in run.checkpoints for file in folder.glob("*.pt")):
+        return None
+    try:
+        result = read_json(path)
+    except InputError:
+        return None
+    same = result.get("format") == 1 and result.get("steps") == [open_checkpoint(folder).step for folder in run.checkpoints]
+    return result if same else None
+
+
+def _data_manifest(run: Run) -> dict[str, Any]:
+    prepared = (run.read_json("data.json") or {}).get("prepared")
+    manifest = Path(prepared) / "manifest.json" if isinstance(prepared, str) else None
+    return read_json(manifest) if manifest is not None and manifest.exists() else {}
+
+
+def render(runs: list[dict[str, Any]], command: str) -> str:
+    """The page. `runs` as `gather` returns them."""
+    colours = [f"var(--run-{i % 6})" for i in range(len(runs))]
+    title = " and ".join(run["name"] for run in runs) if len(runs) < 3 else f"{len(runs)} runs compared"
+    parts = [
+        f"<header><h1>{escape(title)}</h1>"
+        '<p class="lead">What these training runs are, how well they learned, and what happened inside them, read from the checkpoints '
+        "they left on disk. Hover over a point or a cell for its value.</p></header>",
+        _summary(runs, colours),
+        _losses(runs, colours),
+        _outliers(runs, colours),
+        _trajectories(runs, colours),
+        _identities(runs, colours),
+        _commands(runs, command),
+    ]
+    stamp = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    parts.append(f"<footer>Written by Burnish, <code>python -m analysis report</code>, {stamp}. This page needs no network.</footer>")
+    return page(title, "\n".join(parts))
+
+
+def _summary(runs: list[dict[str, Any]], colours: list[str]) -> str:
+    head = ["run", "parameters", "tokens", "validation loss", "unigram loss", "largest kurtosis", "ω from origin", "ω from start"]
+    head += ["straightness", "tokens/s", "peak memory a rank"]
+    rows = []
+    for run, colour in zip(runs, colours, strict=True):
+        network = run["trajectory"]["network"] if run["trajectory"] else {}
+        peak, place, step = outliers.largest_kurtosis(run["outliers"]) if run["outliers"] else (None, "", 0)
+        memory = _last(run, "peak_memory_bytes")
+        rates = [record["tokens_per_second"] for record in run["metrics"] if "tokens_per_second" in record]
+        where = f'<br><span class="note">{escape(place)}, step {step}</span>' if peak is not None else ""
+        rows.append(
+            [
+                f'<span class="swatch" style="background:{colour}"></span><b>{escape(run["name"])}</b>',
+                short(run["parameters"]),
+                short(run["manifest"].get("tokens") or _last(run, "tokens") or 0),
+                f"<b>{_number(_last(run, 'validation_loss'), 4)}</b>",
+                _number(run["unigram_loss"], 4),
+                f"<b>{_number(peak, 2)}</b>{where}",
+                _number(network.get("omega"), 3),
+                _number(network.get("omega_relative"), 3),
+                _number(network.get("straightness"), 3),
+                f"{statistics.median(rates):,.0f}" if rates else "–",
+                f"{memory / 2**20:,.0f} MiB" if memory else "–",
+            ]
+        )
+    return section(
+        "In short",
+        "Loss is cross-entropy in nats a token, lower is better; the unigram model knows only how frequent each token is. Kurtosis is 1 "
+        "when all channels of the residual stream are used alike; large values are what makes int8 inference fail. ω is the mean cosine "
+        "between checkpoints, straightness the distance covered over the length of the path.",
+        table(head, rows),
+        *(f'<p class="note">{escape(run["name"])}: no {escape(note)}</p>' for run in runs for note in run["notes"]),
+    )
+
+
+def _losses(runs: list[dict[str, Any]], colours: list[str]) -> str:
+    lines = []
+    for run, colour in zip(runs, colours, strict=True):
+        lines.append(Line(run["name"], _curve(run, "loss"), colour, faint=True))
+        lines.append(Line(run["name"], _curve(run, "validation_loss"), colour, dots=True))
+    unigrams = sorted({run["unigram_loss"] for run in runs if run["unigram_loss"] is not None})
+    level = (unigrams[0], "unigram model") if len(unigrams) == 1 else None
+    chart = line_chart(lines, "Training and validation loss over tokens, all runs", "tokens", "nats a token", level=level)
+    rates = [Line(run["name"], _curve(run, "learning_rate"), colour) for run, colour in zip(runs, colours, strict=True)]
+    norms = [Line(run["name"], _curve(run, "grad_norm"), colour) for run, colour in zip(runs, colours, strict=True)]
+    return section(
+        "Learning",
+        "A run has learned more than word frequencies once its validation loss is below the dashed line.",
+        grid(panel("Loss", chart, caption="Thin: training, a batch each. Dots: validation, on text held out.")),
+        grid(
+            panel("Gradient norm", line_chart(norms, "Gradient norm over tokens, all runs", "tokens", "norm before clipping", log=True)),
+            panel("Learning rate", line_chart(rates, "Learning rate over tokens, all runs", "tokens", "learning rate")),
+        ),
+    )
+
+
+def _outliers(runs: list[dict[str, Any]], colours: list[str]) -> str:
+    shown = [(run, run["outliers"], colour) for run, colour in zip(runs, colours, strict=True) if run["outliers"]]
+    values = [m["kurtosis_minus_one"] for _, result, _ in shown for c in result["checkpoints"] for m in c["places"].values()]
+    positive = [value for value in values if value is not None and value > 0]
+    if not positive:
+        return ""
+    y_range = padded_range(positive, log=True)
+    panels, rows = [], []
+    for run, result, colour in shown:
+        places = result["places"]
+        lines = [
+            Line(
+                place,
+                [(c["step"], c["places"][place]["kurtosis_minus_one"]) for c in result["checkpoints"]],
+                scale_colour(0.05 + 0.83 * i / max(1, len(places) - 1)),
+                dots=True,
+                dashed=place == "unembedding",
+            )
+            for i, place in enumerate(places)
+        ]
+        chart = line_chart(lines, f"Kurtosis minus one by layer over training, {run['name']}", "step", "kurtosis − 1", True, y_range=y_range)
+        caption = f"{result['tokens']:,} tokens of held-out text; width {result['width']}, so kurtosis is at most {result['width']}."
+        panels.append(panel(run["name"], chart, colour, caption))
+        peak, place, step = outliers.largest_kurtosis(result)
+        last = result["checkpoints"][-1]["places"]
+        final = max((m["kurtosis"], p) for p, m in last.items() if m["kurtosis"] is not None)
+        ratio = max((m["max_median_ratio_max"] or 0.0) for m in last.values())
+        rms = [m["activation_rms"] or 0.0 for m in last.values()]
+        rows.append(
+            [
+                f'<span class="swatch" style="background:{colour}"></span>{escape(run["name"])}',
+                f"{peak:.2f} ({escape(place)}, step {step})",
+                f"{final[0]:.2f} ({escape(final[1])})",
+                f"{ratio:.1f}",
+                f"{min(rms):.2g} to {max(rms):.2g}",
+            ]
+        )
+    return section(
+        "Outliers, layer by layer",
+        "Each line is the residual stream entering attention of one layer, dark first to bright last; dashed, what enters the unembedding. "
+        "Kurtosis − 1 is 0 when all channels carry the same power. All panels share one logarithmic scale. Definition: arXiv 2405.19279, "
+        "equation 1.",
+        grid(*panels),
+        table(["run", "largest kurtosis", "largest at the last step", "largest / median activation, last step", "activation RMS, last step"], rows),
+    )
+
+
+def _trajectories(runs: list[dict[str, Any]], colours: list[str]) -> str:
+    shown = [(run, run["trajectory"], colour) for run, colour in zip(runs, colours, strict=True) if run["trajectory"]]
+    if not shown:
+        return ""
+    panels, angles, lengths = [], [], []
+    for run, result, colour in shown:
+        network, steps = result["network"], result["steps"]
+        maps = "".join(
+            f"<div><h3>{heading}, ω = {_number(network[omega], 3)}</h3>"
+            + heat_map(network[key], at, f"Cosines between checkpoints seen {heading}, {run['name']}", pictures.map_floor(network[key]))
+            + "</div>"
+            for heading, key, omega, at in (
+                ("from the origin", "trajectory_map", "omega", steps),
+                ("from the start", "relative_map", "omega_relative", steps[1:]),
+            )
+        )
+        start = "its initial weights" if result["starts_at_initialisation"] else f"step {steps[0]}, not its initial weights"
+        uneven = "" if result["evenly_spaced"] else " The checkpoints are not evenly spaced, which moves ω: compare equal steps only."
+        caption = f"{len(steps)} checkpoints; the start is {start}. A random walk on these checkpoints has ω = "
+        caption += f"{result['null_values']['random_walk']['omega_relative']:.3f} from the start (2/3 with many), a straight line 1.{uneven}"
+        panels.append(panel(run["name"], f'<div class="maps">{maps}</div>', colour, caption))
+        angles.append(Line(run["name"], list(zip(steps[1:-1], network["consecutive_update_angles"], strict=True)), colour, dots=True))
+        lengths.append(Line(run["name"], list(zip(steps, network["displacement_norms"], strict=True)), colour, dots=True))
+    kinds = list(dict.fromkeys(kind for _, result, _ in shown for kind in result["kinds"]))
+    rows = [
+        [f'<span class="swatch" style="background:{colour}"></span>{escape(run["name"])}', _number(result["network"]["omega_relative"], 3)]
+        + [_number(result["kinds"].get(kind, {}).get("omega_relative"), 3) for kind in kinds]
+        for run, result, colour in shown
+    ]
+    return section(
+        "The path through weight space",
+        "Each cell is the cosine between two checkpoints taken as one long vector: bright means the same direction. Seen from the origin "
+        "the map shows how far weights turned; seen from the start, whether training kept going one way. Computed from the float32 shards "
+        "as they lie on disk. After arXiv 2403.07379.",
+        grid(*panels),
+        grid(
+            panel(
+                "Angle between consecutive updates",
+                line_chart(angles, "Angle between consecutive updates over training", "step", "degrees", level=(90.0, "random walk: 90")),
+                caption="0: straight on. 90: unrelated. Above 90: turning back.",
+            ),
+            panel("Distance from the start", line_chart(lengths, "Distance from the first checkpoint over training", "step", "|θ − θ₀|")),
+        ),
+        "<h3>ω from the start, by kind of parameter</h3>",
+        table(["run", "network", *kinds], rows),
+    )
+
+
+def _identities(runs: list[dict[str, Any]], colours: list[str]) -> str:
+    panels = []
+    for run, colour in zip(runs, colours, strict=True):
+        model, environment, data, saved = run["model"], run["environment"], run["data"], run["checkpoint"]
+        hardware = environment.get("hardware") or {}
+        shape = f"{model.get('block', '')}, width {model.get('width')}, depth {model.get('depth')}, {model.get('heads')} heads" if model else ""
+        machine = hardware.get("accelerator") or f"{hardware.get('cpu', 'CPU')}, {hardware.get('cpu_cores', '?')} cores"
+        commit = str(environment.get("git_commit") or "")[:12] + (", with uncommitted changes" if environment.get("git_changed") else "")
+        text = f"{data.get('source', '')}: {short(data['train']['tokens'])} training tokens of {data.get('documents', '?'):,} documents" if data else ""
+        panels.append(
+            panel(
+                run["name"],
+                facts(
+                    [
+                        ("Model", shape),
+                        ("Parameters", f"{run['parameters']:,}, tied weights once"),
+                        ("Details", ", ".join(f"{key} {model[key]}" for key in _DETAILS if key in model)),
+                        ("Data", text),
+                        ("Trained on", f"{short(run['manifest']['tokens'])} tokens, {saved['step']:,} steps" if run["manifest"] else f"{saved['step']:,} steps"),
+                        ("Saved as", f"ZeRO {saved['zero_stage']}, {saved['ranks']} ranks; weights read in {saved['precision']}"),
+                        ("Hardware", machine if hardware else ""),
+                        ("Software", ", ".join(f"{name} {number}" for name, number in (environment.get("packages") or {}).items())),
+                        ("Commit", commit),
+                        ("Folder", run["path"]),
+                    ]
+                )
+                + (folded("The whole recipe", run["recipe"]) if run["recipe"] else ""),
+                colour,
+            )
+        )
+    return section("What each run is", "As its folder records it.", grid(*panels))
+
+
+_DETAILS = ("norm", "positions", "activation", "tied_embeddings", "qk_norm", "vocab_size", "sequence_length")
+
+
+def _commands(runs: list[dict[str, Any]], command: str) -> str:
+    lines = [run["environment"]["command"] for run in runs if run["environment"].get("command")]
+    definitions = {**trajectory.DEFINITIONS, **outliers.DEFINITIONS}
+    return section(
+        "How to get this again",
+        "The commands that made these runs, as each rank saw them, and this page. The numbers are in trajectory.json and outliers.json of each run's report folder.",
+        f"<pre>{escape(chr(10).join([*lines, command]))}</pre>",
+        folded("What every number means", "\n".join(f"{name}: {text}" for name, text in definitions.items())),
+    )
+
+
+def _curve(run: dict[str, Any], key: str) -> list[tuple[float, float | None]]:
+    return [(record["tokens"], record[key]) for record in run["metrics"] if key in record and "tokens" in record]
+
+
+def _last(run: dict[str, Any], key: str) -> float | None:
+    return next((record[key] for record in reversed(run["metrics"]) if key in record), None)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"

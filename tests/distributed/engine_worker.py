@@ -1,0 +1,103 @@
+"""Run by test_engine.py under torchrun: an Engine at each stage and precision; what was seen goes to a JSON file.
+
+    torchrun --nproc_per_node 2 -m tests.distributed.engine_worker RECIPE OUT.json
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.parametrization import initialize
+from model.transformer import Transformer
+from training.data import Batch
+from training.distributed import Ranks, discover, leave, sum_over_ranks
+from training.engine import Engine, deepspeed, start_distributed
+from training.recipe import LoadedRecipe, load_recipe, model_config
+
+VOCAB, LENGTH, SEQUENCES, SIZE = 333, 32, 8, 2
+
+
+def batches(step: int, ranks: Ranks) -> list[Batch]:
+    """This rank's micro-batches of a step: 8 sequences over all, some targets not counted."""
+    tokens = torch.randint(VOCAB, (SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+    targets = tokens[:, 1:].clone()
+    targets[3, 7:] = -100
+    accumulation = SEQUENCES // (SIZE * ranks.world_size)
+    rows = [slice((m * ranks.world_size + ranks.rank) * SIZE, (m * ranks.world_size + ranks.rank + 1) * SIZE) for m in range(accumulation)]
+    return [Batch(tokens[r, :-1], targets[r], None) for r in rows]
+
+
+def reference(recipe: LoadedRecipe) -> dict[str, float]:
+    """Loss and gradient norm of the first step by plain autograd in this process, over all sequences at once."""
+    model = Transformer(model_config(recipe.recipe, VOCAB))
+    initialize(model, recipe.recipe.run.seed)
+    whole = [b for r in (0, 1) for b in batches(0, Ranks(r, 2, r, 2))]
+    tokens, targets = torch.cat([b.tokens for b in whole]), torch.cat([b.targets for b in whole])
+    loss = model(tokens, targets) / (targets != -100).sum()
+    loss.backward()
+    return {"loss": loss.item(), "grad_norm": math.sqrt(sum(p.grad.double().pow(2).sum().item() for p in model.parameters() if p.grad is not None))}
+
+
+def run(recipe: LoadedRecipe, ranks: Ranks, device: torch.device) -> dict[str, Any]:
+    """Two good steps, one with a poisoned weight, and a check that the poisoned one changed nothing."""
+    accumulation = SEQUENCES // (SIZE * ranks.world_size)
+    engine = Engine(recipe.recipe, model_config(recipe.recipe, VOCAB), accumulation, ranks, device)
+    seen: dict[str, Any] = {"losses": [], "grad_norms": [], "applied": []}
+    weight = engine.model.blocks[1].mlp.up.weight
+    if engine.stage == 3:
+        seen["held_elements"] = [weight.numel(), weight.ds_tensor.numel(), weight.ds_numel]
+
+    def checksum() -> float:
+        with deepspeed.zero.GatheredParameters(list(engine.model.parameters())) if engine.stage == 3 else torch.no_grad():
+            return sum(p.detach().double().nan_to_num().abs().sum().item() for p in engine.model.parameters())
+
+    for step in range(3):
+        micro_batches = batches(step, ranks)
+        (valid,) = sum_over_ranks(sum(int((b.targets != -100).sum()) for b in micro_batches), device=device)
+        if step == 2:
+            with deepspeed.zero.GatheredParameters([weight], modifier_rank=0) if engine.stage == 3 else torch.no_grad(), torch.no_grad():
+                weight.view(-1)[5] = math.nan
+        before = checksum()
+        loss_sum = torch.zeros((), device=device)
+        for batch in micro_batches:
+            loss_sum += engine.accumulate(batch, scale=1 / valid)
+        result = engine.step(1e-2)
+        (loss,) = sum_over_ranks(loss_sum, device=device)
+        seen["losses"].append(loss / valid)
+        seen["grad_norms"].append(result.grad_norm)
+        seen["applied"].append(result.applied)
+        seen["changed"] = checksum() != before
+        if not result.applied:
+            seen["named"] = engine.name_non_finite(micro_batches)
+    seen["skipped_steps"] = engine.skipped_steps
+    return seen
+
+
+def main() -> None:
+    path, out = sys.argv[1:]
+    ranks = discover()
+    device = start_distributed(ranks)
+    base = ["training.micro_batch_size=2", "training.gradient_clipping=0.5"]
+    results: dict[str, Any] = {}
+    for precision in ("fp32", "bf16"):
+        for stage in range(4):
+            recipe = load_recipe(path, [*base, f"training.precision={precision}", f"deepspeed.zero_optimization.stage={stage}"])
+            results[f"{precision}-{stage}"] = run(recipe, ranks, device)
+            gc.collect()
+    compiled = load_recipe(path, [*base, "training.compile=true", "deepspeed.zero_optimization.stage=2"])
+    results["compiled-2"] = run(compiled, ranks, device)
+    if ranks.is_first:
+        results["reference"] = reference(load_recipe(path, base))
+        Path(out).write_text(json.dumps(results))
+    leave(0)
+
+
+if __name__ == "__main__":
+    main()

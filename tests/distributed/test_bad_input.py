@@ -1,0 +1,167 @@
+"""Whole launches with something wrong: one clear message, exit code 2, no traceback, and nothing half-written."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.conftest import ROOT, Launch, losses, records
+
+pytestmark = pytest.mark.distributed
+
+
+def assert_refused(done: subprocess.CompletedProcess, *expected: str) -> None:
+    """Exit code 2, and an `error:` message with these words as all that matters on stderr."""
+    assert done.returncode == 2, f"{done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert "Traceback" not in done.stderr
+    message = done.stderr[done.stderr.index("error: ") :]
+    for words in expected:
+        assert words in message, message
+
+
+def assert_nothing_left(workplace: Path, name: str) -> None:
+    """No run folder, and no half-prepared data."""
+    assert not (workplace / "runs" / name).exists()
+    assert not [p for p in (workplace / "prepared").glob("*/") if not (p / "manifest.json").exists()]
+
+
+RECIPE_PROBLEMS = [
+    (["model.blok=pre_norm"], "model.blok: unknown key; did you mean model.block?"),
+    (["training.micro_batch_size=two"], "training.micro_batch_size: expected integer"),
+    (["training.tokens_per_step=800"], "training.tokens_per_step"),
+    (["model.sequence_length=32"], "64 is over the model's 32"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "expected"), RECIPE_PROBLEMS)
+def test_recipe(overrides: list[str], expected: str, launch: Launch, workplace: Path) -> None:
+    assert_refused(launch("bad", 1, *overrides, launcher="python", ok=False), expected)
+    assert_nothing_left(workplace, "bad")
+
+
+DATA_PROBLEMS = {
+    "missing": (None, [], "missing.txt"),
+    "empty": (b"", [], "the corpus is empty"),
+    "small": (b"def f(x):\n    return x + 1\n" * 40, ["data.tokenizer.vocab_size=270"], "small"),
+    "binary": (b"\x7fELF\x00\x01\x02" * 1000, [], "binary.txt"),
+    "vocabulary": (b"a b c d e f g h i j\n" * 4000, ["data.tokenizer.vocab_size=30000"], "vocab_size"),
+}
+
+
+@pytest.mark.parametrize("kind", DATA_PROBLEMS)
+def test_data(kind: str, launch: Launch, workplace: Path, tmp_path: Path) -> None:
+    content, overrides, expected = DATA_PROBLEMS[kind]
+    path = tmp_path / f"{kind}.txt"
+    if content is not None:
+        path.write_bytes(content)
+    assert_refused(launch("bad", 1, f"data.paths=[{path}]", *overrides, launcher="python", ok=False), expected)
+    assert_nothing_left(workplace, "bad")
+
+
+def test_under_the_deepspeed_launcher(launch: Launch, workplace: Path) -> None:
+    """Two ranks: still one message and exit code 2."""
+    done = launch("bad", 2, "data.paths=[nowhere.txt]", launcher="deepspeed", ok=False)
+    assert_refused(done, "nowhere.txt")
+    assert done.stderr.count("error: ") + done.stderr.count("error (rank") == 1
+
+
+@pytest.fixture(scope="module")
+def half_run(launch: Launch, workplace: Path) -> Path:
+    """A run stopped at step 4 of 8, with checkpoints at 2 and 4."""
+    launch("half", 1, "run.stop_at_step=4", "checkpoint.every=2", launcher="python")
+    return workplace / "runs" / "half"
+
+
+def copy_of(half_run: Path, name: str) -> Path:
+    return Path(shutil.copytree(half_run, half_run.with_name(name)))
+
+
+def resume(launch: Launch, run: Path, ok: bool = False) -> subprocess.CompletedProcess:
+    return launch("", 1, arguments=["--resume", str(run), "run.stop_at_step=null"], launcher="python", ok=ok)
+
+
+def test_run_folder_in_use(half_run: Path, launch: Launch) -> None:
+    with (half_run / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert_refused(resume(launch, half_run), "in use by another launch")
+
+
+def test_run_folder_of_another_recipe(half_run: Path, launch: Launch) -> None:
+    before = (half_run / "recipe.yaml").read_text()
+    done = launch("half", 1, "optimizer.learning_rate=0.5", launcher="python", ok=False)
+    assert_refused(done, "made by another recipe", "optimizer.learning_rate: 0.003 there, 0.5 here")
+    assert (half_run / "recipe.yaml").read_text() == before
+
+
+def test_another_number_of_ranks_or_stage(half_run: Path, launch: Launch) -> None:
+    run = copy_of(half_run, "elsewhere")
+    assert_refused(launch("elsewhere", 2, "checkpoint.every=2", launcher="deepspeed", ok=False), "written by 1 ranks", "launch with 1 ranks")
+    assert json.loads((run / "checkpoints" / "step-00000004" / "manifest.json").read_text())["world_size"] == 1
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
+def test_damaged_checkpoint(damage: str, half_run: Path, launch: Launch) -> None:
+    run = copy_of(half_run, damage)
+    newest = run / "checkpoints" / "step-00000004"
+    shard = next(newest.glob("*optim_states.pt"))
+    content = bytearray(shard.read_bytes())
+    if damage == "missing":
+        shard.unlink()
+    elif damage == "truncated":
+        shard.write_bytes(content[:-100])
+    else:
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+    assert_refused(resume(launch, run), str(shard), damage, "delete", "step-00000002")
+    assert not [r for r in records(run) if r["step"] > 4]
+    shutil.rmtree(newest)  # what the message says
+    resume(launch, run, ok=True)
+    assert sorted(losses(run)) == list(range(1, 9))
+
+
+def test_damaged_data(launch: Launch, workplace: Path) -> None:
+    launch("data_first", 1, "training.tokens=768", f"data.prepared={workplace / 'prepared_damaged'}", launcher="python")
+    shard = next((workplace / "prepared_damaged").glob("*/train-00000.bin"))
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    done = launch("data_second", 1, "training.tokens=768", f"data.prepared={workplace / 'prepared_damaged'}", launcher="python", ok=False)
+    assert_refused(done, "train-00000.bin")
+
+
+def test_disk_full_while_saving(half_run: Path, launch: Launch) -> None:
+    """A file may grow to 100 KiB only, so the next checkpoint breaks off; the one before stays whole, and the run goes on from it."""
+    run = copy_of(half_run, "full")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "train.py", "--resume", str(run), "run.stop_at_step=null"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100 * 1024, 100 * 1024)),
+    )  # fmt: skip
+    assert_refused(done, "a checkpoint could not be written", "step-00000004")
+    assert sorted(p.name for p in (run / "checkpoints").iterdir() if p.is_dir()) == ["step-00000002", "step-00000004"]
+    resume(launch, run, ok=True)
+    assert sorted(losses(run)) == list(range(1, 9))
+
+
+def test_no_such_recipe_and_no_such_run(launch: Launch, tmp_path: Path) -> None:
+    assert_refused(launch("", 1, arguments=["recipes/quickstart_pre_nor.yaml"], launcher="python", ok=False), "did you mean recipes/quickstart_pre_norm.yaml?")
+    assert_refused(launch("", 1, arguments=["--resume", str(tmp_path)], launcher="python", ok=False), "not a run folder")
+    assert_refused(launch("", 1, arguments=[], launcher="python", ok=False), "give a recipe")
+
+
+def test_diverging_run_stops_and_names_the_place(launch: Launch, workplace: Path) -> None:
+    """A learning rate of 1e30 makes weights overflow: steps are skipped and counted, and after three in a row the run stops."""
+    done = launch("diverged", 1, "optimizer.learning_rate=1e30", "training.max_skipped_steps=3", "deepspeed.zero_optimization.stage=0", launcher="python", ok=False)
+    assert done.returncode == 1
+    assert "(3 in a row): output of blocks." in done.stdout or "(3 in a row): output of" in done.stdout
+    assert "stopped at step" in done.stderr and "max_skipped_steps" in done.stderr
+    assert [r["skipped_steps"] for r in records(workplace / "runs" / "diverged")][-1] == 3

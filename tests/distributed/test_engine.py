@@ -1,0 +1,63 @@
+"""The engine at every stage and precision against plain autograd: gradients, clipping, skipped steps, sharding."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.conftest import LIMIT, ROOT
+
+pytestmark = pytest.mark.distributed
+KEYS = [f"{precision}-{stage}" for precision in ("fp32", "bf16") for stage in range(4)]
+
+
+@pytest.fixture(scope="module")
+def seen(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("engine") / "seen.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "tests.distributed.engine_worker"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, str(workplace / "recipe.yaml"), str(out)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=2 * LIMIT)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_first_step_is_plain_autograd(key: str, seen: dict[str, Any]) -> None:
+    """Loss and gradient norm (before clipping) of 8 sequences over 2 ranks x 2 micro-batches, as one process computes them."""
+    tolerance = 1e-5 if key.startswith("fp32") else 2e-2
+    assert seen[key]["losses"][0] == pytest.approx(seen["reference"]["loss"], rel=tolerance)
+    assert seen[key]["grad_norms"][0] == pytest.approx(seen["reference"]["grad_norm"], rel=tolerance)
+
+
+def test_stages_take_the_same_clipped_step(seen: dict[str, Any]) -> None:
+    for precision, tolerance in (("fp32", 1e-6), ("bf16", 5e-3)):
+        for stage in range(1, 4):
+            assert seen[f"{precision}-{stage}"]["losses"][1] == pytest.approx(seen[f"{precision}-0"]["losses"][1], rel=tolerance)
+    assert seen["reference"]["grad_norm"] > 0.5  # so the steps above were clipped
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_non_finite_gradients_are_skipped_counted_and_named(key: str, seen: dict[str, Any]) -> None:
+    """DeepSpeed alone applies such a step at stage 0 in fp32, and skips it without a word elsewhere."""
+    run = seen[key]
+    assert run["applied"] == [True, True, False] and run["skipped_steps"] == 1
+    assert not math.isfinite(run["grad_norms"][2])
+    assert not run["changed"]
+    assert run["named"] == "output of blocks.1.mlp.up (rank 0); output of blocks.1.mlp.up (rank 1)"
+
+
+def test_stage_3_is_born_sharded(seen: dict[str, Any]) -> None:
+    for precision in ("fp32", "bf16"):
+        whole, held, elements = seen[f"{precision}-3"]["held_elements"]
+        assert whole in (0, elements) and held == math.ceil(elements / 2)
+
+
+def test_compiled_blocks_compute_the_same(seen: dict[str, Any]) -> None:
+    assert seen["compiled-2"]["losses"][:2] == pytest.approx(seen["fp32-2"]["losses"][:2], rel=1e-5)

@@ -1,0 +1,47 @@
+"""A program for torchrun: print, as JSON, the bytes of tensors that each case of test_plan.py holds between two steps on rank 0."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+
+import torch
+
+from model.config import ModelConfig
+from training.data import Batch
+from training.distributed import discover, leave
+from training.engine import Engine, start_distributed
+from training.recipe import Recipe
+
+
+def held() -> dict[int, torch.UntypedStorage]:
+    """Every storage that a tensor refers to, by its address."""
+    gc.collect()
+    storages = [thing.untyped_storage() for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    return {storage.data_ptr(): storage for storage in storages}
+
+
+def main() -> None:
+    cases, config = json.loads(sys.argv[1]), ModelConfig(**json.loads(sys.argv[2]))
+    ranks = discover()
+    device = start_distributed(ranks)
+    sizes = []
+    for case in cases:
+        before = held()  # kept, so that no new storage takes the place of one of these
+        recipe = Recipe.model_validate(case)
+        engine = Engine(recipe, config, accumulation=1, ranks=ranks, device=device)
+        tokens = torch.zeros(recipe.training.micro_batch_size, recipe.training.sequence_length, dtype=torch.long)
+        for _ in range(2):
+            engine.accumulate(Batch(tokens, tokens, None), scale=1.0)
+            engine.step(1e-3)
+        sizes.append(sum(storage.nbytes() for address, storage in held().items() if address not in before))
+        engine.deepspeed.destroy()
+        del engine
+    if ranks.is_first:
+        print(json.dumps(sizes))
+    leave(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Rank discovery under each launcher's environment."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model.errors import InputError
+from training.distributed import Ranks, discover, leave, one_clear_line, sum_over_ranks
+
+
+def test_torchrun() -> None:
+    env = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    assert discover(env) == Ranks(5, 8, 1, 4)
+
+
+def test_deepspeed_launcher() -> None:
+    env = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    assert discover(env) == Ranks(1, 2, 1, 2)
+
+
+def test_srun() -> None:
+    env = {
+        "SLURM_JOB_ID": "412345", "SLURM_STEP_ID": "0", "SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_STEP_NODELIST": "node07,node09",
+    }  # fmt: skip
+    assert discover(env) == Ranks(9, 16, 1, 8)
+    assert env["MASTER_ADDR"] == "node07" and 20000 <= int(env["MASTER_PORT"]) < 40000
+    assert env["RANK"] == "9" and env["WORLD_SIZE"] == "16" and env["LOCAL_RANK"] == "1"
+
+
+def test_inside_a_slurm_batch_script_plain_python_is_one_rank() -> None:
+    env = {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "16"}
+    assert discover(env) == Ranks(0, 1, 0, 1)
+
+
+def test_plain_python() -> None:
+    env: dict[str, str] = {}
+    assert discover(env) == Ranks(0, 1, 0, 1)
+    assert env["MASTER_ADDR"] == "127.0.0.1" and int(env["MASTER_PORT"]) > 0
+
+
+@pytest.mark.parametrize("env", [{"RANK": "0"}, {"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}])
+def test_a_contradictory_environment_is_refused(env: dict[str, str]) -> None:
+    with pytest.raises(InputError, match="launcher environment"):
+        discover(env)
+
+
+def test_sum_keeps_float64() -> None:
+    small = 1 + 2.0**-40
+    assert sum_over_ranks(torch.tensor(3.0), small, device=torch.device("cpu")) == [3.0, small]
+
+
+def test_one_clear_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    codes = []
+    monkeypatch.setattr("training.distributed.leave", codes.append)
+    monkeypatch.delenv("RANK", raising=False)
+    with one_clear_line():
+        raise InputError("x: wrong; do y")
+    assert codes == [2] and capsys.readouterr().err == "error: x: wrong; do y\n"
+    with pytest.raises(ZeroDivisionError), one_clear_line():
+        _ = 1 / 0
+    assert callable(leave)

@@ -1,0 +1,267 @@
+"""The plan against independent truth: closed forms, PyTorch's own counters, and what DeepSpeed holds on two ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.config import SIZES, ModelConfig
+from model.errors import InputError
+from model.parametrization import initialize
+from model.transformer import Transformer
+from training.memory import activation_bytes, predict
+from training.plan import accumulation_steps, count_parameters, flops_per_token, format_plan, plan, print_plan
+from training.recipe import LoadedRecipe, Recipe, model_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def recipe(deepspeed: dict[str, Any] | None = None, **training: Any) -> Recipe:
+    values = {"tokens": 10**7, "tokens_per_step": 1024, "micro_batch_size": 2, "sequence_length": 64, "precision": "fp32"}
+    return Recipe.model_validate({"model": {"size": "nano"}, "training": values | training, "deepspeed": deepspeed or {}})
+
+
+def network(**fields: Any) -> ModelConfig:
+    values: dict[str, Any] = {"width": 96, "depth": 2, "heads": 4, "vocab_size": 500, "sequence_length": 64}
+    return ModelConfig(**values | fields)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_gpt_shape_has_the_textbook_count(size: str) -> None:
+    """12 width^2 a block, 2 norms a block and one at the end, and the embedding once: without making a weight."""
+    shape = SIZES[size]
+    width, depth = shape["width"], shape["depth"]
+    counted = count_parameters(ModelConfig(**shape, vocab_size=16384, sequence_length=1024))
+    assert counted.attention == 4 * width**2 * depth
+    assert counted.mlp == 8 * width**2 * depth
+    assert counted.norms_and_gains == (2 * depth + 1) * width
+    assert (counted.embedding, counted.unembedding, counted.positions) == (16384 * width, 0, 0)
+    assert counted.total == 16384 * width + 12 * width**2 * depth + (2 * depth + 1) * width
+    assert counted.matmul == 16384 * width + 12 * width**2 * depth
+
+
+def test_every_option_falls_into_its_part() -> None:
+    config = network(
+        block="outlier_protected", kv_heads=2, activation="swiglu", mlp_width=256, positions="learned", tied_embeddings=False, biases=True,
+        qk_norm="layer_norm", residual_gain_form="vector", final_norm=True,
+    )  # fmt: skip
+    counted = count_parameters(config)
+    assert counted.attention == 2 * (2 * 96 * 96 + 2 * 96 * 48 + 96 + 48 + 48 + 96)
+    assert counted.mlp == 2 * (3 * 96 * 256 + 256 + 256 + 96)
+    assert counted.norms_and_gains == 2 * (2 * 2 * 24 + 2 * 96) + 96  # scale and shift of queries and keys, two gains; final RMSNorm
+    assert (counted.embedding, counted.unembedding, counted.positions) == (500 * 96, 500 * 96, 64 * 96)
+    assert counted.total == sum(parameter.numel() for parameter in Transformer(config).parameters()) == sum(counted.tensor_sizes)
+
+
+@pytest.mark.parametrize("fields", [{}, {"tied_embeddings": False, "activation": "swiglu", "kv_heads": 2}, {"block": "outlier_protected"}])
+def test_flops_are_those_of_the_matrix_products(fields: dict[str, Any]) -> None:
+    """PyTorch's flop counter over the matrix products of a forward and a backward pass, with attention written as two of them."""
+    config = network(**fields)
+    model = Transformer(config)
+    initialize(model, seed=0)
+    tokens = torch.zeros(2, 64, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(tokens, tokens).backward()
+    assert counter.get_total_flops() == tokens.numel() * flops_per_token(config, count_parameters(config), 64)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"norm": "layer_norm"},
+    {"positions": "learned"},
+    {"activation": "swiglu"},
+    {"activation": "relu", "biases": True},
+    {"kv_heads": 2, "qk_norm": "rms_norm"},
+    {"block": "outlier_protected"},
+    {"block": "outlier_protected", "residual_gain_form": "vector", "final_norm": True, "kv_heads": 2},
+    {"block": "outlier_protected", "residual_gain_form": "fixed", "qk_norm": "layer_norm"},
+]
+
+
+def kept_by_autograd(config: ModelConfig, dtype: torch.dtype, masked: bool) -> float:
+    """Bytes a token of the distinct tensors that a forward pass saves, parameters left out."""
+    model = Transformer(config)
+    initialize(model, seed=0)
+    model.to(dtype)
+    parameters = {parameter.data_ptr() for parameter in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tokens = torch.zeros(2, 64, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(tokens, tokens, torch.zeros(2, 64, dtype=torch.long) if masked else None)
+    return sum(tensor.untyped_storage().nbytes() for address, tensor in saved.items() if address not in parameters) / tokens.numel()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("dtype", "compute"), [(torch.float32, 4), (torch.bfloat16, 2)])
+@pytest.mark.parametrize("fields", OPTIONS)
+def test_activations_are_what_autograd_keeps(fields: dict[str, Any], dtype: torch.dtype, compute: int, masked: bool) -> None:
+    one, two = network(depth=1, **fields, residual_gain=0.5), network(depth=2, **fields, residual_gain=0.5)
+    block, head = activation_bytes(one, 64, compute, masked, fused_norm=False)
+    kept = kept_by_autograd(one, dtype, masked)
+    # bf16 LayerNorm on a CPU keeps its statistics in bf16: a few bytes a vector less than on a GPU
+    assert kept_by_autograd(two, dtype, masked) - kept == pytest.approx(block, abs=40)
+    assert kept == pytest.approx(block + head + 4 * one.vocab_size, abs=150)  # tokens, targets and RoPE's tables beside
+
+
+@pytest.mark.parametrize(
+    ("fields", "checkpointing"), [({"depth": 6}, False), ({"vocab_size": 20000}, False), ({"depth": 12}, True), ({"depth": 2}, True)]
+)
+def test_peak_of_a_forward_and_backward_pass(fields: dict[str, Any], checkpointing: bool) -> None:
+    """The allocator's own record of one pass, where activations, logits or what checkpointing leaves of them are most."""
+    config = network(**fields)
+    model = Transformer(config)
+    initialize(model, seed=0)
+    model.activation_checkpointing = checkpointing
+    tokens = torch.zeros(8, 64, dtype=torch.long)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model(tokens, tokens).backward()
+    events: list[Any] = profiler.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    now = peak = 0
+    for _, change in changes:
+        now += change
+        peak = max(peak, now)
+    parameters = count_parameters(config)
+    planned = recipe(micro_batch_size=8, activation_checkpointing=checkpointing)
+    memory = predict(planned, config, parameters.tensor_sizes, world_size=1, accumulation=1, device="cpu")
+    moments = [memory.phases["the loss"], memory.phases["the first gradients"], memory.phases["the last gradients"] - memory.buckets]
+    assert peak == pytest.approx(max(moments) - memory.weights - memory.optimizer, rel=0.06)
+
+
+DEEPSPEED: list[tuple[str, dict[str, Any]]] = [
+    ("fp32", {"zero_optimization": {"stage": 0}}),
+    ("fp32", {"zero_optimization": {"stage": 1}}),
+    ("fp32", {"zero_optimization": {"stage": 2}}),
+    ("fp32", {"zero_optimization": {"stage": 3}}),
+    ("bf16", {"zero_optimization": {"stage": 0}}),
+    ("bf16", {"zero_optimization": {"stage": 2}}),
+    ("bf16", {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}),
+    ("bf16", {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}),
+    ("bf16", {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}),
+]
+
+
+@pytest.mark.distributed
+def test_states_are_what_deepspeed_holds() -> None:
+    """Weights, optimizer state and standing buffers of every kind of sharding on two ranks, to a percent."""
+    config = network(width=144, heads=4, depth=2, vocab_size=1001)
+    parameters = count_parameters(config)
+    cases = [recipe(section, precision=precision, tokens_per_step=256) for precision, section in DEEPSPEED]
+    for case in cases:
+        case.deepspeed["zero_optimization"]["reduce_bucket_size"] = parameters.total
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--standalone",
+        str(Path(__file__).with_name("held_by_deepspeed.py")),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    arguments = [json.dumps([case.model_dump(mode="json") for case in cases]), json.dumps(config.to_dict())]
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    held = json.loads(done.stdout.splitlines()[-1])
+    for (precision, section), case, size in zip(DEEPSPEED, cases, held, strict=True):
+        memory = plan(case, config, world_size=2, device="cpu").memory
+        expected = memory.weights + memory.optimizer
+        stage = section["zero_optimization"]["stage"]
+        if stage == 3:  # its gradients and their bucket stay
+            expected += memory.gradients + (2 if precision == "bf16" else 4) * parameters.total
+        elif "data_types" in section:
+            expected += memory.gradients
+        if memory.host:  # on a CPU the host is the device; two temporaries of AdamW are gone between steps
+            expected += memory.host - 8 * sum(-(-count // 2) for count in parameters.tensor_sizes)
+        assert size == pytest.approx(expected, rel=0.01), f"{precision} {section}"
+
+
+def test_sharding_divides_what_it_should() -> None:
+    """ZeRO's table (arXiv 1910.02054, figure 1), bf16 with Adam: of 16 bytes a parameter the stages leave 4 + 12/N, 2 + 14/N, 16/N."""
+    config = model_config(Recipe.model_validate({"model": {"size": "1b"}, "training": recipe().training.model_dump()}), 16384)
+    parameters = count_parameters(config).total
+    for stage, per_parameter in ((0, 16.0), (1, 4 + 12 / 64), (2, 2 + 14 / 64), (3, 16 / 64)):
+        zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+        case = recipe({"zero_optimization": zero}, precision="bf16", tokens_per_step=64 * 128)
+        memory = plan(case, config, world_size=64, device="cuda").memory
+        assert (memory.weights + memory.gradients + memory.optimizer) / parameters == pytest.approx(per_parameter, rel=1e-3), stage
+
+
+def test_offloading_empties_the_device() -> None:
+    config = network()
+    held = plan(recipe({"zero_optimization": {"stage": 3}}), config, 4, device="cuda").memory
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    offloaded = plan(recipe({"zero_optimization": zero}), config, 4, device="cuda").memory
+    assert (offloaded.optimizer, offloaded.gradients, held.host) == (0, 0, 0)
+    assert offloaded.host > held.optimizer
+    assert offloaded.total < held.total
+
+
+def test_a_bucket_of_the_recipe_counts_whole_on_a_gpu() -> None:
+    given = recipe({"zero_optimization": {"stage": 2, "reduce_bucket_size": 5e8}}, precision="bf16")
+    assert plan(given, network(), 2, device="cuda").memory.buckets == 10**9
+    assert plan(given, network(), 2, device="cpu").memory.buckets == 2 * count_parameters(network()).total
+
+
+def test_the_batch_equation() -> None:
+    assert accumulation_steps(recipe(tokens_per_step=524288, micro_batch_size=16, sequence_length=1024), 8) == 4
+    assert accumulation_steps(recipe(), 1) == 8
+
+
+@pytest.mark.parametrize(("tokens_per_step", "world_size"), [(1000, 1), (1024, 3), (4000, 2), (64 * 9, 3), (100, 8)])
+def test_the_advice_on_a_batch_that_does_not_divide_is_good(tokens_per_step: int, world_size: int) -> None:
+    """One line that names the numbers; every value that it names is accepted, and no valid one lies nearer."""
+    with pytest.raises(InputError) as error:
+        accumulation_steps(recipe(tokens_per_step=tokens_per_step), world_size)
+    message = str(error.value)
+    assert "\n" not in message
+    assert message.startswith(f"training.tokens_per_step: {tokens_per_step} does not divide by {world_size} rank")
+    advice = message.partition("nearest valid: ")[2].partition(";")[0]
+    named = [int(choice.split()[0]) for choice in advice.split(" or ")]
+    for value in named:
+        assert accumulation_steps(recipe(tokens_per_step=value), world_size) >= 1
+    unit = world_size * 2 * 64
+    assert named == [value for value in (tokens_per_step // unit * unit, tokens_per_step // unit * unit + unit) if value]
+    kept = message.partition("training.micro_batch_size ")[2]
+    if tokens_per_step % (world_size * 64) == 0:
+        assert accumulation_steps(recipe(tokens_per_step=tokens_per_step, micro_batch_size=int(kept)), world_size) >= 1
+    else:
+        assert not kept
+
+
+def test_what_is_printed() -> None:
+    case = recipe({"zero_optimization": {"stage": 2}}, tokens=2.5e9, tokens_per_step=524288, micro_batch_size=16, sequence_length=1024)
+    manifest = {"train": {"tokens": 10**9}}
+    text = format_plan(plan(case, model_config(case, 16384), 8, manifest, device="cuda"))
+    assert "tokens per step 524288 = 8 ranks x 16 micro-batch x 4 accumulation x 1024 length" in text
+    assert "steps 4768 = 2499805184 tokens" in text
+    assert "2.50 epochs" in text
+    for part in ("embedding", "unembedding", "weights", "gradients", "optimizer state", "activations", "logits", "ZeRO buckets", "FLOPs"):
+        assert part in text
+    assert len(text.splitlines()) < 50
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("size", ["a lot", "auto", None])
+def test_a_bucket_that_is_no_number(size: object) -> None:
+    with pytest.raises(InputError, match="reduce_bucket_size: expected a number"):
+        plan(recipe({"zero_optimization": {"stage": 2, "reduce_bucket_size": size}}), network(), 1)
+
+
+def test_no_ranks_at_all() -> None:
+    with pytest.raises(InputError, match="--ranks"):
+        print_plan(LoadedRecipe(recipe(), Path("x.yaml"), {}), 0)

@@ -1,0 +1,138 @@
+"""Recipes: every problem at once, with the nearest right name; overrides; provenance; the resolved file loads again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from model.errors import InputError
+from training.recipe import Recipe, differences, dump_recipe, load_recipe, model_config
+
+MINIMAL = """
+model: {size: nano}
+training: {tokens: 1e6, tokens_per_step: 4096, micro_batch_size: 8, sequence_length: 256}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def problems(path: Path, *overrides: str) -> str:
+    with pytest.raises(InputError) as error:
+        load_recipe(path, list(overrides))
+    return str(error.value)
+
+
+def test_defaults_file_and_command_line(recipe: Path) -> None:
+    loaded = load_recipe(recipe, ["optimizer.learning_rate=3e-4", "deepspeed.zero_optimization.stage=3", "training.micro_batch_size=4"])
+    assert loaded.recipe.training.tokens == 1_000_000  # 1e6: a number here, a string in YAML 1.1
+    assert loaded.recipe.optimizer.learning_rate == 3e-4
+    assert loaded.recipe.deepspeed == {"zero_optimization": {"stage": 3}}
+    assert loaded.provenance["training.tokens"] == str(recipe)
+    assert loaded.provenance["training.micro_batch_size"] == "command line"
+    assert loaded.provenance["deepspeed.zero_optimization.stage"] == "command line"
+    assert loaded.provenance["optimizer.betas"] == "default"
+    assert loaded.run_folder == Path("runs/small")
+
+
+def test_an_override_of_a_section_replaces_what_the_file_said_below_it(recipe: Path) -> None:
+    loaded = load_recipe(recipe, ["model={width: 64, depth: 2, heads: 2}"])
+    assert loaded.recipe.model.size is None and loaded.recipe.model.width == 64
+    assert loaded.provenance["model.size"] == "default" and loaded.provenance["model.width"] == "command line"
+
+
+def test_every_problem_at_once_with_the_nearest_name(recipe: Path) -> None:
+    message = problems(
+        recipe,
+        "optimizer.learing_rate=1e-3", "model.size=nanu", "model.blok=pre_norm", "data.learning_rate=1", "training.gradient_clipping=much",
+        "training.precision=bf61", "dat.source=files", "evaluation.every=0", "deepspeed.zero_optimisation={}", "no_equals_sign",
+        "data.source=files",
+    )  # fmt: skip
+    lines = message.splitlines()
+    assert lines[0] == f"{recipe}: 11 problems in the recipe"
+    for expected in (
+        "no_equals_sign: an override is written section.key=value",
+        "optimizer.learing_rate: unknown key; did you mean optimizer.learning_rate?",
+        "model.blok: unknown key; did you mean model.block?",
+        "data.learning_rate: unknown key; did you mean optimizer.learning_rate?",
+        "training.precision: 'bf61' is not one of 'fp32' or 'bf16'; did you mean bf16?",
+        "dat: unknown key; did you mean data?",
+        "evaluation.every: expected greater than or equal to 1, found 0",
+        "training.gradient_clipping: expected number, unable to parse string as a number, found 'much'",
+    ):
+        assert any(line.strip() == expected for line in lines), (expected, message)
+
+
+def test_problems_between_fields(recipe: Path) -> None:
+    message = problems(
+        recipe,
+        "data.source=files", "data.tokenizer.kind=pretrained", "model.sequence_length=128", "model.heads=3", "training.tokens=100",
+        "optimizer.betas=[0.9, 1.0]", "deepspeed.train_batch_size=8", "deepspeed.zero_optimization.stage=4",
+    )  # fmt: skip
+    for expected in (
+        "data.paths: required", "data.tokenizer.path: required", "256 is over the model's 128", "width 128 does not divide by 3 heads",
+        "100 is less than one step of 4096", "optimizer.betas", "deepspeed.train_batch_size: set by Burnish; say it as training.tokens_per_step",
+        "deepspeed.zero_optimization.stage: expected 0, 1, 2 or 3, found 4",
+    ):  # fmt: skip
+        assert expected in message
+
+
+def test_a_missing_section_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("model: {size: nano}\n")
+    assert "training: required, and not given" in problems(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("model: [", "not valid YAML"),
+        ("- a\n- b\n", "a recipe is a mapping of sections"),
+        ("model: {size: nano}\nmodel: {size: 10m}\n", "key 'model' is given twice"),
+        ("", "a recipe is a mapping of sections"),
+    ],
+)
+def test_files_that_are_not_recipes(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    assert expected in problems(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read as a recipe" in problems(path)
+
+
+def test_a_missing_file_names_the_nearest(recipe: Path) -> None:
+    assert "no such recipe; did you mean" in problems(recipe.with_name("smal.yaml"))
+
+
+def test_the_resolved_recipe_loads_again_and_says_where_values_came_from(recipe: Path) -> None:
+    loaded = load_recipe(recipe, ["run.seed=7", "optimizer.epsilon=1e-12"])
+    text = dump_recipe(loaded)
+    assert "  seed: 7  # command line\n" in text and f"  size: nano  # {recipe}\n" in text and "  block: pre_norm  # default\n" in text
+    saved = recipe.with_name("resolved.yaml")
+    saved.write_text(text)
+    assert load_recipe(saved).recipe == loaded.recipe
+
+
+def test_differences_ignore_what_changes_no_weight(recipe: Path) -> None:
+    saved = recipe.with_name("resolved.yaml")
+    saved.write_text(dump_recipe(load_recipe(recipe)))
+    assert differences(saved, load_recipe(recipe, ["checkpoint.every=5", "logging.every=3", "run.stop_at_step=9"])) == []
+    assert differences(saved, load_recipe(recipe, ["optimizer.learning_rate=0.5"])) == ["optimizer.learning_rate: 0.001 there, 0.5 here"]
+
+
+def test_model_config_takes_the_size_and_what_the_recipe_overrides(recipe: Path) -> None:
+    config = model_config(load_recipe(recipe, ["model.depth=2", "model.block=outlier_protected"]).recipe, vocab_size=500)
+    assert (config.width, config.depth, config.heads, config.vocab_size, config.sequence_length) == (128, 2, 4, 500, 256)
+    assert config.qk_norm == "rms_norm" and config.final_norm is False
+
+
+def test_every_field_says_what_it_is() -> None:
+    """The schema is what an editor shows: bounds and types for all, and a description wherever the name does not say it."""
+    schema = Recipe.model_json_schema()
+    for name, section in schema["$defs"].items():
+        assert section["description"], name

@@ -1,0 +1,278 @@
+"""How much memory a run takes on one rank, part by part, before it is built.
+
+Predicted tensor by tensor from what PyTorch and DeepSpeed 0.19 allocate (`runtime/zero/stage_1_and_2.py`, `stage3.py`,
+`bf16_optimizer.py`, `fp16/unfused_optimizer.py`). Not in it: the CUDA context, NCCL's buffers, fragmentation, workspaces of
+matrix products, and, on a CPU, Python and its libraries.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from model.config import ModelConfig
+from model.errors import InputError
+from training.recipe import Recipe, zero_stage
+
+# DeepSpeed's defaults (runtime/zero/config.py, runtime/engine.py), in elements
+REDUCE_BUCKET = 500_000_000
+MAX_LIVE_PARAMETERS = 1_000_000_000
+PERSISTENCE_THRESHOLD = 100_000
+SUB_GROUP = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device of one rank, by part; `host` is what offloading moves to the CPU's memory or to disk.
+
+    The parts are not all there at once: `phases` says how much is there at each moment of a step, and `total` is the most.
+    """
+
+    weights: int
+    gradients: int  # that wait for the optimizer's step
+    optimizer: int  # float32 weights and the two moments of AdamW
+    activations: int  # kept for the backward pass
+    logits: int
+    buckets: int  # where gradients are reduced and, at stage 3, whole weights are gathered
+    step: int  # what the optimizer's step makes beside its state
+    host: int
+    phases: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return max(self.phases.values())
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=lambda phase: self.phases[phase])
+
+
+@dataclass
+class _States:
+    """What DeepSpeed holds, in bytes: by part, and beside `weights` and `optimizer` at each moment of a step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    buckets: int
+    step: int
+    at_loss: int
+    at_first_gradients: int
+    at_last_gradients: int
+    at_step: int
+    host: int = 0
+
+
+def predict(recipe: Recipe, config: ModelConfig, tensor_sizes: list[int], world_size: int, accumulation: int, device: str) -> Memory:
+    """Bytes on one rank, by part and by moment.
+
+    Args:
+        tensor_sizes: elements of each parameter tensor, shared ones once.
+        accumulation: micro-batches of a step.
+        device: "cuda" or "cpu".
+    """
+    training = recipe.training
+    compute = 2 if training.precision == "bf16" else 4
+    by_stage = {0: _unsharded, 1: _sharded_optimizer, 2: _sharded_optimizer, 3: _sharded_weights}
+    states = by_stage[zero_stage(recipe)](recipe, tensor_sizes, world_size, accumulation, device)
+    tokens = training.micro_batch_size * training.sequence_length
+    block, head = activation_bytes(config, training.sequence_length, compute, recipe.data.document_masks, device == "cuda")
+    if training.activation_checkpointing:
+        kept = tokens * (config.depth * compute * config.width + head)
+    else:
+        kept = tokens * (config.depth * block + head)
+    # The backward pass of a block: what it kept, the gradient that came in, and that of the MLP's hidden layer.
+    assert config.mlp_width is not None
+    inside = tokens * (block + compute * (config.width + config.mlp_width))
+    # Cross-entropy works in float32: log-probabilities, the gradient of the loss to them, and the gradient to the logits.
+    logits = 12 * tokens * config.vocab_size
+    behind = compute * tokens * config.vocab_size  # the gradient to the logits
+    if training.activation_checkpointing:
+        behind = max(behind, inside)
+    fixed = states.weights + states.optimizer
+    return Memory(
+        weights=states.weights,
+        gradients=states.gradients,
+        optimizer=states.optimizer,
+        activations=kept + (tokens * block if training.activation_checkpointing else 0),
+        logits=logits,
+        buckets=states.buckets,
+        step=states.step,
+        host=states.host,
+        phases={
+            "the loss": fixed + states.at_loss + kept + logits,
+            "the first gradients": fixed + states.at_first_gradients + kept + behind,
+            "the last gradients": fixed + states.at_last_gradients + inside,
+            "the optimizer's step": fixed + states.at_step,
+        },
+    )
+
+
+def activation_bytes(config: ModelConfig, sequence_length: int, compute: int, masked: bool, fused_norm: bool) -> tuple[int, int]:
+    """Bytes a token that the backward pass keeps: (of one block, of what lies between the blocks and the logits).
+
+    Counted over the tensors that autograd saves, each once, with the flash form of scaled_dot_product_attention, which keeps
+    queries, keys, values, its output and one float32 a head, and no scores.
+
+    Args:
+        compute: bytes of an activation: 4 in fp32, 2 in bf16.
+        masked: document masks, which SDPA turns into an additive (length, length) mask anew in each block.
+        fused_norm: RMSNorm is one kernel that keeps its input (CUDA), not several that keep two float32 tensors (CPU).
+    """
+    assert config.kv_heads is not None and config.head_dim is not None and config.mlp_width is not None
+    width, queries, keys = config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim
+
+    def norm(kind: str | None, size: int, vectors: int) -> int:
+        """Kept by a norm of `vectors` vectors with `size` elements in all, besides its output."""
+        if kind == "layer_norm":
+            return compute * size + 8 * vectors  # input, mean and inverse deviation
+        if kind == "rms_norm":
+            return (compute * size if fused_norm else 8 * size) + 4 * vectors
+        return 0
+
+    block_norm = config.norm if config.block == "pre_norm" else "none"
+    gain = 0 if config.residual_gain_form == "fixed" else compute * width  # a trainable gain keeps what it multiplies
+    attention = (
+        norm(block_norm, width, 1)
+        + compute * width  # input of the projections
+        + norm(config.qk_norm, queries, config.heads)
+        + norm(config.qk_norm, keys, config.kv_heads)
+        + compute * (2 * queries + 2 * keys)  # query, output, key, value
+        + 4 * config.heads  # log-sum-exp
+        + (compute * queries if config.positions == "rope" else 0)  # rotated queries lie head by head, so the output is copied
+        + (compute * sequence_length if masked else 0)
+        + gain
+    )
+    hidden = {"gelu": 2, "relu": 1, "swiglu": 4}[config.activation] * config.mlp_width
+    mlp = norm(block_norm, width, 1) + compute * width + compute * hidden + gain
+    head = norm(config.norm if config.final_norm else "none", width, 1) + compute * width
+    return attention + mlp, head
+
+
+def _unsharded(recipe: Recipe, tensor_sizes: list[int], world_size: int, accumulation: int, device: str) -> _States:
+    """Stage 0: everything whole on every rank. In fp32 the weights are their own master copy."""
+    count, low = sum(tensor_sizes), recipe.training.precision == "bf16"
+    gradients = (2 if low else 4) * count
+    flat = (2 if low else 4) * min(count, REDUCE_BUCKET)  # made at the end to be summed over the ranks
+    adam = 8 * max(tensor_sizes) if device == "cpu" else 0  # temporaries of AdamW where it is not fused, a tensor at a time
+    step = (4 * count if low else 0) + adam  # with float32 gradients
+    waiting = gradients if accumulation > 1 else 0
+    return _States(
+        weights=(2 if low else 4) * count,
+        gradients=gradients,
+        optimizer=(12 if low else 8) * count,
+        buckets=flat,
+        step=step,
+        at_loss=waiting,
+        at_first_gradients=waiting,
+        at_last_gradients=gradients + flat,
+        at_step=gradients + step,
+    )
+
+
+def _sharded_optimizer(recipe: Recipe, tensor_sizes: list[int], world_size: int, accumulation: int, device: str) -> _States:
+    """Stages 1 and 2: whole weights, and one rank's share of float32 weights and moments; at stage 2 also of the gradients."""
+    zero = recipe.deepspeed.get("zero_optimization", {})
+    stage, count, low = zero_stage(recipe), sum(tensor_sizes), recipe.training.precision == "bf16"
+    share = math.ceil(count / world_size)
+    compute = 2 if low else 4
+    offloaded = _offloaded(zero, "offload_optimizer")
+    in_float32 = low and _accumulates_in_float32(recipe)
+    adam = 8 * share if device == "cpu" or offloaded else 0
+    weights, optimizer = compute * count, 12 * share
+    if stage == 1 and in_float32 and not offloaded:  # DeepSpeed's BF16_Optimizer: float32 gradients of everything, always there
+        gradients, flat = 4 * count, 4 * min(count, REDUCE_BUCKET)
+        return _States(weights, gradients, optimizer, flat, adam, gradients, gradients, gradients + flat, gradients + adam)
+    bucket = compute * _reduce_bucket(zero, count, device) * (2 if zero.get("overlap_comm") else 1)
+    if offloaded:  # the gradients of one tensor at a time go through the device
+        passing = compute * max(tensor_sizes) + (compute * count if stage == 1 else 0)
+        host = optimizer + 4 * share + compute * share + adam  # with float32 gradients and a copy of the weights
+        return _States(weights, passing, 0, bucket, 0, passing, passing + bucket, passing + bucket, passing, host)
+    # Gradients that are added up, and those that are left at the step: this rank's, from which a float32 copy is made.
+    if stage == 1:
+        gradients = waiting = (4 if in_float32 else compute) * count
+    else:
+        waiting = (4 if in_float32 else compute) * share
+        gradients = waiting * (2 if accumulation > 1 and not in_float32 else 1)  # this micro-batch's beside the sum so far
+    flat = 0 if in_float32 else compute * share
+    step = flat + adam if not low or in_float32 else 4 * share + max(flat, adam)
+    if accumulation == 1:
+        waiting = 0
+    return _States(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        buckets=bucket,
+        step=step,
+        at_loss=waiting,
+        at_first_gradients=waiting + bucket,
+        at_last_gradients=gradients + bucket,
+        at_step=(4 if in_float32 else compute) * share + step,
+    )
+
+
+def _sharded_weights(recipe: Recipe, tensor_sizes: list[int], world_size: int, accumulation: int, device: str) -> _States:
+    """Stage 3: one rank's share of everything; small tensors stay whole, the rest is gathered where it is used."""
+    zero = recipe.deepspeed.get("zero_optimization", {})
+    low, count = recipe.training.precision == "bf16", sum(tensor_sizes)
+    share = sum(math.ceil(size / world_size) for size in tensor_sizes)  # each tensor is padded to the ranks
+    compute = 2 if low else 4
+    optimizer_offloaded, weights_offloaded = _offloaded(zero, "offload_optimizer"), _offloaded(zero, "offload_param")
+    threshold = _elements(zero, "param_persistence_threshold", PERSISTENCE_THRESHOLD)
+    whole = compute * sum(size for size in tensor_sizes if size <= threshold)  # but for the time of the step
+    gathered = max(0, compute * min(count, _elements(zero, "max_live_parameters", MAX_LIVE_PARAMETERS)) - whole)
+    bucket = _reduce_bucket(zero, count, device)
+    scattered = compute * min(count, bucket)  # gradients leave the bucket by a second copy
+    bucket *= compute
+    sub_group = min(share, _elements(zero, "sub_group_size", SUB_GROUP))
+    adam = 8 * sub_group if device == "cpu" or optimizer_offloaded else 0
+    gradients = (4 if _accumulates_in_float32(recipe) else compute) * share  # one buffer, always there
+    optimizer, step = 12 * share, 4 * sub_group + adam
+    host = compute * share if weights_offloaded else 0
+    if optimizer_offloaded:
+        host += optimizer + gradients + 4 * share + adam
+        gradients = optimizer = step = 0
+    return _States(
+        weights=whole + (0 if weights_offloaded else compute * share),
+        gradients=gradients,
+        optimizer=optimizer,
+        buckets=bucket + scattered + gathered,
+        step=step,
+        at_loss=gradients + bucket + gathered,
+        at_first_gradients=gradients + bucket + gathered,
+        at_last_gradients=gradients + bucket + gathered + scattered,
+        at_step=gradients + bucket + step - whole,
+        host=host,
+    )
+
+
+def _reduce_bucket(zero: dict[str, Any], count: int, device: str) -> int:
+    """Elements of the bucket that gradients are reduced in: our default is the smaller of DeepSpeed's and the model.
+
+    One given in the recipe is taken whole on a GPU; on a CPU memory that is never written to is never taken.
+    """
+    size = _elements(zero, "reduce_bucket_size", REDUCE_BUCKET)
+    return min(size, count) if device == "cpu" or "reduce_bucket_size" not in zero else size
+
+
+def _elements(zero: dict[str, Any], key: str, default: int) -> int:
+    """A number of elements of DeepSpeed's zero_optimization section, by its name or its name with stage3_ before it."""
+    value = zero.get(f"stage3_{key}", zero.get(key, default))
+    try:
+        return int(float(value))
+    except (TypeError, ValueError):
+        raise InputError(f"deepspeed.zero_optimization.{key}: expected a number of elements, found {value!r}") from None
+
+
+def _offloaded(zero: dict[str, Any], key: str) -> bool:
+    section = zero.get(key) or {}
+    if not isinstance(section, dict):
+        raise InputError(f"deepspeed.zero_optimization.{key}: expected a mapping such as {{device: cpu}}, found {section!r}")
+    return section.get("device", "none") not in (None, "none")
+
+
+def _accumulates_in_float32(recipe: Recipe) -> bool:
+    """Gradients of several micro-batches add up in float32: `deepspeed.data_types.grad_accum_dtype`; default: in the precision."""
+    data_types = recipe.deepspeed.get("data_types") or {}
+    return recipe.training.precision == "fp32" or str(data_types.get("grad_accum_dtype")) in ("fp32", "float32", "float")
