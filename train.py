@@ -1,8 +1,8 @@
 """Train a recipe.
 
-    deepspeed train.py recipes/X.yaml [section.key=value ...]      also: torchrun, srun, or plain python
-    python train.py recipes/X.yaml --dry-run [--ranks N]           check, and print the plan
-    python train.py --resume runs/X                                go on from the newest checkpoint
+deepspeed train.py recipes/X.yaml [section.key=value ...]      also: torchrun, srun, or plain python
+python train.py recipes/X.yaml --dry-run [--ranks N]           check, and print the plan
+python train.py --resume runs/X                                go on from the newest checkpoint
 """
 
 import argparse

@@ -46,7 +46,7 @@ def line_chart(
         level: a horizontal dashed line and its label.
         y_range: fixes the y axis, so that charts side by side can be compared.
     """
-    width, height, left, right, top, bottom = 560, 300, 52, 14, 14, 40
+    width, height, left, right, top, bottom = 560, 300, 64, 16, 14, 42
     shown = [(x, y) for line in lines for x, y in line.points if y is not None and math.isfinite(y) and (y > 0 or not log)]
     if not shown:
         return f'<p class="note">{escape(alt)}: nothing to draw.</p>'
@@ -98,9 +98,9 @@ def heat_map(values: Sequence[Sequence[float | None]], steps: Sequence[int], alt
     kept = list(range(len(steps)))
     if len(kept) > LARGEST_MAP:
         kept = sorted({round(i) for i in np.linspace(0, len(steps) - 1, LARGEST_MAP)})
-    count, size, left, top = len(kept), 250, 46, 6
+    count, size, left, top = len(kept), 250, 52, 8
     cell = size / count
-    parts = [f'<svg class="map" viewBox="0 0 {left + size + 70} {top + size + 38}" role="img" aria-label="{escape(alt)}">']
+    parts = [f'<svg class="map" viewBox="0 0 {left + size + 72} {top + size + 46}" role="img" aria-label="{escape(alt)}">']
     for row, i in enumerate(kept):
         for column, j in enumerate(kept):
             value = values[i][j]
@@ -109,17 +109,17 @@ def heat_map(values: Sequence[Sequence[float | None]], steps: Sequence[int], alt
                 f'<rect x="{left + column * cell:.2f}" y="{top + row * cell:.2f}" width="{cell + 0.3:.2f}" height="{cell + 0.3:.2f}" '
                 f'fill="{_colour(value, floor)}"><title>steps {steps[i]} and {steps[j]}: {label}</title></rect>'
             )
-    for position in sorted({round(t) for t in np.linspace(0, count - 1, min(5, count))}):
+    for position in range(0, count, max(1, math.ceil(count / 5))):
         centre, label = (position + 0.5) * cell, short(steps[kept[position]])
-        parts.append(f'<text class="tick" x="{left - 6}" y="{top + centre + 4:.1f}" text-anchor="end">{label}</text>')
-        parts.append(f'<text class="tick" x="{left + centre:.1f}" y="{top + size + 16}" text-anchor="middle">{label}</text>')
-    parts.append(f'<text class="axis" x="{left + size / 2}" y="{top + size + 33}" text-anchor="middle">step</text>')
+        parts.append(f'<text class="tick" x="{left - 6}" y="{top + centre + 5:.1f}" text-anchor="end">{label}</text>')
+        parts.append(f'<text class="tick" x="{left + centre:.1f}" y="{top + size + 19}" text-anchor="middle">{label}</text>')
+    parts.append(f'<text class="axis" x="{left + size / 2}" y="{top + size + 40}" text-anchor="middle">step</text>')
     bar_x, bands = left + size + 14, 64
     for band in range(bands):
         colour = _colour(1 - (1 - floor) * (band + 0.5) / bands, floor)
         parts.append(f'<rect x="{bar_x}" y="{top + size * band / bands:.2f}" width="11" height="{size / bands + 0.4:.2f}" fill="{colour}"/>')
     for tick in np.linspace(floor, 1, 5):
-        parts.append(f'<text class="tick" x="{bar_x + 16}" y="{top + size * (1 - (tick - floor) / (1 - floor)) + 4:.1f}">{tick:.2g}</text>')
+        parts.append(f'<text class="tick" x="{bar_x + 16}" y="{top + size * (1 - (tick - floor) / (1 - floor)) + 5:.1f}">{tick:.2g}</text>')
     return "".join([*parts, "</svg>"])
 
 
@@ -138,10 +138,10 @@ def padded_range(values: Sequence[float], log: bool) -> tuple[float, float]:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Four to eight round numbers within a range."""
-    spread = (high - low) / 5
+    """Three to six round numbers within a range."""
+    spread = (high - low) / 6
     unit = 10.0 ** math.floor(math.log10(spread))
-    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= spread)
+    step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= spread)
     first = math.ceil(low / step)
     return [n * step for n in range(first, math.floor(high / step) + 1)]
 

@@ -28,19 +28,23 @@ figcaption { margin-top: 6px; }
 svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
 svg text.axis { font-size: 12.5px; }
+svg.map text, svg.map text.axis { font-size: 15px; }
 svg .grid { stroke: var(--line); stroke-width: 1; }
 svg .level { stroke: var(--soft); stroke-width: 1.2; stroke-dasharray: 6 4; }
 svg .curve { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 4px 0 0 52px; font-size: .85rem; color: var(--soft); }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 4px 0 0 11%; font-size: .85rem; color: var(--soft); }
 .legend i { display: inline-block; width: 16px; height: 3px; border-radius: 2px; margin-right: 6px; vertical-align: middle; }
 .legend i.dashed { width: 7px; box-shadow: 9px 0 0 0 currentColor; }
 .scroll { overflow-x: auto; margin: 14px 0; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 8px 12px; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 600; color: var(--soft); font-size: .82rem; vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: nowrap; }
+table + h3, .grid + h3 { margin-top: 26px; }
+svg.map { shape-rendering: crispEdges; }
 td.text, th.text { text-align: left; }
 td b { font-weight: 650; }
+td.text { color: var(--soft); font-size: .86rem; min-width: 16em; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; margin: 0; font-size: .9rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 pre, code { font: .85rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
@@ -87,7 +91,8 @@ def panel(title: str, content: str, colour: str | None = None, caption: str = ""
 
 def section(title: str, explanation: str, *content: str) -> str:
     """A heading, a sentence or two on how to read what follows, and the content (HTML)."""
-    return f"<section><h2>{escape(title)}</h2><p>{escape(explanation)}</p>{''.join(content)}</section>"
+    paragraph = f"<p>{escape(explanation)}</p>" if explanation else ""
+    return f"<section><h2>{escape(title)}</h2>{paragraph}{''.join(content)}</section>"
 
 
 def grid(*panels: str) -> str:

@@ -90,7 +90,8 @@ def overview_picture(runs: list[dict[str, Any]], path: Path) -> Path:
     """
     maps = [run for run in runs if run["trajectory"]][:3]
     with mpl.rc_context(_STYLE):
-        figure, axes = plt.subplots(1, 2 + max(1, len(maps)), figsize=(7.2 + 3.3 * max(1, len(maps)), 3.5), layout="constrained")
+        columns = 2 + max(1, len(maps))
+        figure, axes = plt.subplots(1, columns, figsize=(3.6 * columns, 3.4), layout="constrained", width_ratios=[1.25, 1.25] + [1] * (columns - 2))
         _losses(axes[0], runs)
         kurtosis = axes[1]
         for i, run in enumerate(runs):
@@ -98,13 +99,13 @@ def overview_picture(runs: list[dict[str, Any]], path: Path) -> Path:
                 places = [p for p in run["outliers"]["places"] if p != "unembedding"]
                 peak = [max((c["places"][p]["kurtosis_minus_one"] or np.nan) for p in places) for c in run["outliers"]["checkpoints"]]
                 kurtosis.plot(run["outliers"]["steps"], peak, "o-", ms=3, color=RUN_COLOURS[i % len(RUN_COLOURS)], label=run["name"])
-        kurtosis.set(title="Outliers: kurtosis − 1, worst layer")
+        kurtosis.set(title="Kurtosis − 1, worst layer")
         _log_axis(kurtosis)
         _step_axis(kurtosis)
         for axis, run in zip(axes[2:], maps, strict=False):
             result = run["trajectory"]
-            title = f"{run['name']}\nfrom the start, ω = {_value(result['network']['omega_relative'])}"
-            _heat_map(axis, result["network"]["relative_map"], result["steps"][1:], title)
+            title = f"{run['name']}\npath from the start, ω = {_value(result['network']['omega_relative'])}"
+            _heat_map(axis, result["network"]["relative_map"], result["steps"][1:], title, bar=run is maps[-1])
         if not maps:
             axes[2].set_axis_off()
         return _save(figure, path)
@@ -123,7 +124,7 @@ def _losses(axis: Axes, runs: list[dict[str, Any]]) -> None:
     for loss in unigrams:
         axis.axhline(loss, color="#555555", lw=1, ls="--")
         axis.annotate("unigram model", (1, loss), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color="#555555")
-    axis.set(title="Loss, nats a token (line: training, dots: validation)", xlabel="tokens")
+    axis.set(title="Loss, nats a token", xlabel="tokens   (thin: training, dots: validation)")
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
     axis.xaxis.set_major_locator(MaxNLocator(5))
     if axis.get_legend_handles_labels()[0]:
@@ -154,11 +155,11 @@ def _groups(axis: Axes, result: dict[str, Any]) -> None:
     axis.grid(axis="y", visible=False)
 
 
-def _heat_map(axis: Axes, values: list[list[float | None]], steps: list[int], title: str) -> None:
+def _heat_map(axis: Axes, values: list[list[float | None]], steps: list[int], title: str, bar: bool = True) -> None:
     """Cosines, on the same colour scale for every run: 0 to 1, or -1 to 1 when some are clearly negative."""
     array = np.array([_floats(row) for row in values])
     image = axis.imshow(array, cmap=MAP_COLOURS, vmin=map_floor(values), vmax=1.0, interpolation="nearest")
-    ticks = np.unique(np.linspace(0, len(steps) - 1, min(5, len(steps))).round().astype(int))
+    ticks = list(range(0, len(steps), max(1, -(-len(steps) // 5))))
     labels = [short(steps[t]) for t in ticks]
     axis.set_xticks(ticks, labels)
     axis.set_yticks(ticks, labels)
@@ -166,7 +167,8 @@ def _heat_map(axis: Axes, values: list[list[float | None]], steps: list[int], ti
     axis.grid(visible=False)
     for spine in axis.spines.values():
         spine.set_visible(False)
-    axis.figure.colorbar(image, ax=axis, shrink=0.8, label="cosine")
+    if bar:
+        axis.figure.colorbar(image, ax=axis, shrink=0.8, label="cosine")
 
 
 def map_floor(values: list[list[float | None]]) -> float:

@@ -114,7 +114,7 @@ def render(runs: list[dict[str, Any]], command: str) -> str:
         f"<header><h1>{escape(title)}</h1>"
         '<p class="lead">What these training runs are, how well they learned, and what happened inside them, read from the checkpoints '
         "they left on disk. Hover over a point or a cell for its value.</p></header>",
-        _summary(runs, colours),
+        _summary(runs),
         _losses(runs, colours),
         _outliers(runs, colours),
         _trajectories(runs, colours),
@@ -126,37 +126,47 @@ def render(runs: list[dict[str, Any]], command: str) -> str:
     return page(title, "\n".join(parts))
 
 
-def _summary(runs: list[dict[str, Any]], colours: list[str]) -> str:
-    head = ["run", "parameters", "tokens", "validation loss", "unigram loss", "largest kurtosis", "ω from origin", "ω from start"]
-    head += ["straightness", "tokens/s", "peak memory a rank"]
-    rows = []
-    for run, colour in zip(runs, colours, strict=True):
+def _summary(runs: list[dict[str, Any]]) -> str:
+    columns = []
+    for run in runs:
         network = run["trajectory"]["network"] if run["trajectory"] else {}
         peak, place, step = outliers.largest_kurtosis(run["outliers"]) if run["outliers"] else (None, "", 0)
         memory = _last(run, "peak_memory_bytes")
         rates = [record["tokens_per_second"] for record in run["metrics"] if "tokens_per_second" in record]
         where = f'<br><span class="note">{escape(place)}, step {step}</span>' if peak is not None else ""
-        rows.append(
+        columns.append(
             [
-                f'<span class="swatch" style="background:{colour}"></span><b>{escape(run["name"])}</b>',
-                short(run["parameters"]),
-                short(run["manifest"].get("tokens") or _last(run, "tokens") or 0),
                 f"<b>{_number(_last(run, 'validation_loss'), 4)}</b>",
                 _number(run["unigram_loss"], 4),
                 f"<b>{_number(peak, 2)}</b>{where}",
                 _number(network.get("omega"), 3),
                 _number(network.get("omega_relative"), 3),
                 _number(network.get("straightness"), 3),
+                short(run["parameters"]),
+                short(run["manifest"].get("tokens") or _last(run, "tokens") or 0),
                 f"{statistics.median(rates):,.0f}" if rates else "–",
                 f"{memory / 2**20:,.0f} MiB" if memory else "–",
             ]
         )
+    walks = sorted({f"{run['trajectory']['null_values']['random_walk']['omega_relative']:.2f}" for run in runs if run["trajectory"]})
+    labels = [
+        ("Validation loss", "cross-entropy, nats a token, at the last evaluation; lower is better"),
+        ("Unigram loss", "of a model that knows only how frequent each token is: a run must get below it"),
+        ("Largest kurtosis", "over layers and checkpoints; 1 when all channels are used alike, large values are what breaks int8 inference"),
+        ("ω from the origin", "mean cosine between checkpoints; 1 when the weights never turned"),
+        ("ω from the start", f"the same for displacements; a straight line gives 1, a random walk {' or '.join(walks) or '2/3'}"),
+        ("Straightness", "distance covered over length of the path; a straight line gives 1"),
+        ("Parameters", "tied weights counted once"),
+        ("Training tokens", ""),
+        ("Tokens a second", "median over the logged steps, all ranks together"),
+        ("Peak memory", "of the first rank"),
+    ]
+    head = ["", *(run["name"] for run in runs), ""]
+    rows = [[escape(label), *(column[i] for column in columns), escape(meaning)] for i, (label, meaning) in enumerate(labels)]
     return section(
         "In short",
-        "Loss is cross-entropy in nats a token, lower is better; the unigram model knows only how frequent each token is. Kurtosis is 1 "
-        "when all channels of the residual stream are used alike; large values are what makes int8 inference fail. ω is the mean cosine "
-        "between checkpoints, straightness the distance covered over the length of the path.",
-        table(head, rows),
+        "",
+        table(head, rows, text_columns=[len(head) - 1]),
         *(f'<p class="note">{escape(run["name"])}: no {escape(note)}</p>' for run in runs for note in run["notes"]),
     )
 
@@ -169,15 +179,13 @@ def _losses(runs: list[dict[str, Any]], colours: list[str]) -> str:
     unigrams = sorted({run["unigram_loss"] for run in runs if run["unigram_loss"] is not None})
     level = (unigrams[0], "unigram model") if len(unigrams) == 1 else None
     chart = line_chart(lines, "Training and validation loss over tokens, all runs", "tokens", "nats a token", level=level)
-    rates = [Line(run["name"], _curve(run, "learning_rate"), colour) for run, colour in zip(runs, colours, strict=True)]
     norms = [Line(run["name"], _curve(run, "grad_norm"), colour) for run, colour in zip(runs, colours, strict=True)]
     return section(
         "Learning",
         "A run has learned more than word frequencies once its validation loss is below the dashed line.",
-        grid(panel("Loss", chart, caption="Thin: training, a batch each. Dots: validation, on text held out.")),
         grid(
+            panel("Loss", chart, caption="Thin: training, a batch each. Dots: validation, on text held out."),
             panel("Gradient norm", line_chart(norms, "Gradient norm over tokens, all runs", "tokens", "norm before clipping", log=True)),
-            panel("Learning rate", line_chart(rates, "Learning rate over tokens, all runs", "tokens", "learning rate")),
         ),
     )
 

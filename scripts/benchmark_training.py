@@ -59,7 +59,13 @@ def benchmark(arguments: argparse.Namespace) -> None:
         loaded = load_recipe(arguments.recipe, arguments.overrides)
         tokens = arguments.steps * loaded.recipe.training.tokens_per_step
         never = arguments.steps + 1
-        common = [f"training.tokens={tokens}", f"logging.every={LOGGED_EVERY}", f"evaluation.every={never}", f"checkpoint.every={never}", "checkpoint.first=false"]
+        common = [
+            f"training.tokens={tokens}",
+            f"logging.every={LOGGED_EVERY}",
+            f"evaluation.every={never}",
+            f"checkpoint.every={never}",
+            "checkpoint.first=false",
+        ]
         loaded = load_recipe(arguments.recipe, [*arguments.overrides, *common, f"run.folder={scratch}"])
         subjects: dict[str, Callable[[int], list[float]]] = {
             "burnish": lambda turn: burnish(loaded, scratch, turn),
@@ -103,7 +109,9 @@ def bare_deepspeed(loaded: LoadedRecipe, ranks: Ranks, device: torch.device, ste
     accumulation = accumulation_steps(recipe, ranks.world_size)
     model, tokens, targets = network_and_batch(loaded, device)
     config = deepspeed_config(recipe, accumulation, ranks.world_size)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model, recipe.optimizer, fused=device.type == "cuda"), config=config)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=make_optimizer(model, recipe.optimizer, fused=device.type == "cuda"), config=config
+    )
 
     def step() -> None:
         for _ in range(accumulation):
@@ -120,13 +128,14 @@ def bare_pytorch(loaded: LoadedRecipe, ranks: Ranks, device: torch.device, steps
     model, tokens, targets = network_and_batch(loaded, device)
     model.to(device)
     optimizer = make_optimizer(model, recipe.optimizer, fused=device.type == "cuda")
-    forward = torch.nn.parallel.DistributedDataParallel(model) if ranks.world_size > 1 else model
+    data_parallel = torch.nn.parallel.DistributedDataParallel(model) if ranks.world_size > 1 else None
+    forward = data_parallel or model
 
     def step() -> None:
         for index in range(accumulation):
-            last = index == accumulation - 1
-            synchronise = contextlib.nullcontext() if last or ranks.world_size == 1 else forward.no_sync()  # pyright: ignore[reportAttributeAccessIssue]
-            with synchronise, torch.autocast(device.type, torch.bfloat16, enabled=recipe.training.precision == "bf16"):
+            waits = index < accumulation - 1  # gradients are reduced with the last micro-batch alone
+            local = data_parallel.no_sync() if data_parallel and waits else contextlib.nullcontext()
+            with local, torch.autocast(device.type, torch.bfloat16, enabled=recipe.training.precision == "bf16"):
                 loss = forward(tokens, targets) / (targets.numel() * accumulation)
                 loss.backward()
         if recipe.training.gradient_clipping:
@@ -178,7 +187,8 @@ def report(rates: dict[str, list[float]], arguments: argparse.Namespace, ranks: 
         "steps_per_turn": arguments.steps,
         "environment": describe_environment(ranks.world_size, device),
     }
-    print(f"Burnish / bare DeepSpeed {result['burnish_over_bare_deepspeed']:.3f}   Burnish / bare PyTorch {result['burnish_over_bare_pytorch']:.3f}")
+    for peer in ("bare_deepspeed", "bare_pytorch"):
+        print(f"burnish / {peer} {result[f'burnish_over_{peer}']:.3f}")
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -20,7 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ("quickstart_pre_norm", "quickstart_outlier_protected")
-SEQUENCES_PER_STEP = 16  # of both recipes
+SEQUENCES_PER_STEP = 8  # of both recipes
 
 
 def main() -> None:
@@ -30,7 +30,10 @@ def main() -> None:
     started = time.perf_counter()
     for name in RUNS:
         call(f"train {name}", [*launcher(), "train.py", f"recipes/{name}.yaml", f"run.folder={out}", *overrides()])
-    call("analyse the shards and write the report", [sys.executable, "-m", "analysis", "report", *(str(out / name) for name in RUNS), "--out", str(out)])
+    call(
+        "analyse the shards and write the report",
+        [sys.executable, "-m", "analysis", "report", *(str(out / name) for name in RUNS), "--out", str(out)],
+    )
     print()
     for name in RUNS:
         validation, unigram = last_validation(out / name)
@@ -41,7 +44,7 @@ def main() -> None:
 def ranks() -> int:
     """Two on a CPU; on GPUs the largest power of two of them that shares a step evenly."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 2
-    return max(n for n in (1, 2, 4, 8, 16) if n <= count)
+    return max(n for n in (1, 2, 4, 8) if n <= count)
 
 
 def launcher() -> list[str]:

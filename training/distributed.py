@@ -55,7 +55,9 @@ def discover(environment: dict[str, str] | None = None) -> Ranks:
         rank, world_size, local_rank = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0"))
         local_world_size = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world_size)  # the deepspeed launcher says LOCAL_SIZE
     except (KeyError, ValueError) as error:
-        raise InputError(f"launcher environment: {error} is missing or not a number; expected RANK and WORLD_SIZE as torchrun sets them") from None
+        raise InputError(
+            f"launcher environment: {error} is missing or not a number; expected RANK and WORLD_SIZE as torchrun sets them"
+        ) from None
     if not 0 <= rank < world_size:
         raise InputError(f"launcher environment: RANK {rank} is not below WORLD_SIZE {world_size}")
     env["LOCAL_RANK"] = str(local_rank)

@@ -35,7 +35,6 @@ import deepspeed  # noqa: E402
 import deepspeed.comm  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
-
 warnings.filterwarnings("ignore", message=".*is deprecated. Please use .*_single", category=FutureWarning)  # DeepSpeed's own calls
 
 
@@ -128,7 +127,8 @@ class Engine:
             )
         else:
             optimizer = make_optimizer(model, recipe.optimizer, fused)
-        self.deepspeed, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.deepspeed, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.optimizer: Any = optimizer  # DeepSpeed's wrapper, typed as something without parameter groups
         self.model = model
 
     def _gather(self, parameter: torch.nn.Parameter) -> AbstractContextManager:

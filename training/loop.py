@@ -11,7 +11,7 @@ import torch
 from model.errors import InputError
 from training import checkpoint
 from training.data import Batch, PreparedData, Sequences, prepare, require_step, step_rows
-from training.distributed import Ranks, discover, raise_together, sum_over_ranks
+from training.distributed import discover, raise_together, sum_over_ranks
 from training.engine import Engine, start_distributed
 from training.metrics import MFU_DEFINITION, Metrics, PeakMemory, duration, peak_flops
 from training.optimizers import learning_rate
@@ -85,7 +85,9 @@ def train(loaded: LoadedRecipe) -> None:
     skipped_in_a_row = 0
     clock, clock_tokens = time.perf_counter(), 0
     for step in range(start_step, last_step):
-        rows = step_rows(step, training.tokens_per_step // training.sequence_length, ranks.rank, ranks.world_size, training.micro_batch_size)
+        rows = step_rows(
+            step, training.tokens_per_step // training.sequence_length, ranks.rank, ranks.world_size, training.micro_batch_size
+        )
         batches = [sequences.rows(numbers) for numbers in rows]
         valid_tokens = _valid_tokens(batches, training.tokens_per_step, recipe.data.document_masks, device)
         loss_sum = torch.zeros((), device=device)
@@ -123,7 +125,9 @@ def train(loaded: LoadedRecipe) -> None:
         if done % recipe.evaluation.every == 0 or done == total_steps:
             validation_loss = evaluate(engine, data, recipe)
             metrics.record({"step": done, "tokens": tokens, "validation_loss": validation_loss})
-            metrics.say(f"step {done}/{last_step}  validation loss {validation_loss:.4f}  (a unigram model: {data.validation_unigram_loss:.4f})")
+            metrics.say(
+                f"step {done}/{last_step}  validation loss {validation_loss:.4f}  (a unigram model: {data.validation_unigram_loss:.4f})"
+            )
         if done % recipe.checkpoint.every == 0 or done == last_step:
             folder = checkpoint.save(engine, run, done, tokens)
             metrics.say(f"step {done}/{last_step}  saved {folder}")
@@ -146,7 +150,7 @@ def evaluate(engine: Engine, data: PreparedData, recipe: Recipe) -> float:
     sequences = Sequences(data, "validation", length, seed=0, shuffle=False, document_masks=recipe.data.document_masks)
     count = max(1, min(len(sequences), recipe.evaluation.tokens // length))
     loss_sum, valid = torch.zeros((), dtype=torch.float64, device=engine.device), 0
-    # Every rank runs the same number of forwards, since ZeRO-3 gathers weights in each: a rank past the end reads sequences that do not count.
+    # Every rank runs the same number of forwards, since ZeRO-3 gathers weights in each; past the end nothing counts.
     for first in range(0, count, size * ranks.world_size):
         numbers = np.arange(first + ranks.rank * size, first + (ranks.rank + 1) * size)
         batch = sequences.rows(np.minimum(numbers, count - 1))
@@ -171,7 +175,10 @@ def _report_skip(engine: Engine, batches: list[Batch], metrics: Metrics, done: i
     metrics.record({"step": done, "tokens": tokens, "skipped_steps": engine.skipped_steps})
     if in_a_row >= limit:
         metrics.close()
-        raise RuntimeError(f"stopped at step {done}: {in_a_row} steps in a row had non-finite gradients (training.max_skipped_steps); lower optimizer.learning_rate, or look at the data of these steps")
+        raise RuntimeError(
+            f"stopped at step {done}: {in_a_row} steps in a row had non-finite gradients (training.max_skipped_steps); "
+            "lower optimizer.learning_rate, or look at the data of these steps"
+        )
 
 
 def _headline(loaded: LoadedRecipe, data: PreparedData, engine: Engine, parameters: int, start_step: int, total_steps: int) -> str:

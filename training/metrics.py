@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -13,8 +14,20 @@ from training.distributed import Ranks
 from training.recipe import LoggingSection
 
 # Dense bf16 peak, FLOP/s, of accelerators whose makers state it. MFU is printed for these alone.
-PEAK_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "H800": 989.5e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12, "L40S": 362e12, "L4": 121e12}
-MFU_DEFINITION = "MFU = tokens/s x (6 N_matmul + 12 depth width length) / (GPUs x dense bf16 peak); N_matmul counts every matrix but the embedding look-up"
+PEAK_FLOPS = {
+    "H100": 989.5e12,
+    "H200": 989.5e12,
+    "H800": 989.5e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+}
+MFU_DEFINITION = (
+    "MFU = tokens/s x (6 N_matmul + 12 depth width length) / (GPUs x dense bf16 peak); "
+    "N_matmul counts every matrix but the embedding look-up"
+)
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -37,10 +50,8 @@ class PeakMemory:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             return
-        try:
+        with contextlib.suppress(OSError):  # not permitted in some containers: the mark then includes what was held before
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-        except OSError:
-            pass  # not permitted in some containers: the mark then includes what was held before
         self.before = self._status("VmRSS")
 
     @staticmethod

@@ -22,7 +22,8 @@ def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict]:
 
 def make_optimizer(model: nn.Module, section: OptimizerSection, fused: bool) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`; `fused` where one kernel updates a whole group."""
-    return torch.optim.AdamW(parameter_groups(model, section), lr=section.learning_rate, betas=section.betas, eps=section.epsilon, fused=fused)
+    groups = parameter_groups(model, section)
+    return torch.optim.AdamW(groups, lr=section.learning_rate, betas=section.betas, eps=section.epsilon, fused=fused)
 
 
 class GuardedAdamW(torch.optim.AdamW):
@@ -49,7 +50,8 @@ class GuardedAdamW(torch.optim.AdamW):
         if self.max_norm > 0:
             factor = 1.0 / max(1.0, (self._global_grad_norm + 1e-6) / self.max_norm)  # DeepSpeed's formula, so that stages agree
             if factor < 1.0:
-                torch._foreach_mul_(gradients, factor)
+                for gradient in gradients:
+                    gradient.mul_(factor)
         super().step()
 
 

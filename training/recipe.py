@@ -30,43 +30,47 @@ class Section(BaseModel):
 class RunSection(Section):
     """Where the run lives and what makes it repeatable."""
 
-    name: str | None = Field(None, description="Folder of the run below `folder`; default: the recipe file's name.")
-    folder: str = Field("runs", description="Where run folders are made.")
-    seed: int = Field(0, ge=0, description="Seeds the initial weights and the order of the data.")
-    stop_at_step: int | None = Field(None, ge=1, description="Save and stop after this step; the schedule still spans the whole run.")
+    name: str | None = Field(default=None, description="Folder of the run below `folder`; default: the recipe file's name.")
+    folder: str = Field(default="runs", description="Where run folders are made.")
+    seed: int = Field(default=0, ge=0, description="Seeds the initial weights and the order of the data.")
+    stop_at_step: int | None = Field(
+        default=None, ge=1, description="Save and stop after this step; the schedule still spans the whole run."
+    )
 
 
 class ModelSection(Section):
     """The network: a size of the table in model/config.py, or width, depth and heads; any other field overrides the size's."""
 
-    size: str | None = Field(None, description=f"One of {', '.join(SIZES)}.")
-    width: int | None = Field(None, ge=1, description="Width of the residual stream.")
-    depth: int | None = Field(None, ge=1, description="Number of blocks.")
-    heads: int | None = Field(None, ge=1, description="Number of query heads.")
-    sequence_length: int | None = Field(None, ge=1, description="Longest sequence the model accepts; default: training.sequence_length.")
-    kv_heads: int | None = Field(None, ge=1, description="Key and value heads, for grouped-query attention; default: heads.")
-    head_dim: int | None = Field(None, ge=1, description="Width of a head; default: width / heads.")
-    mlp_width: int | None = Field(None, ge=1, description="Hidden width of the MLP; default: 4 width, or 8/3 width for SwiGLU.")
+    size: str | None = Field(default=None, description=f"One of {', '.join(SIZES)}.")
+    width: int | None = Field(default=None, ge=1, description="Width of the residual stream.")
+    depth: int | None = Field(default=None, ge=1, description="Number of blocks.")
+    heads: int | None = Field(default=None, ge=1, description="Number of query heads.")
+    sequence_length: int | None = Field(
+        default=None, ge=1, description="Longest sequence the model accepts; default: training.sequence_length."
+    )
+    kv_heads: int | None = Field(default=None, ge=1, description="Key and value heads, for grouped-query attention; default: heads.")
+    head_dim: int | None = Field(default=None, ge=1, description="Width of a head; default: width / heads.")
+    mlp_width: int | None = Field(default=None, ge=1, description="Hidden width of the MLP; default: 4 width, or 8/3 width for SwiGLU.")
     block: Literal["pre_norm", "outlier_protected"] = "pre_norm"
     norm: Literal["rms_norm", "layer_norm"] = "rms_norm"
-    norm_epsilon: float = Field(1e-5, gt=0)
+    norm_epsilon: float = Field(default=1e-5, gt=0)
     positions: Literal["rope", "learned"] = "rope"
-    rope_base: float = Field(10000.0, gt=0)
+    rope_base: float = Field(default=10000.0, gt=0)
     activation: Literal["gelu", "relu", "swiglu"] = "gelu"
-    tied_embeddings: bool = Field(True, description="The unembedding shares the embedding's weight.")
-    biases: bool = Field(False, description="Biases in the linear layers and in LayerNorm.")
-    init_std: float = Field(0.02, gt=0, description="Standard deviation of the initial weights.")
+    tied_embeddings: bool = Field(default=True, description="The unembedding shares the embedding's weight.")
+    biases: bool = Field(default=False, description="Biases in the linear layers and in LayerNorm.")
+    init_std: float = Field(default=0.02, gt=0, description="Standard deviation of the initial weights.")
     qk_norm: Literal["none", "rms_norm", "layer_norm"] | None = Field(
-        None, description="Norm of queries and keys; outlier_protected: rms_norm."
+        default=None, description="Norm of queries and keys; outlier_protected: rms_norm."
     )
-    final_norm: bool | None = Field(None, description="Norm before the unembedding; outlier_protected: no.")
-    embedding_multiplier: float | None = Field(None, gt=0, description="Factor on the embeddings; outlier_protected: 1 / init_std.")
-    residual_gain: float | None = Field(None, gt=0, description="beta, on both branches; outlier_protected: 1 / sqrt(depth).")
+    final_norm: bool | None = Field(default=None, description="Norm before the unembedding; outlier_protected: no.")
+    embedding_multiplier: float | None = Field(default=None, gt=0, description="Factor on the embeddings; outlier_protected: 1 / init_std.")
+    residual_gain: float | None = Field(default=None, gt=0, description="beta, on both branches; outlier_protected: 1 / sqrt(depth).")
     residual_gain_form: Literal["fixed", "scalar", "vector"] | None = Field(
-        None, description="A constant, a trainable number or a trainable vector; outlier_protected: scalar."
+        default=None, description="A constant, a trainable number or a trainable vector; outlier_protected: scalar."
     )
     mlp_input_scale: float | None = Field(
-        None, gt=0, description="alpha, on the MLP's input; outlier_protected: what gives pre-activations unit scale, 1 for ReLU."
+        default=None, gt=0, description="alpha, on the MLP's input; outlier_protected: what gives pre-activations unit scale, 1 for ReLU."
     )
 
 
@@ -74,33 +78,39 @@ class TokenizerSection(Section):
     """What turns text into tokens."""
 
     kind: Literal["sentencepiece", "pretrained"] = Field(
-        "sentencepiece", description="Train a SentencePiece model on the data, or use a Hugging Face tokenizer."
+        default="sentencepiece", description="Train a SentencePiece model on the data, or use a Hugging Face tokenizer."
     )
-    vocab_size: int = Field(16384, ge=260, le=2**24, description="Pieces of the SentencePiece model, 256 bytes and specials included.")
-    sample_megabytes: float = Field(32.0, gt=0, description="How much text the SentencePiece model is trained on.")
-    path: str | None = Field(None, description="kind pretrained: a local folder or a hub name.")
+    vocab_size: int = Field(
+        default=16384, ge=260, le=2**24, description="Pieces of the SentencePiece model, 256 bytes and specials included."
+    )
+    sample_megabytes: float = Field(default=32.0, gt=0, description="How much text the SentencePiece model is trained on.")
+    path: str | None = Field(default=None, description="kind pretrained: a local folder or a hub name.")
 
 
 class DataSection(Section):
     """What the model reads."""
 
     source: Literal["python_source", "files", "huggingface"] = Field(
-        "python_source", description="The Python code installed on this machine, local files, or a Hugging Face data set."
+        default="python_source", description="The Python code installed on this machine, local files, or a Hugging Face data set."
     )
     paths: list[str] = Field(
         default_factory=list,
         description="source files: files, folders or globs (txt, md, py, jsonl, parquet; .gz and .zst of the text ones).",
     )
-    dataset: str | None = Field(None, description="source huggingface: a hub name or a local folder.")
-    subset: str | None = Field(None, description="source huggingface: the data set's configuration.")
-    split: str = Field("train", description="source huggingface: which split to read.")
-    text_field: str = Field("text", description="The field that holds the text in jsonl, parquet and Hugging Face data.")
-    max_megabytes: float | None = Field(None, gt=0, description="Read at most this much text.")
-    validation_fraction: float = Field(0.01, gt=0, lt=1, description="Share of documents held out, chosen by the hash of the document.")
-    document_masks: bool = Field(False, description="Attention stays within a document, and no token predicts the next document's first.")
+    dataset: str | None = Field(default=None, description="source huggingface: a hub name or a local folder.")
+    subset: str | None = Field(default=None, description="source huggingface: the data set's configuration.")
+    split: str = Field(default="train", description="source huggingface: which split to read.")
+    text_field: str = Field(default="text", description="The field that holds the text in jsonl, parquet and Hugging Face data.")
+    max_megabytes: float | None = Field(default=None, gt=0, description="Read at most this much text.")
+    validation_fraction: float = Field(
+        default=0.01, gt=0, lt=1, description="Share of documents held out, chosen by the hash of the document."
+    )
+    document_masks: bool = Field(
+        default=False, description="Attention stays within a document, and no token predicts the next document's first."
+    )
     tokenizer: TokenizerSection = TokenizerSection()
-    prepared: str = Field("prepared", description="Where tokenised shards are kept, shared by all runs.")
-    workers: int | None = Field(None, ge=1, description="Processes that tokenise; default: the cores of this machine.")
+    prepared: str = Field(default="prepared", description="Where tokenised shards are kept, shared by all runs.")
+    workers: int | None = Field(default=None, ge=1, description="Processes that tokenise; default: the cores of this machine.")
 
 
 class TrainingSection(Section):
@@ -113,46 +123,48 @@ class TrainingSection(Section):
     micro_batch_size: int = Field(description="Sequences a rank holds at once.", gt=0)
     sequence_length: int = Field(description="Tokens in a sequence.", gt=0)
     precision: Literal["fp32", "bf16"] = "bf16"
-    gradient_clipping: float = Field(1.0, ge=0, description="Largest global gradient norm; 0: no clipping.")
-    activation_checkpointing: bool = Field(False, description="Keep only each block's input and recompute the rest in the backward pass.")
-    compile: bool = Field(False, description="torch.compile each block.")
-    max_skipped_steps: int = Field(5, ge=1, description="Stop after so many steps in a row with non-finite gradients.")
+    gradient_clipping: float = Field(default=1.0, ge=0, description="Largest global gradient norm; 0: no clipping.")
+    activation_checkpointing: bool = Field(
+        default=False, description="Keep only each block's input and recompute the rest in the backward pass."
+    )
+    compile: bool = Field(default=False, description="torch.compile each block.")
+    max_skipped_steps: int = Field(default=5, ge=1, description="Stop after so many steps in a row with non-finite gradients.")
 
 
 class OptimizerSection(Section):
     """The base optimizer and its schedule."""
 
     kind: Literal["adamw"] = "adamw"
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
-    epsilon: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0, description="On matrices; norms, gains, biases and positions have none.")
+    epsilon: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0, description="On matrices; norms, gains, biases and positions have none.")
     schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = "cosine"
-    warmup_fraction: float = Field(0.05, ge=0, le=1, description="Share of the steps in linear warm-up.")
-    decay_fraction: float = Field(0.2, ge=0, le=1, description="warmup_stable_decay: share of the steps in the final linear decay.")
-    final_learning_rate_fraction: float = Field(0.1, ge=0, le=1, description="Last learning rate as a share of the peak.")
+    warmup_fraction: float = Field(default=0.05, ge=0, le=1, description="Share of the steps in linear warm-up.")
+    decay_fraction: float = Field(default=0.2, ge=0, le=1, description="warmup_stable_decay: share of the steps in the final linear decay.")
+    final_learning_rate_fraction: float = Field(default=0.1, ge=0, le=1, description="Last learning rate as a share of the peak.")
 
 
 class EvaluationSection(Section):
     """Validation loss during training."""
 
-    every: int = Field(250, ge=1, description="Steps between evaluations; the last step is always evaluated.")
-    tokens: int = Field(1_048_576, ge=1, description="Validation tokens an evaluation reads, at most.")
+    every: int = Field(default=250, ge=1, description="Steps between evaluations; the last step is always evaluated.")
+    tokens: int = Field(default=1_048_576, ge=1, description="Validation tokens an evaluation reads, at most.")
 
 
 class CheckpointSection(Section):
     """What is left on disk."""
 
-    every: int = Field(1000, ge=1, description="Steps between checkpoints; the last step is always saved.")
-    first: bool = Field(False, description="Also save the initial weights, as step 0: trajectories start there.")
-    keep_last: int | None = Field(None, ge=1, description="Delete all but the last so many; default: keep all.")
-    keep_every: int | None = Field(None, ge=1, description="Never delete a step that divides by this.")
+    every: int = Field(default=1000, ge=1, description="Steps between checkpoints; the last step is always saved.")
+    first: bool = Field(default=False, description="Also save the initial weights, as step 0: trajectories start there.")
+    keep_last: int | None = Field(default=None, ge=1, description="Delete all but the last so many; default: keep all.")
+    keep_every: int | None = Field(default=None, ge=1, description="Never delete a step that divides by this.")
 
 
 class LoggingSection(Section):
     """What a person sees."""
 
-    every: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl, TensorBoard and the console.")
+    every: int = Field(default=10, ge=1, description="Steps between lines of metrics.jsonl, TensorBoard and the console.")
     tensorboard: bool = True
 
 
@@ -299,15 +311,15 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _construct_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+def _construct_mapping(loader: Any, node: Any) -> dict[Any, Any]:
     keys = [key.value for key, _ in node.value]
     for key, _ in node.value:
         if keys.count(key.value) > 1:
             raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=deep)
+    return loader.construct_mapping(node, deep=True)
 
 
-_Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: _construct_mapping(loader, node, deep=True))
+_Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -414,10 +426,11 @@ _SET_ELSEWHERE = {
 # its parser; these are the keys that its 0.19 documentation names and that make sense here.
 _DEEPSPEED_KEYS = (
     "zero_optimization", "bf16", "torch_autocast", "data_types", "communication_data_type", "prescale_gradients",
-    "gradient_predivide_factor", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "activation_checkpointing",
-    "aio", "checkpoint", "comms_logger", "compile", "dump_state", "flops_profiler", "memory_breakdown", "seq_parallel_communication_data_type",
-    "steps_per_print", "wall_clock_breakdown", "disable_allgather", "dataloader_drop_last", "tensor_parallel", "sequence_parallel_size",
-    "timers", "wandb", "csv_monitor", "comet",
+    "gradient_predivide_factor", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+    "activation_checkpointing", "aio", "checkpoint", "comms_logger", "compile", "dump_state", "flops_profiler",
+    "memory_breakdown", "seq_parallel_communication_data_type", "steps_per_print", "wall_clock_breakdown",
+    "disable_allgather", "dataloader_drop_last", "tensor_parallel", "sequence_parallel_size", "timers", "wandb",
+    "csv_monitor", "comet",
 )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def build(data: DataSection, source: Source, folder: Path) -> dict[str, Any]:
 
     All is on the disk when this returns.
     """
-    total = source.size
+    total = _expected_bytes(data, source)
     if data.tokenizer.kind == "sentencepiece":
         counts = ReadCounts()
         sample = sample_text(data, source, counts)
@@ -53,9 +53,6 @@ def build(data: DataSection, source: Source, folder: Path) -> dict[str, Any]:
         tokenizer = pretrained_tokenizer(data.tokenizer.path)
     (folder / "tokenizer").mkdir()
     tokenizer.save(folder / "tokenizer")
-    if data.max_megabytes is not None:
-        total = int(min(total if total is not None else np.inf, data.max_megabytes * 1e6))
-
     content = tokenize(data, source, tokenizer, folder, total)
     manifest = {
         "format": FORMAT,
@@ -84,7 +81,7 @@ def sample_text(data: DataSection, source: Source, counts: ReadCounts) -> list[b
     readable = STREAM_SAMPLE_FACTOR * limit if isinstance(source, HuggingFaceSource) else np.inf
     heap: list[tuple[int, bytes]] = []  # (minus the hash, chunk): the largest hash leaves first
     held = 0
-    with _progress("reading", None) as bar:
+    with _progress("reading", _expected_bytes(data, source)) as bar:
         for document in read_documents(source, data.max_megabytes, counts):
             bar.update(len(document.text))
             if counts.bytes > readable:
@@ -229,6 +226,12 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _expected_bytes(data: DataSection, source: Source) -> int | None:
+    """How much text there is at most, for progress bars; None when that shows only by reading."""
+    limit = None if data.max_megabytes is None else int(data.max_megabytes * 1e6)
+    return min((size for size in (source.size, limit) if size is not None), default=None)
 
 
 def _progress(label: str, total: int | None) -> tqdm:

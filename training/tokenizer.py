@@ -332,7 +332,7 @@ def encode_in_parallel(folder: Path, batches: Iterable[list[list[bytes]]], worke
 def _worker(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "training.tokenizer", str(folder.resolve())]
+    command = [sys.executable, "-P", "-m", "training.tokenizer", str(folder.resolve())]  # -P: modules in the current folder do not count
     environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
     assert process.stdin is not None

@@ -66,13 +66,21 @@ def launch(workplace: Path) -> Launch:
     ) -> subprocess.CompletedProcess:
         commands = {
             "torchrun": ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone", "train.py"],
-            "deepspeed": ["-m", "deepspeed.launcher.runner", f"--num_accelerators={ranks}", f"--master_port={20000 + os.getpid() % 20000}", "train.py"],
+            "deepspeed": [
+                "-m",
+                "deepspeed.launcher.runner",
+                f"--num_accelerators={ranks}",
+                f"--master_port={20000 + os.getpid() % 20000}",
+                "train.py",
+            ],
             "python": ["train.py"],
         }
         rest = arguments if arguments is not None else [str(workplace / "recipe.yaml"), f"run.name={name}", *overrides]
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         environment.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="", PYTHONUNBUFFERED="1")
-        done = subprocess.run([sys.executable, *commands[launcher], *rest], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT)
+        done = subprocess.run(
+            [sys.executable, *commands[launcher], *rest], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT
+        )
         if ok:
             assert done.returncode == 0, f"{done.args}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
         return done

@@ -1,6 +1,6 @@
 """Run by test_engine.py under torchrun: an Engine at each stage and precision; what was seen goes to a JSON file.
 
-    torchrun --nproc_per_node 2 -m tests.distributed.engine_worker RECIPE OUT.json
+torchrun --nproc_per_node 2 -m tests.distributed.engine_worker RECIPE OUT.json
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ def reference(recipe: LoadedRecipe) -> dict[str, float]:
     tokens, targets = torch.cat([b.tokens for b in whole]), torch.cat([b.targets for b in whole])
     loss = model(tokens, targets) / (targets != -100).sum()
     loss.backward()
-    return {"loss": loss.item(), "grad_norm": math.sqrt(sum(p.grad.double().pow(2).sum().item() for p in model.parameters() if p.grad is not None))}
+    return {
+        "loss": loss.item(),
+        "grad_norm": math.sqrt(sum(p.grad.double().pow(2).sum().item() for p in model.parameters() if p.grad is not None)),
+    }
 
 
 def run(recipe: LoadedRecipe, ranks: Ranks, device: torch.device) -> dict[str, Any]:

@@ -103,7 +103,9 @@ def test_run_folder_of_another_recipe(half_run: Path, launch: Launch) -> None:
 
 def test_another_number_of_ranks_or_stage(half_run: Path, launch: Launch) -> None:
     run = copy_of(half_run, "elsewhere")
-    assert_refused(launch("elsewhere", 2, "checkpoint.every=2", launcher="deepspeed", ok=False), "written by 1 ranks", "launch with 1 ranks")
+    assert_refused(
+        launch("elsewhere", 2, "checkpoint.every=2", launcher="deepspeed", ok=False), "written by 1 ranks", "launch with 1 ranks"
+    )
     assert json.loads((run / "checkpoints" / "step-00000004" / "manifest.json").read_text())["world_size"] == 1
 
 
@@ -153,14 +155,25 @@ def test_disk_full_while_saving(half_run: Path, launch: Launch) -> None:
 
 
 def test_no_such_recipe_and_no_such_run(launch: Launch, tmp_path: Path) -> None:
-    assert_refused(launch("", 1, arguments=["recipes/quickstart_pre_nor.yaml"], launcher="python", ok=False), "did you mean recipes/quickstart_pre_norm.yaml?")
+    assert_refused(
+        launch("", 1, arguments=["recipes/quickstart_pre_nor.yaml"], launcher="python", ok=False),
+        "did you mean recipes/quickstart_pre_norm.yaml?",
+    )
     assert_refused(launch("", 1, arguments=["--resume", str(tmp_path)], launcher="python", ok=False), "not a run folder")
     assert_refused(launch("", 1, arguments=[], launcher="python", ok=False), "give a recipe")
 
 
 def test_diverging_run_stops_and_names_the_place(launch: Launch, workplace: Path) -> None:
     """A learning rate of 1e30 makes weights overflow: steps are skipped and counted, and after three in a row the run stops."""
-    done = launch("diverged", 1, "optimizer.learning_rate=1e30", "training.max_skipped_steps=3", "deepspeed.zero_optimization.stage=0", launcher="python", ok=False)
+    done = launch(
+        "diverged",
+        1,
+        "optimizer.learning_rate=1e30",
+        "training.max_skipped_steps=3",
+        "deepspeed.zero_optimization.stage=0",
+        launcher="python",
+        ok=False,
+    )
     assert done.returncode == 1
     assert "(3 in a row): output of blocks." in done.stdout or "(3 in a row): output of" in done.stdout
     assert "stopped at step" in done.stderr and "max_skipped_steps" in done.stderr

@@ -23,7 +23,9 @@ def seen(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     out = tmp_path_factory.mktemp("engine") / "seen.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "tests.distributed.engine_worker"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, str(workplace / "recipe.yaml"), str(out)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=2 * LIMIT)
+    done = subprocess.run(
+        [*command, str(workplace / "recipe.yaml"), str(out)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=2 * LIMIT
+    )
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads(out.read_text())
 

@@ -18,7 +18,7 @@ SMALL = {"width": 48, "depth": 3, "heads": 4, "vocab_size": 97, "sequence_length
 
 
 def make(seed: int = 0, **fields: object) -> Transformer:
-    model = Transformer(ModelConfig(**{**SMALL, **fields}))  # pyright: ignore[reportArgumentType]
+    model = Transformer(ModelConfig(**{**SMALL, **fields}))
     initialize(model, seed)
     return model
 
@@ -122,7 +122,9 @@ def test_outlier_protected_defaults_have_unit_scale() -> None:
     assert model.config.residual_gain == 1 / math.sqrt(3)
 
 
-@pytest.mark.parametrize("fields", [{}, {"block": "outlier_protected"}, {"positions": "learned", "activation": "relu", "qk_norm": "layer_norm"}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"block": "outlier_protected"}, {"positions": "learned", "activation": "relu", "qk_norm": "layer_norm"}]
+)
 def test_no_token_sees_the_future(fields: dict) -> None:
     model = make(**fields)
     tokens = tokens_of(model)
@@ -188,7 +190,10 @@ def test_weight_decay_is_for_matrices() -> None:
     assert any(name.endswith("attention_gain") for name, _, _ in owned_parameters(model))
 
 
-@pytest.mark.parametrize(("size", "low", "high"), [("nano", 0.7e6, 1.1e6), ("10m", 9e6, 11e6), ("130m", 110e6, 140e6), ("320m", 300e6, 360e6), ("1b", 1.1e9, 1.4e9), ("7b", 6e9, 7e9)])
+@pytest.mark.parametrize(
+    ("size", "low", "high"),
+    [("nano", 0.7e6, 1.1e6), ("10m", 9e6, 11e6), ("130m", 110e6, 140e6), ("320m", 300e6, 360e6), ("1b", 1.1e9, 1.4e9), ("7b", 6e9, 7e9)],
+)
 def test_sizes_mean_what_they_say(size: str, low: float, high: float) -> None:
     vocab_size = 1024 if size in ("nano", "10m") else 32768
     with torch.device("meta"):
@@ -198,7 +203,7 @@ def test_sizes_mean_what_they_say(size: str, low: float, high: float) -> None:
 
 def test_a_sequence_that_is_too_long_is_refused() -> None:
     model = make()
-    with pytest.raises(InputError, match="33 tokens.*at most 32"):
+    with pytest.raises(InputError, match=r"33 tokens.*at most 32"):
         model(torch.zeros(1, 33, dtype=torch.long))
 
 

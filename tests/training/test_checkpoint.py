@@ -61,7 +61,7 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
 
 
 def test_removal_keeps_the_last_the_multiples_and_the_beginning(tmp_path: Path) -> None:
-    for step in range(0, 10):
+    for step in range(10):
         make_checkpoint(tmp_path, step)
     remove_old(tmp_path, keep_last=None, keep_every=None)
     assert len(checkpoints(tmp_path)) == 10

@@ -12,7 +12,7 @@ from training.recipe import OptimizerSection
 
 
 def rates(steps: int = 100, **fields: object) -> list[float]:
-    section = OptimizerSection(**{"learning_rate": 2.0, "warmup_fraction": 0.1, "final_learning_rate_fraction": 0.1, **fields})  # pyright: ignore[reportArgumentType]
+    section = OptimizerSection(**{"learning_rate": 2.0, "warmup_fraction": 0.1, "final_learning_rate_fraction": 0.1, **fields})
     return [learning_rate(section, step, steps) for step in range(steps)]
 
 

@@ -39,7 +39,7 @@ def network(**fields: Any) -> ModelConfig:
 @pytest.mark.parametrize("size", SIZES)
 def test_gpt_shape_has_the_textbook_count(size: str) -> None:
     """12 width^2 a block, 2 norms a block and one at the end, and the embedding once: without making a weight."""
-    shape = SIZES[size]
+    shape: dict[str, Any] = {**SIZES[size]}
     width, depth = shape["width"], shape["depth"]
     counted = count_parameters(ModelConfig(**shape, vocab_size=16384, sequence_length=1024))
     assert counted.attention == 4 * width**2 * depth

@@ -76,7 +76,8 @@ def test_problems_between_fields(recipe: Path) -> None:
     )  # fmt: skip
     for expected in (
         "data.paths: required", "data.tokenizer.path: required", "256 is over the model's 128", "width 128 does not divide by 3 heads",
-        "100 is less than one step of 4096", "optimizer.betas", "deepspeed.train_batch_size: set by Burnish; say it as training.tokens_per_step",
+        "100 is less than one step of 4096", "optimizer.betas",
+        "deepspeed.train_batch_size: set by Burnish; say it as training.tokens_per_step",
         "deepspeed.zero_optimization.stage: expected 0, 1, 2 or 3, found 4",
     ):  # fmt: skip
         assert expected in message

@@ -226,6 +226,16 @@ def test_workers_give_the_same_ids_in_the_same_order(tokenizer: SentencePieceTok
             assert ids.tolist() == [token for text in group for token in [*tokenizer.encode(text).tolist(), tokenizer.end_of_text]]
 
 
+def test_workers_do_not_import_from_the_current_folder(
+    tokenizer: SentencePieceTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.save(tmp_path)
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "__init__.py").write_text("raise RuntimeError('another project')")
+    monkeypatch.chdir(tmp_path)
+    assert len(list(encode_in_parallel(tmp_path, [[[b"x"]]], 1))) == 1
+
+
 def test_a_failing_worker_is_reported(tokenizer: SentencePieceTokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path)
     with pytest.raises(RuntimeError, match=r"a tokenising process failed:\n(.|\n)*AttributeError"):
