@@ -28,12 +28,13 @@ setup: $(STAMP) ## make .venv and install everything into it
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
 		|| { echo "setup: $(PYTHON) is not Python 3.11, 3.12 or 3.13; name one that is: make setup PYTHON=python3.12" >&2; exit 2; }
-	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) \
+		|| { echo "setup: $(PYTHON) cannot make an environment; on Debian or Ubuntu: apt-get install python3-venv" >&2; exit 2; }
 	@echo "setup: torch (minutes on a GPU machine: the CUDA build is large)"
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) torch
 	@echo "setup: everything else"
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) uv \
-		&& $(VENV)/bin/python -m uv pip install --quiet --python $(VENV)/bin/python --constraint $(CONSTRAINTS) --editable '.[dev]' \
+		&& $(VENV)/bin/python -m uv pip install --quiet --system-certs --python $(VENV)/bin/python --constraint $(CONSTRAINTS) --editable '.[dev]' \
 		|| $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
 
@@ -46,7 +47,7 @@ test: lint ## set up, then lint and every test that this machine can run
 lint: $(STAMP) ## style, types, and imports that point one way
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pyright
+	$(RUN) -m pyright --pythonpath "$$($(RUN) -c 'import sys; print(sys.executable)')"
 	$(RUN) -m scripts.check_imports
 
 format: $(STAMP) ## rewrite the files in the house style

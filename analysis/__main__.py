@@ -75,7 +75,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m analysis", description=__doc__, epilog=EXAMPLES, formatter_class=formatter)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, (function, summary) in VERBS.items():
-        verb = verbs.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=EXAMPLES, formatter_class=formatter)
+        verb = verbs.add_parser(
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=EXAMPLES, formatter_class=formatter
+        )
         verb.set_defaults(function=function)
         verb.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help="a run folder, a DeepSpeed folder or a checkpoint folder")
         verb.add_argument("--out", metavar="DIR", help="where results go; default: report/ of the run")

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-import matplotlib as mpl
+import matplotlib
+import matplotlib.colors
 import numpy as np
 
 from analysis.output import short
@@ -75,7 +76,11 @@ def line_chart(
         parts.append(f'<line class="level" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{width - right}" y="{y - 5:.1f}" text-anchor="end">{escape(level[1])}</text>')
     for line in lines:
-        style = f"stroke:{line.colour}" + (";stroke-dasharray:5 4" if line.dashed else "") + (";opacity:.45;stroke-width:1.2" if line.faint else "")
+        style = (
+            f"stroke:{line.colour}"
+            + (";stroke-dasharray:5 4" if line.dashed else "")
+            + (";opacity:.45;stroke-width:1.2" if line.faint else "")
+        )
         for run in _unbroken(line.points, log):
             path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in run)
             parts.append(f'<polyline class="curve" style="{style}" points="{path}"/>')
@@ -86,7 +91,7 @@ def line_chart(
                     for x, y in run
                 ]
     legend = "".join(
-        f'<span><i style="background:{line.colour}"{" class=dashed" if line.dashed else ""}></i>{escape(line.label)}</span>'
+        f'<span><i style="color:{line.colour}"{" class=dashed" if line.dashed else ""}></i>{escape(line.label)}</span>'
         for line in lines
         if not line.faint
     )
@@ -117,15 +122,17 @@ def heat_map(values: Sequence[Sequence[float | None]], steps: Sequence[int], alt
     bar_x, bands = left + size + 14, 64
     for band in range(bands):
         colour = _colour(1 - (1 - floor) * (band + 0.5) / bands, floor)
-        parts.append(f'<rect x="{bar_x}" y="{top + size * band / bands:.2f}" width="11" height="{size / bands + 0.4:.2f}" fill="{colour}"/>')
+        parts.append(
+            f'<rect x="{bar_x}" y="{top + size * band / bands:.2f}" width="11" height="{size / bands + 0.4:.2f}" fill="{colour}"/>'
+        )
     for tick in np.linspace(floor, 1, 5):
         parts.append(f'<text class="tick" x="{bar_x + 16}" y="{top + size * (1 - (tick - floor) / (1 - floor)) + 5:.1f}">{tick:.2g}</text>')
     return "".join([*parts, "</svg>"])
 
 
-def scale_colour(share: float) -> str:
-    """A colour of the perceptual scale, share 0 to 1."""
-    return mpl.colors.to_hex(mpl.colormaps["viridis"](share))
+def layer_colour(share: float) -> str:
+    """A colour for a layer, from violet (first, share 0) to orange (last, 1): told apart on a light and on a dark page."""
+    return matplotlib.colors.to_hex(matplotlib.colormaps["plasma"](0.28 + 0.52 * share))
 
 
 def padded_range(values: Sequence[float], log: bool) -> tuple[float, float]:
@@ -165,4 +172,6 @@ def _unbroken(points: Sequence[tuple[float, float | None]], log: bool) -> list[l
 
 
 def _colour(value: float | None, floor: float) -> str:
-    return "#9a9a9a" if value is None else scale_colour((max(value, floor) - floor) / (1 - floor))
+    return (
+        "#9a9a9a" if value is None else matplotlib.colors.to_hex(matplotlib.colormaps["viridis"]((max(value, floor) - floor) / (1 - floor)))
+    )

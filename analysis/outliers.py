@@ -30,7 +30,7 @@ DEFINITIONS = {
     "X": "activations at a place, n positions x d channels; s_j = sqrt(mean over positions of X_aj^2), without centring",
     "kurtosis": "mean_j(s_j^4) / mean_j(s_j^2)^2 (Eq 1): positions are summed first; from 1 (all channels alike) to d (one channel alone)",
     "kurtosis_minus_one": "kurtosis - 1, what the paper's log-scale figures show",
-    "max_median_ratio_mean": "mean over positions a of max_j |X_aj| / median_j |X_aj| (Eq 2); for even d the median is the mean of the middle two",
+    "max_median_ratio_mean": "mean over positions of max_j |X_aj| / median_j |X_aj| (Eq 2); of an even d the median averages two",
     "max_median_ratio_max": "the largest of these ratios over all positions",
     "activation_rms": "sqrt(mean over positions and channels of X^2)",
     "loss": "mean cross-entropy over these tokens, nats per token, of the model as read from the checkpoint",
@@ -52,7 +52,9 @@ class ActivationMoments:
         self.positions += x.shape[0]
         self.squares = self.squares + x.double().square().sum(dim=0).cpu()
         width, lower, upper = x.shape[1], (x.shape[1] - 1) // 2, x.shape[1] // 2
-        ordered = np.partition(x.abs().float().cpu().numpy(), sorted({lower, upper, width - 1})).astype(np.float64)  # half the cost of sorting
+        ordered = np.partition(x.abs().float().cpu().numpy(), sorted({lower, upper, width - 1})).astype(
+            np.float64
+        )  # half the cost of sorting
         ratios = ordered[:, -1] / np.maximum((ordered[:, lower] + ordered[:, upper]) / 2, np.finfo(np.float32).tiny)
         self.ratio_sum += float(ratios.sum())
         self.ratio_max = max(self.ratio_max, float(ratios.max()))
@@ -203,8 +205,10 @@ def analyze_outliers(
         raise InputError(f"--tokens {tokens}: expected a positive number")
     checkpoints = run.open(verify)
     config = build_model(checkpoints[-1]).config
-    read = (lambda: file_tokens(run, data, tokens, config.sequence_length)) if data else (
-        lambda: validation_tokens(run, tokens, config.sequence_length)
+    read = (
+        (lambda: file_tokens(run, data, tokens, config.sequence_length))
+        if data
+        else (lambda: validation_tokens(run, tokens, config.sequence_length))
     )
     sequences, source = read()
     if sequences.max() >= config.vocab_size:

@@ -9,7 +9,8 @@ from html import escape
 _STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfa; --panel: #ffffff; --ink: #1d2126; --soft: #5d6670; --line: #e3e5e8; --accent: #0072b2;
   --run-0: #0072b2; --run-1: #d55e00; --run-2: #009e73; --run-3: #b5598a; --run-4: #b07d00; --run-5: #2a8fc7; }
-@media (prefers-color-scheme: dark) { :root { --page: #14171a; --panel: #1b1f24; --ink: #e6e8ea; --soft: #9aa4ae; --line: #2e343b; --accent: #5db4e8;
+@media (prefers-color-scheme: dark) { :root {
+  --page: #14171a; --panel: #1b1f24; --ink: #e6e8ea; --soft: #9aa4ae; --line: #2e343b; --accent: #5db4e8;
   --run-0: #4fa8de; --run-1: #f08a45; --run-2: #35c39a; --run-3: #dd8fb9; --run-4: #e6b84a; --run-5: #8accf0; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
@@ -33,8 +34,9 @@ svg .grid { stroke: var(--line); stroke-width: 1; }
 svg .level { stroke: var(--soft); stroke-width: 1.2; stroke-dasharray: 6 4; }
 svg .curve { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 16px; margin: 4px 0 0 11%; font-size: .85rem; color: var(--soft); }
-.legend i { display: inline-block; width: 16px; height: 3px; border-radius: 2px; margin-right: 6px; vertical-align: middle; }
-.legend i.dashed { width: 7px; box-shadow: 9px 0 0 0 currentColor; }
+.legend i { background: currentColor; display: inline-block; width: 16px; height: 3px; border-radius: 2px; margin-right: 6px;
+  vertical-align: middle; }
+.legend i.dashed { width: 7px; margin-right: 15px; box-shadow: 9px 0 0 0 currentColor; }
 .scroll { overflow-x: auto; margin: 14px 0; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 8px 12px; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }

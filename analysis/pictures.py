@@ -9,18 +9,19 @@ from typing import Any
 import matplotlib as mpl
 
 mpl.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from analysis.output import short, write_whole  # noqa: E402
+from analysis.charts import layer_colour
+from analysis.output import short, write_whole
 
 RUN_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: told apart by everyone
 MAP_COLOURS = "viridis"
 
-_STYLE = {
+_STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -47,7 +48,12 @@ def trajectory_picture(result: dict[str, Any], path: Path) -> Path:
         figure.suptitle(f"{result['run']}: trajectory through weight space, {len(steps)} checkpoints", x=0.01, ha="left", fontsize=12)
         _heat_map(axes[0, 0], network["trajectory_map"], steps, f"From the origin, ω = {_value(network['omega'])}")
         walk = result["null_values"]["random_walk"]["omega_relative"]
-        _heat_map(axes[0, 1], network["relative_map"], steps[1:], f"From the start, ω = {_value(network['omega_relative'])} (random walk {walk:.2f})")
+        _heat_map(
+            axes[0, 1],
+            network["relative_map"],
+            steps[1:],
+            f"From the start, ω = {_value(network['omega_relative'])} (random walk {walk:.2f})",
+        )
         _groups(axes[0, 2], result)
 
         angles = axes[1, 0]
@@ -63,7 +69,9 @@ def trajectory_picture(result: dict[str, Any], path: Path) -> Path:
         norms.legend()
         updates = axes[1, 2]
         updates.plot(steps[1:], network["update_norms"], "o-", ms=3, color=RUN_COLOURS[2])
-        updates.set(title="Length of each update", xlabel=f"step   (straightness of the path {_value(network['straightness'])})", ylim=(0, None))
+        updates.set(
+            title="Length of each update", xlabel=f"step   (straightness of the path {_value(network['straightness'])})", ylim=(0, None)
+        )
         for axis in (angles, norms, updates):
             _step_axis(axis)
         return _save(figure, path)
@@ -73,7 +81,9 @@ def outliers_picture(result: dict[str, Any], path: Path) -> Path:
     """Kurtosis - 1 and max-median ratio by layer over training."""
     with mpl.rc_context(_STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-        figure.suptitle(f"{result['run']}: outlier features in the residual stream, {result['tokens']:,} tokens", x=0.01, ha="left", fontsize=12)
+        figure.suptitle(
+            f"{result['run']}: outlier features in the residual stream, {result['tokens']:,} tokens", x=0.01, ha="left", fontsize=12
+        )
         _by_layer(axes[0], result, "kurtosis_minus_one")
         axes[0].set(title=f"Kurtosis − 1 of channel RMS (0 to {result['width'] - 1})")
         _by_layer(axes[1], result, "max_median_ratio_mean")
@@ -91,7 +101,9 @@ def overview_picture(runs: list[dict[str, Any]], path: Path) -> Path:
     maps = [run for run in runs if run["trajectory"]][:3]
     with mpl.rc_context(_STYLE):
         columns = 2 + max(1, len(maps))
-        figure, axes = plt.subplots(1, columns, figsize=(3.6 * columns, 3.4), layout="constrained", width_ratios=[1.25, 1.25] + [1] * (columns - 2))
+        figure, axes = plt.subplots(
+            1, columns, figsize=(3.6 * columns, 3.4), layout="constrained", width_ratios=[1.25, 1.25] + [1] * (columns - 2)
+        )
         _losses(axes[0], runs)
         kurtosis = axes[1]
         for i, run in enumerate(runs):
@@ -133,8 +145,8 @@ def _losses(axis: Axes, runs: list[dict[str, Any]]) -> None:
 
 def _by_layer(axis: Axes, result: dict[str, Any], measure: str) -> None:
     places = result["places"]
-    colours = plt.get_cmap(MAP_COLOURS)(np.linspace(0, 0.9, max(2, len(places))))
-    for place, colour in zip(places, colours, strict=False):
+    for i, place in enumerate(places):
+        colour = "#777777" if place == "unembedding" else layer_colour(i / max(1, len(places) - 2))
         values = _floats([checkpoint["places"][place][measure] for checkpoint in result["checkpoints"]])
         axis.plot(result["steps"], values, "--" if place == "unembedding" else "-", marker="o", ms=2.5, color=colour, label=place)
     _step_axis(axis)
@@ -147,11 +159,17 @@ def _groups(axis: Axes, result: dict[str, Any]) -> None:
     groups += list(result["kinds"].items())
     values = _floats([summary["omega_relative"] for _, summary in groups])
     places = np.arange(len(groups))[::-1]
-    axis.barh(places, values, height=0.62, color=["#444444"] + [RUN_COLOURS[0 if name.startswith("layer ") else 2] for name, _ in groups[1:]])
+    axis.barh(
+        places, values, height=0.62, color=["#444444"] + [RUN_COLOURS[0 if name.startswith("layer ") else 2] for name, _ in groups[1:]]
+    )
     axis.set_yticks(places, [name for name, _ in groups])
     axis.axvline(result["null_values"]["random_walk"]["omega_relative"], color="#d55e00", lw=1, ls=":")
     axis.axvline(1.0, color="#888888", lw=1, ls=":")
-    axis.set(title="ω from the start, by part", xlabel="dotted: random walk, straight line", xlim=(min(0.0, float(np.nanmin(values, initial=0.0))), 1.02))
+    axis.set(
+        title="ω from the start, by part",
+        xlabel="dotted: random walk, straight line",
+        xlim=(min(0.0, float(np.nanmin(values, initial=0.0))), 1.02),
+    )
     axis.grid(axis="y", visible=False)
 
 

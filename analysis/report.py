@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis import outliers, pictures, trajectory
-from analysis.charts import Line, heat_map, line_chart, padded_range, scale_colour
+from analysis.charts import Line, heat_map, layer_colour, line_chart, padded_range
 from analysis.output import short, write_json, write_whole
 from analysis.page import facts, folded, grid, page, panel, section, table
 from analysis.runs import Run, read_json, read_metrics
@@ -152,7 +152,10 @@ def _summary(runs: list[dict[str, Any]]) -> str:
     labels = [
         ("Validation loss", "cross-entropy, nats a token, at the last evaluation; lower is better"),
         ("Unigram loss", "of a model that knows only how frequent each token is: a run must get below it"),
-        ("Largest kurtosis", "over layers and checkpoints; 1 when all channels are used alike, large values are what breaks int8 inference"),
+        (
+            "Largest kurtosis",
+            "over layers and checkpoints; 1 when all channels are used alike, large values are what breaks int8 inference",
+        ),
         ("ω from the origin", "mean cosine between checkpoints; 1 when the weights never turned"),
         ("ω from the start", f"the same for displacements; a straight line gives 1, a random walk {' or '.join(walks) or '2/3'}"),
         ("Straightness", "distance covered over length of the path; a straight line gives 1"),
@@ -204,13 +207,15 @@ def _outliers(runs: list[dict[str, Any]], colours: list[str]) -> str:
             Line(
                 place,
                 [(c["step"], c["places"][place]["kurtosis_minus_one"]) for c in result["checkpoints"]],
-                scale_colour(0.05 + 0.83 * i / max(1, len(places) - 1)),
+                "var(--soft)" if place == "unembedding" else layer_colour(i / max(1, len(places) - 2)),
                 dots=True,
                 dashed=place == "unembedding",
             )
             for i, place in enumerate(places)
         ]
-        chart = line_chart(lines, f"Kurtosis minus one by layer over training, {run['name']}", "step", "kurtosis − 1", True, y_range=y_range)
+        chart = line_chart(
+            lines, f"Kurtosis minus one by layer over training, {run['name']}", "step", "kurtosis − 1", True, y_range=y_range
+        )
         caption = f"{result['tokens']:,} tokens of held-out text; width {result['width']}, so kurtosis is at most {result['width']}."
         panels.append(panel(run["name"], chart, colour, caption))
         peak, place, step = outliers.largest_kurtosis(result)
@@ -229,11 +234,14 @@ def _outliers(runs: list[dict[str, Any]], colours: list[str]) -> str:
         )
     return section(
         "Outliers, layer by layer",
-        "Each line is the residual stream entering attention of one layer, dark first to bright last; dashed, what enters the unembedding. "
-        "Kurtosis − 1 is 0 when all channels carry the same power. All panels share one logarithmic scale. Definition: arXiv 2405.19279, "
-        "equation 1.",
+        "Each line is the residual stream entering attention of one layer, violet first to orange last; dashed, what enters the "
+        "unembedding. Kurtosis − 1 is 0 when all channels carry the same power. All panels share one logarithmic scale. "
+        "Definition: arXiv 2405.19279, equation 1.",
         grid(*panels),
-        table(["run", "largest kurtosis", "largest at the last step", "largest / median activation, last step", "activation RMS, last step"], rows),
+        table(
+            ["run", "largest kurtosis", "largest at the last step", "largest / median activation, last step", "activation RMS, last step"],
+            rows,
+        ),
     )
 
 
@@ -256,7 +264,9 @@ def _trajectories(runs: list[dict[str, Any]], colours: list[str]) -> str:
         start = "its initial weights" if result["starts_at_initialisation"] else f"step {steps[0]}, not its initial weights"
         uneven = "" if result["evenly_spaced"] else " The checkpoints are not evenly spaced, which moves ω: compare equal steps only."
         caption = f"{len(steps)} checkpoints; the start is {start}. A random walk on these checkpoints has ω = "
-        caption += f"{result['null_values']['random_walk']['omega_relative']:.3f} from the start (2/3 with many), a straight line 1.{uneven}"
+        caption += (
+            f"{result['null_values']['random_walk']['omega_relative']:.3f} from the start (2/3 with many), a straight line 1.{uneven}"
+        )
         panels.append(panel(run["name"], f'<div class="maps">{maps}</div>', colour, caption))
         angles.append(Line(run["name"], list(zip(steps[1:-1], network["consecutive_update_angles"], strict=True)), colour, dots=True))
         lengths.append(Line(run["name"], list(zip(steps, network["displacement_norms"], strict=True)), colour, dots=True))
@@ -290,10 +300,16 @@ def _identities(runs: list[dict[str, Any]], colours: list[str]) -> str:
     for run, colour in zip(runs, colours, strict=True):
         model, environment, data, saved = run["model"], run["environment"], run["data"], run["checkpoint"]
         hardware = environment.get("hardware") or {}
-        shape = f"{model.get('block', '')}, width {model.get('width')}, depth {model.get('depth')}, {model.get('heads')} heads" if model else ""
+        shape = (
+            f"{model.get('block', '')}, width {model.get('width')}, depth {model.get('depth')}, {model.get('heads')} heads" if model else ""
+        )
         machine = hardware.get("accelerator") or f"{hardware.get('cpu', 'CPU')}, {hardware.get('cpu_cores', '?')} cores"
         commit = str(environment.get("git_commit") or "")[:12] + (", with uncommitted changes" if environment.get("git_changed") else "")
-        text = f"{data.get('source', '')}: {short(data['train']['tokens'])} training tokens of {data.get('documents', '?'):,} documents" if data else ""
+        text = (
+            f"{data.get('source', '')}: {short(data['train']['tokens'])} training tokens of {data.get('documents', '?'):,} documents"
+            if data
+            else ""
+        )
         panels.append(
             panel(
                 run["name"],
@@ -303,7 +319,12 @@ def _identities(runs: list[dict[str, Any]], colours: list[str]) -> str:
                         ("Parameters", f"{run['parameters']:,}, tied weights once"),
                         ("Details", ", ".join(f"{key} {model[key]}" for key in _DETAILS if key in model)),
                         ("Data", text),
-                        ("Trained on", f"{short(run['manifest']['tokens'])} tokens, {saved['step']:,} steps" if run["manifest"] else f"{saved['step']:,} steps"),
+                        (
+                            "Trained on",
+                            f"{short(run['manifest']['tokens'])} tokens, {saved['step']:,} steps"
+                            if run["manifest"]
+                            else f"{saved['step']:,} steps",
+                        ),
                         ("Saved as", f"ZeRO {saved['zero_stage']}, {saved['ranks']} ranks; weights read in {saved['precision']}"),
                         ("Hardware", machine if hardware else ""),
                         ("Software", ", ".join(f"{name} {number}" for name, number in (environment.get("packages") or {}).items())),
@@ -326,7 +347,8 @@ def _commands(runs: list[dict[str, Any]], command: str) -> str:
     definitions = {**trajectory.DEFINITIONS, **outliers.DEFINITIONS}
     return section(
         "How to get this again",
-        "The commands that made these runs, as each rank saw them, and this page. The numbers are in trajectory.json and outliers.json of each run's report folder.",
+        "The commands that made these runs, as each rank saw them, and this page. The numbers are in trajectory.json and outliers.json "
+        "of each run's report folder.",
         f"<pre>{escape(chr(10).join([*lines, command]))}</pre>",
         folded("What every number means", "\n".join(f"{name}: {text}" for name, text in definitions.items())),
     )

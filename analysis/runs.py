@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from analysis.shards import Checkpoint, is_checkpoint, open_checkpoint
+from analysis.files import is_checkpoint
+from analysis.shards import Checkpoint, open_checkpoint
 from model.errors import InputError
 
 _STEP_FOLDER = re.compile(r"step-(\d+)")

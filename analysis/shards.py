@@ -20,24 +20,22 @@ How the shards hold a parameter (DeepSpeed 0.19.8; `parameters.index` below is t
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import re
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from analysis.files import checkpoint_files, load_file, read_manifest, some
 from model.errors import InputError
 
 Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
 
 _PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-_MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
-_OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 
 
 class Segment(NamedTuple):
@@ -75,9 +73,9 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.manifest = _read_manifest(path)
-        model_files, optimizer_files = _checkpoint_files(path)
-        self._load: Callable[[Path], dict[str, Any]] = cache(_load_file)  # one mapping a file, gone with this object
+        self.manifest = read_manifest(path)
+        model_files, optimizer_files = checkpoint_files(path)
+        self._load: Callable[[Path], dict[str, Any]] = cache(load_file)  # one mapping a file, gone with this object
         self._optimizer_files = optimizer_files
         self._shapes: dict[str, torch.Size] = {}  # of what is in pieces
         self._whole: dict[str, Tensor] = {}  # parameters that one file holds entirely, in any dtype
@@ -161,7 +159,9 @@ class Checkpoint:
                 out[first - start : last - start].copy_(values[first - offset : last - offset])
                 filled += last - first
         if filled != out.numel():
-            raise InputError(f"{self.path}: {name!r} has no elements {start} to {stop}: its shape is {tuple(self.shapes[self.owner(name)])}")
+            raise InputError(
+                f"{self.path}: {name!r} has no elements {start} to {stop}: its shape is {tuple(self.shapes[self.owner(name)])}"
+            )
 
     def tensor(self, name: str, kind: Kind = "weight") -> Tensor:
         """The whole parameter, float32, in its own memory."""
@@ -189,7 +189,7 @@ class Checkpoint:
         missing = sorted(name for name, owner in wanted.items() if owner not in self.shapes)
         unused = sorted(self.shapes.keys() - set(wanted.values()))
         if missing or unused:
-            sides = [f"the model has {_some(missing)} more"] * bool(missing) + [f"the checkpoint has {_some(unused)} more"] * bool(unused)
+            sides = [f"the model has {some(missing)} more"] * bool(missing) + [f"the checkpoint has {some(unused)} more"] * bool(unused)
             raise InputError(f"{self.path}: these are not this model's weights: {'; '.join(sides)}")
         for name, parameter in parameters.items():
             if parameter.shape != self.shapes[wanted[name]]:
@@ -238,10 +238,10 @@ class Checkpoint:
             present |= {path.name for path in model_files}
         missing = [name for name in expected if name not in present]
         if missing:
-            raise InputError(f"{self.path}: {world_size} ranks wrote this checkpoint; missing: {_some(missing)}")
+            raise InputError(f"{self.path}: {world_size} ranks wrote this checkpoint; missing: {some(missing)}")
         surplus = sorted(present - set(expected) - {path.name for path in model_files})
         if surplus:
-            raise InputError(f"{self.path}: {world_size} ranks wrote this checkpoint; left over from another: {_some(surplus)}")
+            raise InputError(f"{self.path}: {world_size} ranks wrote this checkpoint; left over from another: {some(surplus)}")
         if not first.get("param_shapes"):
             raise InputError(f"{model_files[0]}: param_shapes is missing, so the shards cannot be named")
         return stage, world_size
@@ -299,7 +299,7 @@ class Checkpoint:
                 stop = position + shape.numel()
                 self._pieces[name] = [
                     _Piece(max(position, low) - position, min(stop, high) - max(position, low), rank, group, max(position, low) - low)
-                    for rank, (low, high) in enumerate(zip(starts, starts[1:], strict=False))
+                    for rank, (low, high) in enumerate(pairwise(starts))
                     if max(position, low) < min(stop, high)
                 ]
                 position = stop + (alignment[group][i] if alignment else 0)
@@ -323,7 +323,7 @@ class Checkpoint:
                 needed = sum(math.ceil(shape.numel() / self.world_size) for shape in shapes.values())
                 if groups[group].numel() != needed:
                     raise InputError(
-                        f"{self._optimizer_files[rank]}: group {group} has {groups[group].numel()} elements, and its parameters need {needed}"
+                        f"{self._optimizer_files[rank]}: group {group} has {groups[group].numel()} elements, its parameters need {needed}"
                     )
         for group, shapes in enumerate(shapes_by_group):
             start = 0
@@ -399,11 +399,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise InputError(f"{path}: damaged, or of a kind this reader does not know: {type(error).__name__}: {error}") from error
 
 
-def is_checkpoint(folder: Path) -> bool:
-    """Whether DeepSpeed's files lie in this folder."""
-    return folder.is_dir() and any(folder.glob("*_states.pt"))
-
-
 def _chunks(numel: int, chunk: int, world_size: int) -> list[tuple[int, int]]:
     """(rank, elements that are not padding) of a ZeRO-3 parameter, for the ranks that hold any."""
     lengths = [(rank, min(max(numel - rank * chunk, 0), chunk)) for rank in range(world_size)]
@@ -447,96 +442,5 @@ def _names_of_groups(
             del left[name]
         result.append(names)
     sets = [*result, list(left)]
-    unique = not any(
-        same(weights[a], weights[b]) for i, one in enumerate(sets) for other in sets[i + 1 :] for a in one for b in other
-    )
+    unique = not any(same(weights[a], weights[b]) for i, one in enumerate(sets) for other in sets[i + 1 :] for a in one for b in other)
     return result if unique else None
-
-
-def _checkpoint_files(folder: Path) -> tuple[list[Path], dict[int, Path]]:
-    """(model-states files by rank, {rank: optimizer-states file}) of a folder."""
-    if not folder.exists():
-        raise InputError(f"{folder}: no such file or folder")
-    if not folder.is_dir():
-        raise InputError(f"{folder}: expected a checkpoint folder, found a file")
-    model_files: dict[int, Path] = {}
-    optimizer_files: dict[int, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if match := _MODEL_FILE.fullmatch(path.name):
-            target, rank = model_files, int(match[1] or 0)
-        elif match := _OPTIMIZER_FILE.fullmatch(path.name):
-            target, rank = optimizer_files, int(match[1])
-        elif path.name.endswith("_states.pt"):
-            raise InputError(f"{path}: a pipeline- or expert-parallel checkpoint, which this reader does not take apart")
-        else:
-            continue
-        if int(match[2]) != 0:
-            raise InputError(f"{path}: a tensor-parallel checkpoint, which this reader does not take apart")
-        if rank in target:
-            raise InputError(f"{folder}: {target[rank].name} and {path.name} both claim to be rank {rank}'s; one is left over")
-        target[rank] = path
-    if not model_files:
-        raise InputError(f"{folder}: no DeepSpeed checkpoint here (expected *_model_states.pt)")
-    if 0 not in model_files:
-        name = next(iter(model_files.values())).name
-        raise InputError(f"{folder}: {re.sub(r'pp_rank_[0-9]+', 'pp_rank_0', name)} is missing")
-    return [model_files[rank] for rank in sorted(model_files)], dict(sorted(optimizer_files.items()))
-
-
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """manifest.json, after comparing the files' sizes with it."""
-    path = folder / "manifest.json"
-    if not path.exists():
-        return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        sizes = {name: int(recorded["size"]) for name, recorded in manifest["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise InputError(f"{path}: damaged: {type(error).__name__}: {error}") from None
-    for name, expected in sizes.items():
-        file = folder / name
-        if not file.resolve().is_relative_to(folder.resolve()):
-            raise InputError(f"{path}: damaged: it lists {name!r}, which lies outside the checkpoint")
-        if not file.is_file():
-            raise InputError(f"{file}: missing; manifest.json lists it with {expected} bytes")
-        found = file.stat().st_size
-        if found != expected:
-            kind = "truncated" if found < expected else "altered"
-            raise InputError(f"{file}: {kind}: {found} bytes, and manifest.json expects {expected}")
-    return manifest
-
-
-class _Opaque:
-    """Stands for a DeepSpeed object in a checkpoint that the reader has no use for."""
-
-    def __init__(self, *arguments: Any) -> None:
-        pass
-
-
-# The only classes outside torch that DeepSpeed's own state refers to. Anything else in a pickle is refused.
-_STAND_INS = [
-    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
-    (_Opaque, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (_Opaque, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-    (_Opaque, "deepspeed.utils.tensor_fragment.fragment_address"),
-]
-
-
-def _load_file(path: Path) -> dict[str, Any]:
-    """The dictionary of a torch file, its tensors memory-mapped. Runs no code from the file."""
-    try:
-        with torch.serialization.safe_globals(_STAND_INS):  # pyright: ignore[reportArgumentType]
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged file can fail anywhere inside torch
-        text = " ".join(str(error).split())
-        if match := re.search(r"Unsupported global: GLOBAL (\S+)", text) or re.search(r"Unsupported (?:class|operand|operator)[^.]*", text):
-            raise InputError(f"{path}: refused: it refers to code ({match[match.lastindex or 0]}) that a checkpoint has no need of") from None
-        raise InputError(f"{path}: truncated or damaged ({path.stat().st_size} bytes): {text[:200]}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: not a DeepSpeed checkpoint: it holds a {type(content).__name__}")
-    return content
-
-
-def _some(names: list[str]) -> str:
-    """`a, b, c, d and 4 more`, for a message."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

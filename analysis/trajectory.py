@@ -71,7 +71,9 @@ def increment_grams(checkpoints: Sequence[Checkpoint], memory_megabytes: float =
     """
     count = len(checkpoints)
     if count < 2:
-        raise InputError(f"{checkpoints[0].path}: a trajectory needs at least two checkpoints, found 1" if checkpoints else "no checkpoints")
+        raise InputError(
+            f"{checkpoints[0].path}: a trajectory needs at least two checkpoints, found 1" if checkpoints else "no checkpoints"
+        )
     first = checkpoints[0]
     for other in checkpoints[1:]:
         differing = sorted({name for name, _ in first.shapes.items() ^ other.shapes.items()})
@@ -174,10 +176,10 @@ def layer_of(name: str) -> int | None:
 _KINDS = [
     ("norms", r"norm|(^|[._])ln_?\w*(\.|$)"),
     ("residual gains", r"gain"),
+    ("attention query, key and value", r"query_key_value|qkv|c_attn"),
     ("attention query", r"(^|[._])(query|q_proj|wq)(\.|$)"),
     ("attention key", r"(^|[._])(key|k_proj|wk)(\.|$)"),
     ("attention value", r"(^|[._])(value|v_proj|wv)(\.|$)"),
-    ("attention query, key and value", r"query_key_value|qkv|c_attn"),
     ("attention output", r"attention\.output|attention\.dense|attn\.c_proj|(^|[._])(o_proj|wo)(\.|$)"),
     ("mlp", r"mlp|feed_forward|ffn|(^|[._])fc_?\d"),
     ("unembedding", r"unembedding|lm_head|embed_out"),

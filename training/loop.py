@@ -62,12 +62,12 @@ def train(loaded: LoadedRecipe) -> None:
         checkpoint.verify(newest, manifest, ranks)
 
     # Build. From here on memory counts.
+    metrics = Metrics(run, recipe.logging, ranks, last_step, start_step)
     memory = PeakMemory(device)
     engine = Engine(recipe, config, accumulation, ranks, device)
     if newest is not None:
         checkpoint.load(engine, newest)
     sequences = Sequences(data, "train", training.sequence_length, recipe.run.seed, shuffle=True, document_masks=recipe.data.document_masks)
-    metrics = Metrics(run, recipe.logging, ranks, last_step, start_step)
     predicted = plan(recipe, config, ranks.world_size, data.manifest)
     if ranks.is_first:
         environment = describe_environment(ranks.world_size, device)

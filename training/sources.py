@@ -157,7 +157,7 @@ def _expand(pattern: str) -> list[Path]:
         return [file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path))]
     if glob.has_magic(str(path)):
         # Path.glob takes no absolute pattern.
-        return [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]  # noqa: PTH207
+        return [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
     raise InputError(f"data.paths: {pattern} does not exist: give a file, a folder or a glob")
 
 

@@ -59,11 +59,19 @@ def write_checkpoint(folder: Path, model: Transformer, step: int) -> None:
     import hashlib
 
     folder.mkdir(parents=True)
-    state = {"module": model.state_dict(), "buffer_names": [], "global_steps": step, "dp_world_size": 1, "mp_world_size": 1, "optimizer": None}
+    state = {
+        "module": model.state_dict(),
+        "buffer_names": [],
+        "global_steps": step,
+        "dp_world_size": 1,
+        "mp_world_size": 1,
+        "optimizer": None,
+    }
     torch.save(state, folder / "mp_rank_00_model_states.pt")
     (folder / "model_config.json").write_text(json.dumps(model.config.to_dict()))
     files = {
-        path.name: {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in sorted(folder.iterdir())
+        path.name: {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        for path in sorted(folder.iterdir())
     }
     manifest = {"format": 1, "step": step, "tokens": step * 64, "world_size": 1, "zero_stage": 0, "precision": "fp32", "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -88,7 +96,13 @@ def run_folder(tmp_path: Path) -> Path:
     tokens[:120].tofile(prepared / "validation-00000.bin")
     tokens[120:].tofile(prepared / "validation-00001.bin")
     shards = [{"file": "validation-00000.bin", "tokens": 120}, {"file": "validation-00001.bin", "tokens": 80}]
-    manifest = {"dtype": "uint16", "validation": {"tokens": 200, "shards": shards}, "train": {"tokens": 1000}, "documents": 7, "source": "files"}
+    manifest = {
+        "dtype": "uint16",
+        "validation": {"tokens": 200, "shards": shards},
+        "train": {"tokens": 1000},
+        "documents": 7,
+        "source": "files",
+    }
     (prepared / "manifest.json").write_text(json.dumps(manifest))
     (run / "data.json").write_text(json.dumps({"prepared": str(prepared), "validation_unigram_loss": 4.1}))
     (run / "recipe.yaml").write_text("model: {size: nano}\n")

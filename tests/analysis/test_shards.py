@@ -107,7 +107,9 @@ def test_inner_products_across_layouts(deepspeed_checkpoints):
 
 def test_no_deepspeed_is_imported(deepspeed_checkpoints):
     path = step_folder(deepspeed_checkpoints, 2, "stage2-fp32")
-    code = f"import sys; sys.modules['deepspeed'] = None; from analysis.shards import open_checkpoint; print(open_checkpoint({str(path)!r}))"
+    code = (
+        f"import sys; sys.modules['deepspeed'] = None; from analysis.shards import open_checkpoint; print(open_checkpoint({str(path)!r}))"
+    )
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert "zero_stage=2" in done.stdout
@@ -121,9 +123,10 @@ def test_load_into_fills_a_model_with_tied_weights(deepspeed_checkpoints):
         assert model.head.weight is model.embedding.weight
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, {**truth["parameters"], **truth["frozen"]}[name].float()), name
-    with pytest.raises(InputError, match="not this model's weights: .*position"):
-        model.position = torch.nn.Parameter(torch.zeros(3))
-        open_checkpoint(step_folder(deepspeed_checkpoints, 3, "stage2-fp32")).load_into(model)
+    model.position = torch.nn.Parameter(torch.zeros(3))
+    checkpoint = open_checkpoint(step_folder(deepspeed_checkpoints, 3, "stage2-fp32"))
+    with pytest.raises(InputError, match=r"not this model's weights: .*position"):
+        checkpoint.load_into(model)
 
 
 def test_a_hostile_pickle_does_not_run(deepspeed_checkpoints, tmp_path):
@@ -204,7 +207,7 @@ def test_manifest_finds_truncation_alteration_and_absence(run_folder):
 def test_bf16_masters_that_cannot_be_told_apart_are_not_guessed(tmp_path):
     """Without ZeRO the masters have no names; two groups with equal weights leave no way to tell which is which."""
     ones = torch.ones(4)
-    module = {"a": ones.bfloat16(), "b": ones.bfloat16(), "c": torch.arange(4.0).bfloat16()}
+    module = {"a": ones.bfloat16(), "b": ones.bfloat16(), "c": torch.arange(1.0, 5.0).bfloat16()}
 
     def saved(groups: list[list[torch.Tensor]]) -> Checkpoint:
         numbers = iter(range(9))
@@ -214,11 +217,11 @@ def test_bf16_masters_that_cannot_be_told_apart_are_not_guessed(tmp_path):
         torch.save(state, tmp_path / "mp_rank_00_model_states.pt")
         return open_checkpoint(tmp_path)
 
-    same_group = saved([[ones + 1e-4, ones + 2e-4], [torch.arange(4.0) + 1e-5]])
+    same_group = saved([[ones + 1e-4, ones + 2e-4], [torch.arange(1.0, 5.0) + 1e-5]])
     assert same_group.precision == "fp32"
     assert torch.equal(same_group.tensor("b"), ones + 2e-4)
-    assert torch.equal(same_group.tensor("c"), torch.arange(4.0) + 1e-5)
-    two_groups = saved([[ones + 1e-4], [ones + 2e-4, torch.arange(4.0)]])
+    assert torch.equal(same_group.tensor("c"), torch.arange(1.0, 5.0) + 1e-5)
+    two_groups = saved([[ones + 1e-4], [ones + 2e-4, torch.arange(1.0, 5.0)]])
     assert two_groups.precision == "bf16"
     assert torch.equal(two_groups.tensor("b"), ones)
 
@@ -229,7 +232,11 @@ def test_a_path_may_be_a_run_a_step_or_a_save_folder(deepspeed_checkpoints, run_
     assert (step.name, step.folder) == ("toy/step-00000010", run_folder.resolve())
     save = find_run(deepspeed_checkpoints / "2" / "stage2-fp32")
     assert [checkpoint.step for checkpoint in save.open()] == [1, 2]
-    for path, problem in ((run_folder / "nothing", "no such file"), (run_folder / "data.json", "found a file"), (run_folder.parent, "no checkpoint here")):
+    for path, problem in (
+        (run_folder / "nothing", "no such file"),
+        (run_folder / "data.json", "found a file"),
+        (run_folder.parent, "no checkpoint here"),
+    ):
         with pytest.raises(InputError, match=problem):
             find_run(path)
 

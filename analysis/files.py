@@ -1,0 +1,109 @@
+"""A checkpoint's files: which there are, whether they are the ones that were saved, and how to open one without running code."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.errors import InputError
+
+_MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
+_OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether DeepSpeed's files lie in this folder."""
+    return folder.is_dir() and any(folder.glob("*_states.pt"))
+
+
+def checkpoint_files(folder: Path) -> tuple[list[Path], dict[int, Path]]:
+    """(model-states files by rank, {rank: optimizer-states file}) of a folder."""
+    if not folder.exists():
+        raise InputError(f"{folder}: no such file or folder")
+    if not folder.is_dir():
+        raise InputError(f"{folder}: expected a checkpoint folder, found a file")
+    model_files: dict[int, Path] = {}
+    optimizer_files: dict[int, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if match := _MODEL_FILE.fullmatch(path.name):
+            target, rank = model_files, int(match[1] or 0)
+        elif match := _OPTIMIZER_FILE.fullmatch(path.name):
+            target, rank = optimizer_files, int(match[1])
+        elif path.name.endswith("_states.pt"):
+            raise InputError(f"{path}: a pipeline- or expert-parallel checkpoint, which this reader does not take apart")
+        else:
+            continue
+        if int(match[2]) != 0:
+            raise InputError(f"{path}: a tensor-parallel checkpoint, which this reader does not take apart")
+        if rank in target:
+            raise InputError(f"{folder}: {target[rank].name} and {path.name} both claim to be rank {rank}'s; one is left over")
+        target[rank] = path
+    if not model_files:
+        raise InputError(f"{folder}: no DeepSpeed checkpoint here (expected *_model_states.pt)")
+    if 0 not in model_files:
+        name = next(iter(model_files.values())).name
+        raise InputError(f"{folder}: {re.sub(r'pp_rank_[0-9]+', 'pp_rank_0', name)} is missing")
+    return [model_files[rank] for rank in sorted(model_files)], dict(sorted(optimizer_files.items()))
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """manifest.json, after comparing the files' sizes with it."""
+    path = folder / "manifest.json"
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        sizes = {name: int(recorded["size"]) for name, recorded in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise InputError(f"{path}: damaged: {type(error).__name__}: {error}") from None
+    for name, expected in sizes.items():
+        file = folder / name
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{path}: damaged: it lists {name!r}, which lies outside the checkpoint")
+        if not file.is_file():
+            raise InputError(f"{file}: missing; manifest.json lists it with {expected} bytes")
+        found = file.stat().st_size
+        if found != expected:
+            kind = "truncated" if found < expected else "altered"
+            raise InputError(f"{file}: {kind}: {found} bytes, and manifest.json expects {expected}")
+    return manifest
+
+
+class _Opaque:
+    """Stands for a DeepSpeed object in a checkpoint that the reader has no use for."""
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+
+# The only classes outside torch that DeepSpeed's own state refers to. Anything else in a pickle is refused.
+_STAND_INS = [
+    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_Opaque, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (_Opaque, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    (_Opaque, "deepspeed.utils.tensor_fragment.fragment_address"),
+]
+
+
+def load_file(path: Path) -> dict[str, Any]:
+    """The dictionary of a torch file, its tensors memory-mapped. Runs no code from the file."""
+    try:
+        with torch.serialization.safe_globals(_STAND_INS):  # pyright: ignore[reportArgumentType]
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a damaged file can fail anywhere inside torch
+        text = " ".join(str(error).split())
+        if match := re.search(r"GLOBAL ([\w.]+)", text):
+            raise InputError(f"{path}: refused: it asks to run {match[1]}, which no checkpoint has need of") from None
+        raise InputError(f"{path}: truncated or damaged ({path.stat().st_size} bytes): {text[:200]}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a DeepSpeed checkpoint: it holds a {type(content).__name__}")
+    return content
+
+
+def some(names: list[str]) -> str:
+    """`a, b, c, d and 4 more`, for a message."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,205 @@
+"""The page stands alone, says what was measured, and is safe whatever a run folder holds; the command line's exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from analysis.__main__ import main
+from analysis.charts import Line, heat_map, line_chart, log_ticks, ticks
+from analysis.runs import find_run, read_metrics
+
+ROOT = Path(__file__).parents[2]
+VOID = {"meta", "link", "br"}
+
+
+class Page(HTMLParser):
+    """Collects tags, attributes and text, and checks that tags are balanced."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def second_run(run_folder: Path, name: str) -> Path:
+    other = run_folder.with_name(name)
+    shutil.copytree(run_folder, other)
+    return other
+
+
+def test_report_compares_runs_and_needs_no_network(run_folder, capsys):
+    other = second_run(run_folder, "other")
+    assert main(["report", str(run_folder), str(other)]) == 0
+    report = run_folder.parent / "report.html"
+    assert capsys.readouterr().out.splitlines()[0] == str(report)
+    assert (run_folder.parent / "overview.png").read_bytes().startswith(b"\x89PNG")
+    for run in (run_folder, other):
+        assert {p.name for p in (run / "report").iterdir()} == {"trajectory.json", "trajectory.png", "outliers.json", "outliers.png"}
+    html = report.read_text()
+    page = Page(html)
+    assert not {"script", "iframe", "img", "object", "embed"} & set(page.tags)
+    for tag, name, value in page.attributes:
+        if name in ("src", "href", "xlink:href", "data", "action"):
+            assert value == "data:,", (tag, name, value)
+    assert not re.search(r"url\(|@import|https?://", html)
+    assert "default-src 'none'" in html
+    charts = [value for tag, name, value in page.attributes if tag == "svg" and name == "aria-label"]
+    assert len(charts) == page.tags.count("svg") == 2 + 2 + 4 + 2  # loss, norm; outliers; maps; angles, distance
+    assert all(charts)
+    for expected in ("toy and other", "3.5000", "4.1000", "python train.py recipes/toy.yaml", "0123456789ab", "python -m analysis report"):
+        assert expected in page.text, expected
+
+
+def test_hostile_text_is_escaped(run_folder):
+    hostile = "<img src=x onerror=alert(1)>\"'&"
+    run = run_folder.with_name(hostile.replace("/", ""))
+    os.rename(run_folder, run)
+    (run / "environment.json").write_text(
+        json.dumps({"command": hostile, "git_commit": hostile, "packages": {hostile: hostile}, "hardware": {"cpu": hostile}})
+    )
+    (run / "recipe.yaml").write_text(f"# </pre></details><script>alert(1)</script> {hostile}")
+    assert main(["report", str(run), "--out", str(run.parent / "page.html")]) == 0
+    html = (run.parent / "page.html").read_text()
+    page = Page(html)
+    assert not {"img", "script"} & set(page.tags)
+    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    assert hostile in page.text
+
+
+def test_report_analyses_again_only_when_checkpoints_changed(run_folder):
+    assert main(["report", str(run_folder)]) == 0
+    report = run_folder / "report"
+    assert (report / "report.html").exists()
+    marked = json.loads((report / "trajectory.json").read_text()) | {"run": "kept"}
+    (report / "trajectory.json").write_text(json.dumps(marked))
+    assert main(["report", str(run_folder)]) == 0
+    assert json.loads((report / "trajectory.json").read_text())["run"] == "kept"
+    shutil.rmtree(run_folder / "checkpoints" / "step-00000020")
+    assert main(["report", str(run_folder)]) == 0
+    assert json.loads((report / "trajectory.json").read_text())["steps"] == [0, 10]
+    assert json.loads((report / "outliers.json").read_text())["steps"] == [0, 10]
+
+
+def test_report_says_what_it_could_not_do(run_folder):
+    for step in ("00000010", "00000020"):
+        shutil.rmtree(run_folder / "checkpoints" / f"step-{step}")
+    (run_folder / "data.json").unlink()
+    (run_folder / "metrics.jsonl").unlink()
+    assert main(["report", str(run_folder)]) == 0
+    text = Page((run_folder / "report" / "report.html").read_text()).text
+    assert "no trajectory: " in text
+    assert "at least two checkpoints" in text
+    assert "no outliers: " in text
+
+
+def test_verbs_write_where_they_are_told(run_folder, capsys):
+    other = second_run(run_folder, "other")
+    out = run_folder.parent / "out"
+    assert main(["trajectory", str(run_folder), str(other), "--out", str(out)]) == 0
+    assert main(["outliers", str(run_folder / "checkpoints" / "step-00000010")]) == 0
+    assert {str(p.relative_to(out)) for p in out.rglob("*.*")} == {f"{n}/trajectory.{e}" for n in ("toy", "other") for e in ("json", "png")}
+    assert json.loads((run_folder / "report" / "step-00000010" / "outliers.json").read_text())["steps"] == [10]
+    assert "random walk" in capsys.readouterr().out
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "analysis", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def damage_shard(run: Path) -> None:
+    path = run / "checkpoints" / "step-00000010" / "mp_rank_00_model_states.pt"
+    content = bytearray(path.read_bytes())
+    content[-5000] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("verb", ["trajectory", "outliers", "report"])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (shutil.rmtree, "no such file or folder"),
+        (lambda run: shutil.rmtree(run / "checkpoints"), "no checkpoint here"),
+        (lambda run: [shutil.rmtree(p) for p in (run / "checkpoints").glob("step-*")], "this run has no checkpoint yet"),
+        (damage_shard, "mp_rank_00_model_states.pt: altered since it was saved"),
+    ],
+    ids=["no-such-path", "not-a-run", "no-checkpoint", "damaged"],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(run_folder, verb, spoil, message, capsys):
+    spoil(run_folder)
+    out = run_folder.parent / "out"
+    assert main([verb, str(run_folder), "--out", str(out)]) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert captured.out == ""
+    assert not out.exists()
+
+
+def test_exit_code_and_no_traceback_from_the_command_line(tmp_path):
+    done = run_command("trajectory", str(tmp_path / "nothing"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert run_command("trajectories", "x").returncode == 2
+    help_text = run_command("--help").stdout
+    assert all(verb in help_text for verb in ("trajectory", "outliers", "report"))
+
+
+def test_an_unwritable_folder_is_bad_input(run_folder, capsys):
+    (run_folder / "report").write_text("a file where a folder should be")
+    assert main(["trajectory", str(run_folder)]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_metrics_of_a_resumed_run(run_folder):
+    path = run_folder / "metrics.jsonl"
+    path.write_text(
+        '{"step": 1, "loss": 5}\n{"step": 2, "loss": 4}\n{"step": 2, "loss": 3}\n{"step": 2, "validation_loss": 2}\n{"step": 3, "lo'
+    )
+    assert read_metrics(find_run(run_folder)) == [{"step": 1, "loss": 5}, {"step": 2, "loss": 3, "validation_loss": 2}]
+
+
+def test_axes_have_round_ticks():
+    assert ticks(0.1, 10) == [2.0, 4.0, 6.0, 8.0, 10.0]
+    assert ticks(-1, 1) == [-1.0, -0.5, 0.0, 0.5, 1.0]
+    assert log_ticks(0.03, 3) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1.0, 2.0])
+    assert log_ticks(1e-3, 1e3) == pytest.approx([1e-3, 1e-2, 1e-1, 1, 10, 100, 1000])
+
+
+def test_charts_leave_gaps_and_thin_large_maps():
+    chart = line_chart([Line("a", [(0, 1.0), (1, None), (2, 2.0), (3, 3.0)], "red")], "alt", "x", "y")
+    assert chart.count("<polyline") == 2
+    assert "nothing to draw" in line_chart([Line("a", [(0, -1.0)], "red")], "alt", "x", "y", log=True)
+    count = 100
+    values: list[list[float | None]] = [[1.0] * count for _ in range(count)]
+    assert heat_map(values, list(range(count)), "alt", 0.0).count("<title>") == 48 * 48
