@@ -83,7 +83,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         verb.add_argument("--out", metavar="DIR", help="where results go; default: report/ of the run")
         verb.add_argument("--skip-checksums", action="store_true", help="do not compare the files with manifest.json's checksums first")
         if name == "trajectory":
-            verb.add_argument("--memory-megabytes", type=float, default=256, metavar="MB", help="bounds the working memory (default: 256)")
+            verb.add_argument("--memory-megabytes", type=float, default=32, metavar="MB", help="bounds the working memory (default: 32)")
         if name == "outliers":
             verb.add_argument("--tokens", type=int, default=8192, metavar="N", help="how many tokens to run through (default: 8192)")
             verb.add_argument("--data", nargs="+", metavar="FILE", help="text files; default: the run's validation split")

@@ -15,7 +15,7 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 main { max-width: 1180px; margin: 0 auto; padding: 40px 24px 80px; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 6px; letter-spacing: -.01em; }
+h1 { overflow-wrap: anywhere; font-size: 1.9rem; line-height: 1.2; margin: 0 0 6px; letter-spacing: -.01em; }
 h2 { font-size: 1.25rem; margin: 52px 0 4px; letter-spacing: -.005em; }
 h3 { font-size: 1rem; margin: 0 0 8px; overflow-wrap: anywhere; }
 p { margin: 6px 0 14px; max-width: 75ch; }
@@ -53,7 +53,8 @@ pre, code { font: .85rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, mono
 pre { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; overflow-x: auto; }
 details { margin: 12px 0; } summary { cursor: pointer; color: var(--accent); }
 footer { margin-top: 60px; padding-top: 16px; border-top: 1px solid var(--line); color: var(--soft); font-size: .85rem; }
-@media (max-width: 560px) { main { padding: 24px 16px 60px; } dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 8px; } }
+@media (max-width: 640px) { main { padding: 24px 16px 60px; } td.text, th.text { display: none; } th { overflow-wrap: anywhere; }
+  dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 8px; } }
 @media print { body { background: #fff; } .panel { break-inside: avoid; } }
 """
 

@@ -54,14 +54,14 @@ DEFINITIONS = {
 _ROUNDING = {"bf16": 1.66e-3, "fp16": 1.66e-3 * 2.0**-3, "fp32": 1.66e-3 * 2.0**-16}
 
 
-def increment_grams(checkpoints: Sequence[Checkpoint], memory_megabytes: float = 256, progress: bool = True) -> dict[str, torch.Tensor]:
+def increment_grams(checkpoints: Sequence[Checkpoint], memory_megabytes: float = 32, progress: bool = True) -> dict[str, torch.Tensor]:
     """One Gram matrix a tensor, in the increment basis.
 
     The checkpoints may differ in ZeRO stage and ranks: elements are matched by their place in the parameter.
 
     Args:
         checkpoints: K checkpoints of one model, in order of step.
-        memory_megabytes: bounds the buffer, K rows of float64 of as many elements as fit.
+        memory_megabytes: bounds the buffer, K rows of float64 of as many elements as fit; a small one stays in the processor's caches.
 
     Returns:
         {name: B}, B (K, K) float64, B_st = <b_s, b_t>.
@@ -192,7 +192,7 @@ def kind_of(name: str) -> str:
     return next((kind for kind, pattern in _KINDS if re.search(pattern, name)), "other")
 
 
-def analyze_trajectory(run: Run, memory_megabytes: float = 256, verify: bool = True, progress: bool = True) -> dict[str, Any]:
+def analyze_trajectory(run: Run, memory_megabytes: float = 32, verify: bool = True, progress: bool = True) -> dict[str, Any]:
     """What trajectory.json holds. Raises InputError as `increment_grams` does, and for damaged files."""
     checkpoints = run.open(verify)
     grams = {name: gram.numpy() for name, gram in increment_grams(checkpoints, memory_megabytes, progress).items()}

@@ -33,18 +33,18 @@ def make_norm(kind: str, width: int, config: ModelConfig) -> nn.Module:
 
 
 def rotary_tables(length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of RoPE (arXiv 2104.09864), each (length, head_dim / 2), float32.
+    """Cosines and sines of RoPE (arXiv 2104.09864), each (length, 1, head_dim / 2), float32.
 
     Made anew in each forward pass rather than kept as buffers: a buffer would be cast to bf16 with the model, and positions
     above 256 are not representable there.
     """
     frequencies = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
+    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)[:, None]
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate x (batch, heads, length, head_dim) by its positions; pairs are (i, i + head_dim / 2), the Hugging Face convention."""
+    """Rotate x (batch, length, heads, head_dim) by its positions; pairs are (i, i + head_dim / 2), the Hugging Face convention."""
     cosines, sines = rotary
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1).type_as(x)
@@ -68,15 +68,21 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor:
         """x (batch, length, width) -> (batch, length, width).
 
-        `mask` (batch, 1, length, length), bool, True where a query may look; None means plain causal attention.
+        `mask` (batch, 1, length, length) is added to the scores: 0 where a query may look, -inf elsewhere, in the dtype of x;
+        None means plain causal attention.
         """
         batch, length, _ = x.shape
-        query = self.query_norm(self.query(x).view(batch, length, self.heads, self.head_dim)).transpose(1, 2)
-        key = self.key_norm(self.key(x).view(batch, length, self.kv_heads, self.head_dim)).transpose(1, 2)
-        value = self.value(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
+        query = self.query_norm(self.query(x).view(batch, length, self.heads, self.head_dim))
+        key = self.key_norm(self.key(x).view(batch, length, self.kv_heads, self.head_dim))
+        value = self.value(x).view(batch, length, self.kv_heads, self.head_dim)
         if rotary is not None:
             query, key = rotate(query, rotary), rotate(key, rotary)
         mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.kv_heads != self.heads
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=self.kv_heads != self.heads,
         )
         return self.output(mixed.transpose(1, 2).reshape(batch, length, self.heads * self.head_dim))

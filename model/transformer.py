@@ -60,7 +60,7 @@ class Transformer(nn.Module):
         if self.config.positions == "rope":
             assert self.config.head_dim is not None
             rotary = rotary_tables(length, self.config.head_dim, self.config.rope_base, tokens.device)
-        mask = None if document_ids is None else document_mask(document_ids)
+        mask = None if document_ids is None else document_mask(document_ids, x.dtype)
         for block in self.blocks:
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, rotary, mask, use_reentrant=False)
@@ -72,11 +72,13 @@ class Transformer(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET, reduction="sum")
 
 
-def document_mask(document_ids: Tensor) -> Tensor:
+def document_mask(document_ids: Tensor, dtype: torch.dtype) -> Tensor:
     """Who may look at whom when documents are packed: causal, and within the same document.
 
-    document_ids (batch, length) -> bool (batch, 1, length, length), True where the query (row) sees the key (column).
+    document_ids (batch, length) -> (batch, 1, length, length) of `dtype`: 0 where the query (row) sees the key (column), -inf
+    elsewhere. Additive, since every block would turn a boolean mask into this anew, and keep it.
     """
     length = document_ids.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
-    return ((document_ids[:, :, None] == document_ids[:, None, :]) & causal)[:, None]
+    allowed = (document_ids[:, :, None] == document_ids[:, None, :]) & causal
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)[:, None]

@@ -108,7 +108,7 @@ def bare_deepspeed(loaded: LoadedRecipe, ranks: Ranks, device: torch.device, ste
     recipe = loaded.recipe
     accumulation = accumulation_steps(recipe, ranks.world_size)
     model, tokens, targets = network_and_batch(loaded, device)
-    config = deepspeed_config(recipe, accumulation, ranks.world_size)
+    config = deepspeed_config(recipe, sum(p.numel() for p in model.parameters()), accumulation, ranks.world_size)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=make_optimizer(model, recipe.optimizer, fused=device.type == "cuda"), config=config
     )

@@ -26,6 +26,7 @@ from model.transformer import Transformer
 from training.data import Batch
 from training.distributed import Ranks
 from training.optimizers import GuardedAdamW, make_optimizer, parameter_groups
+from training.plan import count_parameters
 from training.recipe import Recipe, zero_stage
 
 if not torch.cuda.is_available():
@@ -60,8 +61,8 @@ def start_distributed(ranks: Ranks) -> torch.device:
     return device
 
 
-def deepspeed_config(recipe: Recipe, accumulation: int, world_size: int) -> dict[str, Any]:
-    """The recipe's `deepspeed` section, completed with what the rest of the recipe says."""
+def deepspeed_config(recipe: Recipe, parameters: int, accumulation: int, world_size: int) -> dict[str, Any]:
+    """The recipe's `deepspeed` section, completed with what the rest of the recipe says; `parameters` is their number."""
     config = copy.deepcopy(recipe.deepspeed)
     config["train_micro_batch_size_per_gpu"] = recipe.training.micro_batch_size
     config["gradient_accumulation_steps"] = accumulation
@@ -70,6 +71,9 @@ def deepspeed_config(recipe: Recipe, accumulation: int, world_size: int) -> dict
     config["gradient_clipping"] = 0.0 if _unguarded(recipe) else recipe.training.gradient_clipping
     config.setdefault("steps_per_print", 10**9)  # the loop prints; DeepSpeed's own line would be a second one
     config.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's AdamW serves offload too, without a compiler
+    if "zero_optimization" in config:
+        # DeepSpeed allocates the whole bucket, 5e8 elements by default, however small the model is
+        config["zero_optimization"].setdefault("reduce_bucket_size", min(500_000_000, parameters))
     if recipe.training.precision == "bf16":
         config.setdefault("bf16", {})["enabled"] = True
     return config
@@ -105,7 +109,7 @@ class Engine:
     def __init__(self, recipe: Recipe, model_config: ModelConfig, accumulation: int, ranks: Ranks, device: torch.device) -> None:
         self.recipe, self.ranks, self.device, self.accumulation = recipe, ranks, device, accumulation
         self.stage = zero_stage(recipe)
-        config = deepspeed_config(recipe, accumulation, ranks.world_size)
+        config = deepspeed_config(recipe, count_parameters(model_config).total, accumulation, ranks.world_size)
         born_sharded = deepspeed.zero.Init(config_dict_or_path=config) if self.stage == 3 else nullcontext()
         with born_sharded:
             model = Transformer(model_config)

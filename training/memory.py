@@ -110,14 +110,14 @@ def predict(recipe: Recipe, config: ModelConfig, tensor_sizes: list[int], world_
 
 
 def activation_bytes(config: ModelConfig, sequence_length: int, compute: int, masked: bool, fused_norm: bool) -> tuple[int, int]:
-    """Bytes a token that the backward pass keeps: (of one block, of what lies between the blocks and the logits).
+    """Bytes a token that the backward pass keeps: (of one block, of what is there once: the mask, and what lies between blocks and logits).
 
     Counted over the tensors that autograd saves, each once, with the flash form of scaled_dot_product_attention, which keeps
     queries, keys, values, its output and one float32 a head, and no scores.
 
     Args:
         compute: bytes of an activation: 4 in fp32, 2 in bf16.
-        masked: document masks, which SDPA turns into an additive (length, length) mask anew in each block.
+        masked: document masks, one additive (length, length) mask a sequence that all blocks share.
         fused_norm: RMSNorm is one kernel that keeps its input (CUDA), not several that keep two float32 tensors (CPU).
     """
     assert config.kv_heads is not None and config.head_dim is not None and config.mlp_width is not None
@@ -140,13 +140,12 @@ def activation_bytes(config: ModelConfig, sequence_length: int, compute: int, ma
         + norm(config.qk_norm, keys, config.kv_heads)
         + compute * (2 * queries + 2 * keys)  # query, output, key, value
         + 4 * config.heads  # log-sum-exp
-        + (compute * queries if config.positions == "rope" else 0)  # rotated queries lie head by head, so the output is copied
-        + (compute * sequence_length if masked else 0)
         + gain
     )
     hidden = {"gelu": 2, "relu": 1, "swiglu": 4}[config.activation] * config.mlp_width
     mlp = norm(block_norm, width, 1) + compute * width + compute * hidden + gain
     head = norm(config.norm if config.final_norm else "none", width, 1) + compute * width
+    head += compute * sequence_length if masked else 0
     return attention + mlp, head
 
 

@@ -23,7 +23,7 @@ def write(folder: Path, step: int, tensors: dict[str, torch.Tensor]) -> Path:
     return folder
 
 
-def trajectory_of(tmp_path: Path, points: list[torch.Tensor], memory_megabytes: float = 256) -> dict:
+def trajectory_of(tmp_path: Path, points: list[torch.Tensor], memory_megabytes: float = 32) -> dict:
     """The measures of a path whose checkpoints hold these vectors in two tensors."""
     half = len(points[0]) // 3
     folders = [write(tmp_path / f"{i}", i, {"a": p[:half].clone(), "b": p[half:].clone()}) for i, p in enumerate(points)]
