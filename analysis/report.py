@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import statistics
 import sys
@@ -132,6 +133,7 @@ def _summary(runs: list[dict[str, Any]]) -> str:
         network = run["trajectory"]["network"] if run["trajectory"] else {}
         peak, place, step = outliers.largest_kurtosis(run["outliers"]) if run["outliers"] else (None, "", 0)
         memory = _last(run, "peak_memory_bytes")
+        tokens = run["manifest"].get("tokens") or _last(run, "tokens")
         rates = [record["tokens_per_second"] for record in run["metrics"] if "tokens_per_second" in record]
         where = f'<br><span class="note">{escape(place)}, step {step}</span>' if peak is not None else ""
         columns.append(
@@ -143,7 +145,7 @@ def _summary(runs: list[dict[str, Any]]) -> str:
                 _number(network.get("omega_relative"), 3),
                 _number(network.get("straightness"), 3),
                 short(run["parameters"]),
-                short(run["manifest"].get("tokens") or _last(run, "tokens") or 0),
+                short(tokens) if tokens else "–",
                 f"{statistics.median(rates):,.0f}" if rates else "–",
                 f"{memory / 2**20:,.0f} MiB" if memory else "–",
             ]
@@ -305,11 +307,11 @@ def _identities(runs: list[dict[str, Any]], colours: list[str]) -> str:
         )
         machine = hardware.get("accelerator") or f"{hardware.get('cpu', 'CPU')}, {hardware.get('cpu_cores', '?')} cores"
         commit = str(environment.get("git_commit") or "")[:12] + (", with uncommitted changes" if environment.get("git_changed") else "")
-        text = (
-            f"{data.get('source', '')}: {short(data['train']['tokens'])} training tokens of {data.get('documents', '?'):,} documents"
-            if data
-            else ""
-        )
+        tokens = run["manifest"].get("tokens")
+        training, documents = (data.get("train") or {}).get("tokens"), data.get("documents")
+        text = str(data.get("source", ""))
+        if isinstance(training, int) and isinstance(documents, int):
+            text += f": {short(training)} training tokens of {documents:,} documents"
         panels.append(
             panel(
                 run["name"],
@@ -321,9 +323,7 @@ def _identities(runs: list[dict[str, Any]], colours: list[str]) -> str:
                         ("Data", text),
                         (
                             "Trained on",
-                            f"{short(run['manifest']['tokens'])} tokens, {saved['step']:,} steps"
-                            if run["manifest"]
-                            else f"{saved['step']:,} steps",
+                            f"{saved['step']:,} steps" + (f", {short(tokens)} tokens" if tokens else ""),
                         ),
                         ("Saved as", f"ZeRO {saved['zero_stage']}, {saved['ranks']} ranks; weights read in {saved['precision']}"),
                         ("Hardware", machine if hardware else ""),
@@ -343,11 +343,15 @@ _DETAILS = ("norm", "positions", "activation", "tied_embeddings", "qk_norm", "vo
 
 
 def _commands(runs: list[dict[str, Any]], command: str) -> str:
-    lines = [run["environment"]["command"] for run in runs if run["environment"].get("command")]
+    lines = [
+        f"{re.sub(r' --local_rank=[0-9]+', '', str(run['environment']['command']))}   # on {run['environment'].get('world_size', 1)} ranks"
+        for run in runs
+        if run["environment"].get("command")
+    ]
     definitions = {**trajectory.DEFINITIONS, **outliers.DEFINITIONS}
     return section(
         "How to get this again",
-        "The commands that made these runs, as each rank saw them, and this page. The numbers are in trajectory.json and outliers.json "
+        "The commands that made these runs, as each rank saw its own, and this page. The numbers are in trajectory.json and outliers.json "
         "of each run's report folder.",
         f"<pre>{escape(chr(10).join([*lines, command]))}</pre>",
         folded("What every number means", "\n".join(f"{name}: {text}" for name, text in definitions.items())),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from model.errors import InputError
 from training import checkpoint
-from training.data import Batch, PreparedData, Sequences, prepare, require_step, step_rows
-from training.distributed import discover, raise_together, sum_over_ranks
+from training.data import Batch, PreparedData, Sequences, open_prepared, prepare, require_step, step_rows, verify_checksums
+from training.distributed import Ranks, discover, raise_together, sum_over_ranks
 from training.engine import Engine, start_distributed
 from training.metrics import MFU_DEFINITION, Metrics, PeakMemory, duration, peak_flops
 from training.optimizers import learning_rate
@@ -35,7 +38,7 @@ def train(loaded: LoadedRecipe) -> None:
     ranks = discover()
     accumulation = accumulation_steps(recipe, ranks.world_size)
     check_run_folder(loaded)
-    data = prepare(recipe.data, training.sequence_length)
+    data = corpus_of(loaded)
     require_step(data, training.tokens_per_step, training.sequence_length)
     config = model_config(recipe, data.vocab_size)
     lock = open_run_folder(loaded) if ranks.is_first else None
@@ -43,6 +46,7 @@ def train(loaded: LoadedRecipe) -> None:
     last_step = min(total_steps, recipe.run.stop_at_step or total_steps)
 
     device = start_distributed(ranks)
+    require_same_corpus(data, ranks)
     newest = manifest = None
     problem = None
     if whole := checkpoint.checkpoints(run):
@@ -73,7 +77,8 @@ def train(loaded: LoadedRecipe) -> None:
         environment = describe_environment(ranks.world_size, device)
         environment["predicted_peak_memory_bytes"] = predicted.memory.total
         write_json(run / "environment.json", environment)
-        write_json(run / "data.json", {"prepared": str(data.folder.resolve()), "validation_unigram_loss": data.validation_unigram_loss})
+        record = {"prepared": str(data.folder.resolve()), "content_hash": data.manifest["content_hash"]}
+        write_json(run / "data.json", {**record, "validation_unigram_loss": data.validation_unigram_loss})
         shutil.copytree(data.folder / "tokenizer", run / "tokenizer", dirs_exist_ok=True)
         metrics.say(_headline(loaded, data, engine, predicted.parameters.total, start_step, total_steps))
     peak = peak_flops(device)
@@ -137,11 +142,48 @@ def train(loaded: LoadedRecipe) -> None:
 
     metrics.say(
         f"{run}: done, step {last_step} of {total_steps} in {duration(time.perf_counter() - metrics.started)}; "
-        f"peak memory of this rank {memory.bytes() / 2**20:,.0f} MiB measured, {predicted.memory.total / 2**20:,.0f} MiB planned"
+        f"peak memory of this rank: {memory.bytes() / 2**20:,.0f} MiB {memory.what}; "
+        f"tensors planned: {predicted.memory.total / 2**20:,.0f} MiB"
     )
     metrics.close()
     if lock is not None:
         lock.close()
+
+
+def corpus_of(loaded: LoadedRecipe) -> PreparedData:
+    """The prepared corpus of a run: the one it began with, if it has begun, even where the source has changed since.
+
+    Raises:
+        InputError: that corpus is gone, and what would be prepared now has other content.
+    """
+    recipe, record = loaded.recipe, loaded.run_folder / "data.json"
+    if not record.exists():
+        return prepare(recipe.data, recipe.training.sequence_length)
+    begun_with = json.loads(record.read_text())
+    if Path(begun_with["prepared"]).exists():
+        data = open_prepared(begun_with["prepared"])
+        verify_checksums(data)
+        return data
+    data = prepare(recipe.data, recipe.training.sequence_length)
+    if data.manifest["content_hash"] != begun_with["content_hash"]:
+        raise InputError(
+            f"{loaded.run_folder}: began with the tokens of {begun_with['prepared']}, which are gone, and the text of data.source "
+            "has changed since; bring that folder back, or start a new run with another run.name"
+        )
+    return data
+
+
+def require_same_corpus(data: PreparedData, ranks: Ranks) -> None:
+    """Hosts that share no disk prepare data each for itself; raise InputError on every rank if their texts differ."""
+    contents: list[str] = [data.manifest["content_hash"]]
+    if ranks.world_size > 1:
+        contents = [""] * ranks.world_size
+        dist.all_gather_object(contents, data.manifest["content_hash"])
+    other = [rank for rank, content in enumerate(contents) if content != contents[0]]
+    if other:
+        raise InputError(
+            f"{data.folder}: rank {other[0]} prepared other text than rank 0; prepare on one host and share the folder (data.prepared)"
+        )
 
 
 def evaluate(engine: Engine, data: PreparedData, recipe: Recipe) -> float:

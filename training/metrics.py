@@ -47,6 +47,7 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.what = "allocated" if device.type == "cuda" else "more than before the model was built, libraries included"
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             return

@@ -121,6 +121,17 @@ def test_report_says_what_it_could_not_do(run_folder):
     assert "no outliers: " in text
 
 
+def test_report_on_checkpoints_of_another_trainer(deepspeed_checkpoints, tmp_path):
+    """A DeepSpeed save folder knows neither model nor data: the page says what it can."""
+    run = tmp_path / "foreign"
+    shutil.copytree(deepspeed_checkpoints / "3" / "stage3-bf16", run)
+    assert main(["report", str(run)]) == 0
+    text = Page((run / "report" / "report.html").read_text()).text
+    assert "no outliers: " in text
+    assert "ZeRO 3, 3 ranks; weights read in fp32" in text
+    assert "2 checkpoints; the start is step 1, not its initial weights" in text
+
+
 def test_verbs_write_where_they_are_told(run_folder, capsys):
     other = second_run(run_folder, "other")
     out = run_folder.parent / "out"

@@ -136,3 +136,21 @@ def test_old_checkpoints_are_removed_on_request(launch: Launch, workplace: Path)
     launch("kept", 1, "checkpoint={every: 1, keep_last: 2, keep_every: 3, first: true}", launcher="python")
     kept = [p.name for p in sorted((workplace / "runs" / "kept" / "checkpoints").iterdir()) if p.is_dir()]
     assert kept == [f"step-{step:08d}" for step in (0, 3, 6, 7, 8)]
+
+
+def test_a_run_goes_on_with_the_tokens_it_began_with(launch: Launch, workplace: Path) -> None:
+    """The source has changed: the prepared folder is used as it was. That folder is gone too: the launch is refused."""
+    prepared = workplace / "prepared_once"
+    corpus = workplace / "changing.jsonl"
+    shutil.copy(workplace / "corpus.jsonl", corpus)
+    overrides = [f"data.paths=[{corpus}]", f"data.prepared={prepared}"]
+    launch("changing", 1, *overrides, "run.stop_at_step=4", launcher="python")
+    launch("unchanged", 1, *overrides, launcher="python")
+    with corpus.open("a") as file:
+        file.write(json.dumps({"text": "another document " * 50}) + "\n")
+    launch("changing", 1, *overrides, launcher="python")
+    assert losses(workplace / "runs" / "changing") == losses(workplace / "runs" / "unchanged")
+    shutil.rmtree(prepared)
+    shutil.rmtree(workplace / "runs" / "changing" / "checkpoints" / "step-00000008")
+    done = launch("changing", 1, *overrides, launcher="python", ok=False)
+    assert done.returncode == 2 and "has changed since" in done.stderr
