@@ -48,7 +48,7 @@ def ranks() -> int:
 
 
 def launcher() -> list[str]:
-    return [sys.executable, "-m", "deepspeed.launcher.runner", f"--num_accelerators={ranks()}"]
+    return [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", f"--num_accelerators={ranks()}"]
 
 
 def overrides() -> list[str]:
