@@ -15,8 +15,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from training.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ("quickstart_pre_norm", "quickstart_outlier_protected")
@@ -35,10 +38,19 @@ def main() -> None:
         [sys.executable, "-m", "analysis", "report", *(str(out / name) for name in RUNS), "--out", str(out)],
     )
     print()
+    summary: dict[str, Any] = {"command": "make quickstart", "seconds": round(time.perf_counter() - started), "runs": {}}
     for name in RUNS:
         validation, unigram = last_validation(out / name)
         print(f"{name:<32} validation loss {validation:.3f} nats a token; a unigram model has {unigram:.3f}")
-    print(f"done in {time.perf_counter() - started:.0f} s. Open {(out / 'report.html').resolve()}")
+        environment = json.loads((out / name / "environment.json").read_text())
+        summary["runs"][name] = {
+            "validation_loss": validation,
+            "unigram_loss": unigram,
+            "seed": load_recipe(out / name / "recipe.yaml").recipe.run.seed,
+            **environment,
+        }
+    (out / "quickstart.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(f"done in {summary['seconds']} s. Open {(out / 'report.html').resolve()}")
 
 
 def ranks() -> int:

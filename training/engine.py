@@ -8,6 +8,7 @@ What it relies on beyond DeepSpeed's documentation is listed here and fenced by 
 from __future__ import annotations
 
 import copy
+import difflib
 import logging
 import math
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from model.config import ModelConfig
 from model.parametrization import initialize
@@ -34,6 +36,7 @@ if not torch.cuda.is_available():
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 import deepspeed  # noqa: E402
 import deepspeed.comm  # noqa: E402
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
 warnings.filterwarnings("ignore", message=".*is deprecated. Please use .*_single", category=FutureWarning)  # DeepSpeed's own calls
@@ -59,6 +62,24 @@ def start_distributed(ranks: Ranks) -> torch.device:
         torch.cuda.set_device(device)
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False, dist_init_required=True)
     return device
+
+
+def zero_section_problems(zero: dict[str, Any]) -> list[str]:
+    """What DeepSpeed would refuse in its `zero_optimization` section, as `key: what is wrong`."""
+    try:
+        DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if key != "stage"})
+    except ValidationError as error:
+        problems = []
+        for details in error.errors():
+            *section, key = (str(part) for part in details["loc"])
+            if details["type"] == "extra_forbidden":
+                near = difflib.get_close_matches(key, DeepSpeedZeroConfig.model_fields, n=1)
+                advice = f"; did you mean {near[0]}?" if near and not section else " to DeepSpeed"
+                problems.append(f"{'.'.join([*section, key])}: unknown key{advice}")
+            else:
+                problems.append(f"{'.'.join([*section, key])}: {details['msg']}, found {details['input']!r}")
+        return problems
+    return []
 
 
 def deepspeed_config(recipe: Recipe, parameters: int, accumulation: int, world_size: int) -> dict[str, Any]:

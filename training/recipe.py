@@ -489,6 +489,10 @@ def _deepspeed_problems(recipe: Recipe) -> list[str]:
     bf16 = recipe.deepspeed.get("bf16", {})
     if isinstance(bf16, dict) and bf16.get("enabled", recipe.training.precision == "bf16") != (recipe.training.precision == "bf16"):
         problems.append("deepspeed.bf16.enabled: contradicts training.precision; leave it out")
+    if zero.keys() - {"stage"}:
+        from training.engine import zero_section_problems  # DeepSpeed takes seconds to import
+
+        problems.extend(f"deepspeed.zero_optimization.{problem}" for problem in zero_section_problems(zero))
     return problems
 
 

@@ -72,7 +72,8 @@ def describe_environment(world_size: int, device: torch.device) -> dict[str, Any
 
     accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
-        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        # without what the deepspeed launcher adds to every rank's
+        "command": " ".join([Path(sys.executable).name, *(word for word in sys.argv if not word.startswith("--local_rank"))]),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in _PACKAGES},
         "git_commit": git("rev-parse", "HEAD"),

@@ -19,13 +19,13 @@ LIMIT = 120  # seconds a launch may take before it counts as hung
 
 
 def write_corpus(folder: Path) -> Path:
-    """Documents of a small invented language: enough text for 96 steps of 512 tokens."""
+    """Short documents of a small invented language."""
     chooser = random.Random(0)
     words = ["".join(chooser.choices("abcdefghijklmnop", k=chooser.randint(2, 7))) for _ in range(300)]
     path = folder / "corpus.jsonl"
     with open(path, "w") as file:
-        for _ in range(400):
-            file.write(json.dumps({"text": " ".join(chooser.choices(words, k=chooser.randint(20, 120))) + ".\n"}) + "\n")
+        for _ in range(1500):
+            file.write(json.dumps({"text": " ".join(chooser.choices(words, k=chooser.randint(5, 30))) + ".\n"}) + "\n")
     return path
 
 
@@ -46,7 +46,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "training": {"tokens": 8 * 768, "tokens_per_step": 768, "micro_batch_size": 2, "sequence_length": 64, "precision": "fp32"},
         "optimizer": {"learning_rate": 3e-3},
-        "evaluation": {"every": 4, "tokens": 1024},
+        "evaluation": {"every": 4, "tokens": 960},
         "checkpoint": {"every": 4},
         "logging": {"every": 1, "tensorboard": False},
     }

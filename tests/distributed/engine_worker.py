@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+import training.engine
 from model.parametrization import initialize
 from model.transformer import Transformer
 from training.data import Batch
@@ -51,8 +52,14 @@ def reference(recipe: LoadedRecipe) -> dict[str, float]:
 def run(recipe: LoadedRecipe, ranks: Ranks, device: torch.device) -> dict[str, Any]:
     """Two good steps, one with a poisoned weight, and a check that the poisoned one changed nothing."""
     accumulation = SEQUENCES // (SIZE * ranks.world_size)
-    engine = Engine(recipe.recipe, model_config(recipe.recipe, VOCAB), accumulation, ranks, device)
     seen: dict[str, Any] = {"losses": [], "grad_norms": [], "applied": []}
+
+    def look_at_birth(model: Transformer, seed: int, **arguments: Any) -> None:
+        seen["elements_at_birth"] = sum(p.numel() for p in model.parameters())
+        initialize(model, seed, **arguments)
+
+    training.engine.initialize = look_at_birth
+    engine = Engine(recipe.recipe, model_config(recipe.recipe, VOCAB), accumulation, ranks, device)
     weight = engine.model.blocks[1].mlp.up.weight
     if engine.stage == 3:
         seen["held_elements"] = [weight.numel(), weight.ds_tensor.numel(), weight.ds_numel]

@@ -56,7 +56,9 @@ def test_non_finite_gradients_are_skipped_counted_and_named(key: str, seen: dict
 
 
 def test_stage_3_is_born_sharded(seen: dict[str, Any]) -> None:
+    """No rank ever holds a whole parameter outside its use: not when the model is made, and not after."""
     for precision in ("fp32", "bf16"):
+        assert seen[f"{precision}-3"]["elements_at_birth"] == 0 < seen[f"{precision}-2"]["elements_at_birth"]
         whole, held, elements = seen[f"{precision}-3"]["held_elements"]
         assert whole in (0, elements) and held == math.ceil(elements / 2)
 

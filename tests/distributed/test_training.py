@@ -10,7 +10,11 @@ import pytest
 import torch
 
 from analysis.shards import open_checkpoint
+from model.parametrization import initialize
+from model.transformer import IGNORED_TARGET, Transformer
 from tests.distributed.conftest import Launch, losses, records
+from training.data import Sequences, open_prepared
+from training.recipe import load_recipe, model_config
 
 pytestmark = pytest.mark.distributed
 STAGES = (0, 1, 2, 3)
@@ -31,27 +35,42 @@ def test_stages_agree(full_runs: dict[int, Path]) -> None:
     assert reference[8] < reference[1] - 0.2
     for stage in STAGES[1:]:
         assert losses(full_runs[stage]) == pytest.approx(reference, rel=2e-6), f"stage {stage}"
-    validation = {stage: [r["validation_loss"] for r in records(run) if "validation_loss" in r] for stage, run in full_runs.items()}
-    for stage in STAGES[1:]:
-        assert validation[stage] == pytest.approx(validation[0], rel=2e-6)
+        assert validation(full_runs[stage]) == pytest.approx(validation(full_runs[0]), rel=2e-6)
+
+
+def validation(run: Path) -> list[float]:
+    return [record["validation_loss"] for record in records(run) if "validation_loss" in record]
 
 
 def test_ranks_and_micro_batches_agree(full_runs: dict[int, Path], launch: Launch, workplace: Path) -> None:
-    """One rank, three ranks, and another split into micro-batches: the losses of two ranks, to float32 rounding."""
+    """One rank, three ranks, another split into micro-batches: the losses of two ranks, to float32 rounding.
+
+    The 15 validation sequences do not divide by ranks or micro-batches.
+    """
     reference = losses(full_runs[2])
     launch("one", 1, launcher="python")
     launch("three", 3)
     launch("larger", 1, "training.micro_batch_size=6", launcher="python")
     for name in ("one", "three", "larger"):
         assert losses(workplace / "runs" / name) == pytest.approx(reference, rel=2e-6), name
+        assert validation(workplace / "runs" / name) == pytest.approx(validation(full_runs[2]), rel=2e-6), name
 
 
 def test_ragged_documents_do_not_depend_on_the_split(launch: Launch, workplace: Path) -> None:
-    """With document masks the valid targets differ from micro-batch to micro-batch; the loss is still the mean over all."""
+    """With document masks the valid targets differ from micro-batch to micro-batch; the loss is still the mean over all of them."""
     for name, ranks, size in (("masked_a", 1, 1), ("masked_b", 2, 3)):
         launch(name, ranks, "data.document_masks=true", f"training.micro_batch_size={size}", "training.tokens=2304")
     a, b = losses(workplace / "runs" / "masked_a"), losses(workplace / "runs" / "masked_b")
     assert len(a) == 3 and a == pytest.approx(b, rel=2e-6)
+    # the first step again, in this process, in one batch
+    recipe = load_recipe(workplace / "runs" / "masked_a" / "recipe.yaml").recipe
+    data = open_prepared(json.loads((workplace / "runs" / "masked_a" / "data.json").read_text())["prepared"])
+    batch = Sequences(data, "train", 64, seed=recipe.run.seed, shuffle=True, document_masks=True).batch(0, 12)
+    model = Transformer(model_config(recipe, data.vocab_size))
+    initialize(model, recipe.run.seed)
+    valid = int((batch.targets != IGNORED_TARGET).sum())
+    assert valid < 768
+    assert a[1] == pytest.approx(model(batch.tokens, batch.targets, batch.document_ids).item() / valid, rel=2e-6)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -83,6 +83,16 @@ def test_problems_between_fields(recipe: Path) -> None:
         assert expected in message
 
 
+def test_deepspeeds_zero_section_is_checked_too(recipe: Path) -> None:
+    load_recipe(recipe, ["deepspeed.zero_optimization={stage: 2, overlap_comm: true, offload_optimizer: {device: cpu}}"])
+    message = problems(
+        recipe, "deepspeed.zero_optimization={stage: 2, overlap_com: true, reduce_bucket_size: many, offload_optimizer: {devise: cpu}}"
+    )
+    assert "deepspeed.zero_optimization.overlap_com: unknown key; did you mean overlap_comm?" in message
+    assert "deepspeed.zero_optimization.reduce_bucket_size" in message and "found 'many'" in message
+    assert "deepspeed.zero_optimization.offload_optimizer.devise: unknown key" in message
+
+
 def test_a_missing_section_is_named(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("model: {size: nano}\n")
