@@ -72,8 +72,7 @@ def describe_environment(world_size: int, device: torch.device) -> dict[str, Any
 
     accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
-        # without what the deepspeed launcher adds to every rank's
-        "command": " ".join([Path(sys.executable).name, *(word for word in sys.argv if not word.startswith("--local_rank"))]),
+        "command": _command(root),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in _PACKAGES},
         "git_commit": git("rev-parse", "HEAD"),
@@ -87,6 +86,13 @@ def describe_environment(world_size: int, device: torch.device) -> dict[str, Any
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         },
     }
+
+
+def _command(root: Path) -> str:
+    """The command line, with the program below the repository and without what the deepspeed launcher adds to every rank's."""
+    program = Path(sys.argv[0]).resolve()
+    name = str(program.relative_to(root)) if program.is_relative_to(root) else sys.argv[0]
+    return " ".join([Path(sys.executable).name, name, *(word for word in sys.argv[1:] if not word.startswith("--local_rank"))])
 
 
 def _cpu_name() -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from analysis.shards import open_checkpoint
 from model.parametrization import initialize
 from model.transformer import IGNORED_TARGET, Transformer
-from tests.distributed.conftest import Launch, losses, records
+from tests.distributed.conftest import LIMIT, ROOT, Launch, losses, records
 from training.data import Sequences, open_prepared
 from training.recipe import load_recipe, model_config
 
@@ -176,3 +178,42 @@ def test_a_run_goes_on_with_the_tokens_it_began_with(launch: Launch, workplace: 
     shutil.rmtree(workplace / "runs" / "changing" / "checkpoints" / "step-00000008")
     done = launch("changing", 1, *overrides, launcher="python", ok=False)
     assert done.returncode == 2 and "has changed since" in done.stderr
+
+
+def test_the_analysis_reads_what_training_left(full_runs: dict[int, Path], workplace: Path, tmp_path: Path) -> None:
+    """The README's verbs on runs of different stages, on their own validation text and on a file: JSON, pictures, one page."""
+    text = tmp_path / "my_text.txt"
+    text.write_text("abc def " * 500)
+
+    def analysis(*words: str) -> None:
+        done = subprocess.run([sys.executable, "-m", "analysis", *words], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    run = str(full_runs[3])
+    analysis("trajectory", run, "--out", str(tmp_path))
+    analysis("outliers", run, "--out", str(tmp_path), "--data", str(text))
+    analysis("report", str(full_runs[1]), run, "--out", str(tmp_path / "compared"))
+    assert (tmp_path / "compared" / "overview.png").stat().st_size > 10_000
+    page = (tmp_path / "compared" / "report.html").read_text()
+    assert "stage1" in page and "stage3" in page
+    # two stages of the same training: the same path and the same kurtosis, read from differently laid out shards
+    for verb in ("trajectory", "outliers"):
+        first, second = (json.loads((full_runs[stage] / "report" / f"{verb}.json").read_text()) for stage in (1, 3))
+        assert numbers(first) == pytest.approx(numbers(second), rel=1e-3, abs=1e-6)
+        assert len(numbers(first)) > 20
+
+
+def numbers(value: object) -> list[float]:
+    """All numbers of nested JSON, in order, but for the stage."""
+    if isinstance(value, dict):
+        return [n for key, inner in value.items() if key != "zero_stage" for n in numbers(inner)]
+    if isinstance(value, list):
+        return [n for inner in value for n in numbers(inner)]
+    return [float(value)] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+def test_data_can_be_prepared_before(workplace: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "scripts.prepare_data", str(workplace / "recipe.yaml"), f"data.prepared={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("*/manifest.json"))) == 1
