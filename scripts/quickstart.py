@@ -86,5 +86,11 @@ def last_validation(run: Path) -> tuple[float, float]:
     return losses[-1], json.loads((run / "data.json").read_text())["validation_unigram_loss"]
 
 
+def largest_kurtosis(run: Path) -> float:
+    """Over layers and checkpoints, as `python -m analysis outliers` measured it."""
+    checkpoints = json.loads((run / "report" / "outliers.json").read_text())["checkpoints"]
+    return max(place["kurtosis"] for checkpoint in checkpoints for place in checkpoint["places"].values())
+
+
 if __name__ == "__main__":
     main()
