@@ -46,6 +46,7 @@ def main() -> None:
         summary["runs"][name] = {
             "validation_loss": validation,
             "unigram_loss": unigram,
+            "largest_kurtosis": largest_kurtosis(out / name),
             "seed": load_recipe(out / name / "recipe.yaml").recipe.run.seed,
             **environment,
         }
