@@ -1,7 +1,7 @@
 """How fast preparing data tokenises, against SentencePiece alone: `python -m scripts.benchmark_tokenizing [--out FILE]`.
 
 Both encode the same Python code with the same model, in turns, in one run. SentencePiece alone is one process that holds all
-texts in memory and calls the fastest form of `encode`; ours is the whole stage of `training.shards.tokenize`: start the
+texts in memory and calls the fastest form of `encode`; ours is the whole stage of `training.token_shards.tokenize`: start the
 workers, read the files, drop duplicates, encode, count, write the shards to disk. The ratio is ours over SentencePiece
 alone times the workers, of medians over the rounds; the ratio of processor times says the same on a busy machine. A
 tokenizer is trained first; that takes no part.
@@ -25,8 +25,8 @@ import sentencepiece
 
 from model.errors import InputError
 from training.recipe import DataSection
-from training.shards import sample_text, tokenize
 from training.sources import PythonSource, ReadCounts, read_documents
+from training.token_shards import sample_text, tokenize
 from training.tokenizer import train_sentencepiece
 
 

@@ -24,11 +24,10 @@ import numpy as np
 import torch
 
 from model.errors import InputError
+from model.transformer import IGNORED_TARGET
 from training.recipe import DataSection
-from training.shards import FORMAT, SPLITS, Split, build, sync_folder
 from training.sources import Source, file_state, listing_digest, open_source
-
-IGNORED_TARGET = -100
+from training.token_shards import FORMAT, SPLITS, Split, build, sync_folder
 
 
 # ---------------------------------------------------------------------------------------------------------- opened shards

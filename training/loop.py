@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from model.errors import InputError
+from model.transformer import IGNORED_TARGET
 from training import checkpoint
 from training.data import Batch, PreparedData, Sequences, open_prepared, prepare, require_step, step_rows, verify_checksums
 from training.distributed import Ranks, discover, raise_together, sum_over_ranks
@@ -196,9 +197,9 @@ def evaluate(engine: Engine, data: PreparedData, recipe: Recipe) -> float:
     for first in range(0, count, size * ranks.world_size):
         numbers = np.arange(first + ranks.rank * size, first + (ranks.rank + 1) * size)
         batch = sequences.rows(np.minimum(numbers, count - 1))
-        batch.targets[torch.from_numpy(numbers >= count)] = -100
+        batch.targets[torch.from_numpy(numbers >= count)] = IGNORED_TARGET
         loss_sum += engine.summed_loss(batch)
-        valid += int((batch.targets != -100).sum())
+        valid += int((batch.targets != IGNORED_TARGET).sum())
     loss, tokens = sum_over_ranks(loss_sum, valid, device=engine.device)
     return loss / tokens
 
@@ -207,7 +208,7 @@ def _valid_tokens(batches: list[Batch], tokens_per_step: int, document_masks: bo
     """Targets that count in this step, over all ranks and micro-batches."""
     if not document_masks:
         return float(tokens_per_step)
-    (valid,) = sum_over_ranks(sum(int((batch.targets != -100).sum()) for batch in batches), device=device)
+    (valid,) = sum_over_ranks(sum(int((batch.targets != IGNORED_TARGET).sum()) for batch in batches), device=device)
     return max(valid, 1.0)
 
 
