@@ -29,7 +29,6 @@ from training.recipe import DataSection
 from training.sources import Source, file_state, listing_digest, open_source
 from training.token_shards import FORMAT, SPLITS, Split, build, sync_folder
 
-
 # ---------------------------------------------------------------------------------------------------------- opened shards
 
 
