@@ -101,8 +101,11 @@ def main() -> None:
             recipe = load_recipe(path, [*base, f"training.precision={precision}", f"deepspeed.zero_optimization.stage={stage}"])
             results[f"{precision}-{stage}"] = run(recipe, ranks, device)
             gc.collect()
-    compiled = load_recipe(path, [*base, "training.compile=true", "deepspeed.zero_optimization.stage=2"])
-    results["compiled-2"] = run(compiled, ranks, device)
+    for stage, checkpointing in ((2, "false"), (3, "true")):
+        compiled = [*base, "training.compile=true", f"training.activation_checkpointing={checkpointing}"]
+        recipe = load_recipe(path, [*compiled, f"deepspeed.zero_optimization.stage={stage}"])
+        results[f"compiled-{stage}"] = run(recipe, ranks, device)
+        gc.collect()
     if ranks.is_first:
         results["reference"] = reference(load_recipe(path, base))
         Path(out).write_text(json.dumps(results))
