@@ -22,7 +22,7 @@ import torch
 from model.errors import InputError
 from scripts import prepare_data
 from training import data as data_module
-from training import shards
+from training import token_shards
 from training.data import PreparedData, Sequences, open_prepared, permutation, prepare, require_step, step_rows, verify_checksums
 from training.recipe import DataSection
 from training.sources import FilesSource, ReadCounts, read_documents
@@ -101,7 +101,7 @@ def test_unigram_loss_is_that_of_counting(shared: tuple[DataSection, PreparedDat
     validation = tokens_of(prepared, "validation").tolist()
     losses = [-math.log((train[token] + 1) / (train.total() + VOCABULARY)) for token in validation]
     assert prepared.validation_unigram_loss == pytest.approx(math.fsum(losses) / len(losses), rel=1e-12)
-    assert math.isfinite(shards.unigram_loss(np.array([0, 5]), np.array([3, 0])) or math.nan)
+    assert math.isfinite(token_shards.unigram_loss(np.array([0, 5]), np.array([3, 0])) or math.nan)
 
 
 @pytest.mark.parametrize("workers", [2, 3])
@@ -109,7 +109,7 @@ def test_the_number_of_workers_changes_nothing(
     shared: tuple[DataSection, PreparedData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     data, prepared = shared
-    monkeypatch.setattr(shards, "BATCH_BYTES", 300)  # many batches
+    monkeypatch.setattr(token_shards, "BATCH_BYTES", 300)  # many batches
     again = prepare(data.model_copy(update={"prepared": str(tmp_path), "workers": workers}))
     assert again.folder.name == prepared.folder.name
     assert again.manifest == prepared.manifest
@@ -120,12 +120,12 @@ def test_small_shards_hold_the_same_tokens(
     shared: tuple[DataSection, PreparedData], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, prepared = shared
-    monkeypatch.setattr(shards, "SHARD_BYTES", 500)
+    monkeypatch.setattr(token_shards, "SHARD_BYTES", 500)
     small = prepare(data.model_copy(update={"prepared": str(tmp_path)}))
     sizes = [tokens for _, tokens in small.shards("train")]
     assert len(sizes) > 10
     assert set(sizes[:-1]) == {250}
-    for split in shards.SPLITS:
+    for split in token_shards.SPLITS:
         assert np.array_equal(tokens_of(small, split), tokens_of(prepared, split))
         # Windows longer than a shard cross several.
         one, other = (Sequences(each, split, 600, seed=3, shuffle=True) for each in (small, prepared))
@@ -170,7 +170,7 @@ def test_a_changed_file_is_prepared_anew_and_moves_no_document(tmp_path: Path) -
     (tmp_path / "corpus" / "zzz.txt").write_text("one more document, with the same words: return value in range")
     second = prepare(section(tmp_path, max_megabytes=1))
     assert first.folder != second.folder
-    for split in shards.SPLITS:
+    for split in token_shards.SPLITS:
         assert 0 <= second.manifest[split]["documents"] - first.manifest[split]["documents"] <= 1
 
 
@@ -178,8 +178,8 @@ def test_a_sample_is_spread_and_repeatable(tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus")
     data = section(tmp_path, tokenizer={"sample_megabytes": 0.01})
     source = FilesSource(data.paths, "text")
-    sample = shards.sample_text(data, source, ReadCounts())
-    assert sample == shards.sample_text(data, source, ReadCounts())
+    sample = token_shards.sample_text(data, source, ReadCounts())
+    assert sample == token_shards.sample_text(data, source, ReadCounts())
     documents = list(read_documents(source, None, ReadCounts()))
     held_out = {document.text for document in documents if document.held_out(0.2)}
     assert not held_out & set(sample)
@@ -199,7 +199,7 @@ def test_a_pretrained_tokenizer_with_a_large_vocabulary(tmp_path: Path) -> None:
     (tmp_path / "corpus" / "a.jsonl").write_text("".join(json.dumps({"text": f"word{69_999 - n} word2"}) + "\n" for n in range(50)))
     prepared = prepare(section(tmp_path, tokenizer={"kind": "pretrained", "path": str(tmp_path / "tokenizer")}))
     assert (prepared.vocab_size, prepared.manifest["dtype"]) == (70_000, "uint32")
-    rows = [tokens_of(prepared, split).reshape(-1, 3) for split in shards.SPLITS]
+    rows = [tokens_of(prepared, split).reshape(-1, 3) for split in token_shards.SPLITS]
     assert sorted(np.concatenate(rows).tolist(), reverse=True) == [[69_999 - n, 2, 0] for n in range(50)]
 
 
@@ -275,7 +275,7 @@ def test_a_fault_while_building_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shards, "unigram_loss", fail)
+    monkeypatch.setattr(token_shards, "unigram_loss", fail)
     with pytest.raises(KeyboardInterrupt):
         prepare(section(tmp_path))
     assert visible(tmp_path / "prepared") == []
