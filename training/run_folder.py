@@ -17,7 +17,7 @@ import torch
 from model.errors import InputError
 from training.recipe import LoadedRecipe, differences, dump_recipe
 
-_PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "sentencepiece", "numpy")
+_PACKAGES = ("deepspeed", "transformers", "datasets", "sentencepiece", "numpy")
 
 
 def check_run_folder(loaded: LoadedRecipe) -> None:
@@ -74,7 +74,7 @@ def describe_environment(world_size: int, device: torch.device) -> dict[str, Any
     return {
         "command": _command(root),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in _PACKAGES},
+        "packages": {"torch": str(torch.__version__), **{name: version(name) for name in _PACKAGES}},  # torch with its CUDA build
         "git_commit": git("rev-parse", "HEAD"),
         "git_changed": bool(git("status", "--porcelain", "--untracked-files=no")),
         "world_size": world_size,
