@@ -27,7 +27,7 @@ from model.parametrization import initialize
 from model.transformer import Transformer
 from training.data import Batch
 from training.distributed import Ranks
-from training.optimizers import GuardedAdamW, make_optimizer, parameter_groups
+from training.optimizers import make_optimizer
 from training.plan import count_parameters
 from training.recipe import Recipe, zero_stage
 
@@ -141,17 +141,8 @@ class Engine:
                 block.compile()
         offloaded = bool(recipe.deepspeed.get("zero_optimization", {}).get("offload_optimizer"))
         fused = device.type == "cuda" and not offloaded
-        if _unguarded(recipe):
-            optimizer = GuardedAdamW(
-                parameter_groups(model, recipe.optimizer),
-                max_norm=recipe.training.gradient_clipping,
-                lr=recipe.optimizer.learning_rate,
-                betas=recipe.optimizer.betas,
-                eps=recipe.optimizer.epsilon,
-                fused=fused,
-            )
-        else:
-            optimizer = make_optimizer(model, recipe.optimizer, fused)
+        guarded_norm = recipe.training.gradient_clipping if _unguarded(recipe) else None
+        optimizer = make_optimizer(model, recipe.optimizer, fused, guarded_norm)
         self.deepspeed, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         self.optimizer: Any = optimizer  # DeepSpeed's wrapper, typed as something without parameter groups
         self.model = model

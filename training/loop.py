@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from model.errors import InputError
 from model.transformer import IGNORED_TARGET
 from training import checkpoint
-from training.data import Batch, PreparedData, Sequences, open_prepared, prepare, require_step, step_rows, verify_checksums
+from training.data import Batch, PreparedData, Sequences, open_prepared, prepare, require_step, step_rows
 from training.distributed import Ranks, discover, raise_together, sum_over_ranks
 from training.engine import Engine, start_distributed
 from training.metrics import MFU_DEFINITION, Metrics, PeakMemory, duration, peak_flops
@@ -80,7 +79,7 @@ def train(loaded: LoadedRecipe) -> None:
         write_json(run / "environment.json", environment)
         record = {"prepared": str(data.folder.resolve()), "content_hash": data.manifest["content_hash"]}
         write_json(run / "data.json", {**record, "validation_unigram_loss": data.validation_unigram_loss})
-        shutil.copytree(data.folder / "tokenizer", run / "tokenizer", dirs_exist_ok=True)
+        data.copy_tokenizer(run / "tokenizer")
         metrics.say(_headline(loaded, data, engine, predicted.parameters.total, start_step, total_steps))
     peak = peak_flops(device)
     if peak is not None:
@@ -162,9 +161,7 @@ def corpus_of(loaded: LoadedRecipe) -> PreparedData:
         return prepare(recipe.data, recipe.training.sequence_length)
     begun_with = json.loads(record.read_text())
     if Path(begun_with["prepared"]).exists():
-        data = open_prepared(begun_with["prepared"])
-        verify_checksums(data)
-        return data
+        return open_prepared(begun_with["prepared"])
     data = prepare(recipe.data, recipe.training.sequence_length)
     if data.manifest["content_hash"] != begun_with["content_hash"]:
         raise InputError(

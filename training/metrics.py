@@ -73,7 +73,7 @@ class Metrics:
 
     def __init__(self, run: Path, section: LoggingSection, ranks: Ranks, total_steps: int, start_step: int) -> None:
         self.first, self.total_steps = ranks.is_first, total_steps
-        self.started, self.start_step, self.paused = time.perf_counter(), start_step, 0.0
+        self.started, self.start_step = time.perf_counter(), start_step
         self.writer = self.file = None
         if self.first:
             self.file = open(run / "metrics.jsonl", "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - open as long as the run

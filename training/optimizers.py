@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,13 @@ def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(model: nn.Module, section: OptimizerSection, fused: bool) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`; `fused` where one kernel updates a whole group."""
+def make_optimizer(model: nn.Module, section: OptimizerSection, fused: bool, guarded_norm: float | None = None) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`; `fused` where one kernel updates a whole group; `GuardedAdamW` given a norm to clip to."""
     groups = parameter_groups(model, section)
-    return torch.optim.AdamW(groups, lr=section.learning_rate, betas=section.betas, eps=section.epsilon, fused=fused)
+    arguments: dict[str, Any] = {"lr": section.learning_rate, "betas": section.betas, "eps": section.epsilon, "fused": fused}
+    if guarded_norm is not None:
+        return GuardedAdamW(groups, guarded_norm, **arguments)
+    return torch.optim.AdamW(groups, **arguments)
 
 
 class GuardedAdamW(torch.optim.AdamW):
