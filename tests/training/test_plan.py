@@ -52,7 +52,7 @@ def test_gpt_shape_has_the_textbook_count(size: str) -> None:
 
 def test_every_option_falls_into_its_part() -> None:
     config = network(
-        block="outlier_protected", kv_heads=2, activation="swiglu", mlp_width=256, positions="learned", tied_embeddings=False, biases=True,
+        block="outlier_protected", kv_heads=2, activation="swiglu", mlp_width=256, positions="learned", tied_embeddings=False, biases="all",
         qk_norm="layer_norm", residual_gain_form="vector", final_norm=True,
     )  # fmt: skip
     counted = count_parameters(config)
@@ -80,11 +80,17 @@ OPTIONS: list[dict[str, Any]] = [
     {"norm": "layer_norm"},
     {"positions": "learned"},
     {"activation": "swiglu"},
-    {"activation": "relu", "biases": True},
+    {"activation": "relu", "biases": "all"},
     {"kv_heads": 2, "qk_norm": "rms_norm"},
     {"block": "outlier_protected"},
     {"block": "outlier_protected", "residual_gain_form": "vector", "final_norm": True, "kv_heads": 2},
     {"block": "outlier_protected", "residual_gain_form": "fixed", "qk_norm": "layer_norm"},
+    {"block": "outlier_protected", "qk_norm_gains": "frozen", "kv_heads": 2, "attention_softcap": 30.0},
+    {"block": "post_norm", "norm": "layer_norm"},
+    {"block": "post_norm", "norm": "simple_rms_norm", "residual_gain_form": "scalar"},
+    {"norm": "simple_rms_norm", "norm_places": ["value"], "qk_norm": "rms_norm"},
+    {"norm": "layer_norm", "norm_places": ["mlp"], "qk_norm": "layer_norm", "qk_norm_gains": "frozen"},
+    {"block": "outlier_protected", "first_norm": True, "norm": "layer_norm", "norm_biases": True, "biases": "query_key"},
 ]
 
 
