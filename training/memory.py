@@ -31,7 +31,7 @@ class Memory:
 
     weights: int
     gradients: int  # that wait for the optimizer's step
-    optimizer: int  # float32 weights and the two moments of AdamW
+    optimizer: int  # float32 weights and the optimizer's state
     activations: int  # kept for the backward pass
     logits: int
     buckets: int  # where gradients are reduced and, at stage 3, whole weights are gathered
@@ -64,18 +64,24 @@ class _States:
     host: int = 0
 
 
-def predict(recipe: Recipe, config: ModelConfig, tensor_sizes: list[int], world_size: int, accumulation: int, device: str) -> Memory:
+def predict(
+    recipe: Recipe, config: ModelConfig, tensor_sizes: list[int], state_elements: int, world_size: int, accumulation: int, device: str
+) -> Memory:
     """Bytes on one rank, by part and by moment.
 
     Args:
         tensor_sizes: elements of each parameter tensor, shared ones once.
+        state_elements: numbers the optimizer keeps beside the weights where it is not sharded (`optimizers.state_elements`).
         accumulation: micro-batches of a step.
         device: "cuda" or "cpu".
     """
     training = recipe.training
     compute = 2 if training.precision == "bf16" else 4
-    by_stage = {0: _unsharded, 1: _sharded_optimizer, 2: _sharded_optimizer, 3: _sharded_weights}
-    states = by_stage[zero_stage(recipe)](recipe, tensor_sizes, world_size, accumulation, device)
+    if zero_stage(recipe) == 0:
+        states = _unsharded(recipe, tensor_sizes, state_elements, accumulation, device)
+    else:
+        sharded = _sharded_weights if zero_stage(recipe) == 3 else _sharded_optimizer
+        states = sharded(recipe, tensor_sizes, world_size, accumulation, device)
     tokens = training.micro_batch_size * training.sequence_length
     block, head = activation_bytes(config, training.sequence_length, compute, recipe.data.document_masks, device == "cuda")
     if training.activation_checkpointing:
@@ -163,7 +169,7 @@ def activation_bytes(config: ModelConfig, sequence_length: int, compute: int, ma
     return attention + mlp, head
 
 
-def _unsharded(recipe: Recipe, tensor_sizes: list[int], world_size: int, accumulation: int, device: str) -> _States:
+def _unsharded(recipe: Recipe, tensor_sizes: list[int], state_elements: int, accumulation: int, device: str) -> _States:
     """Stage 0: everything whole on every rank. In fp32 the weights are their own master copy."""
     count, low = sum(tensor_sizes), recipe.training.precision == "bf16"
     gradients = (2 if low else 4) * count
@@ -174,7 +180,7 @@ def _unsharded(recipe: Recipe, tensor_sizes: list[int], world_size: int, accumul
     return _States(
         weights=(2 if low else 4) * count,
         gradients=gradients,
-        optimizer=(12 if low else 8) * count,
+        optimizer=4 * state_elements + (4 * count if low else 0),
         buckets=flat,
         step=step,
         at_loss=waiting,

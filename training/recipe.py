@@ -168,10 +168,17 @@ class TrainingSection(Section):
 class OptimizerSection(Section):
     """The base optimizer and its schedule."""
 
-    kind: Literal["adamw"] = "adamw"
-    learning_rate: float = Field(default=1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    epsilon: float = Field(default=1e-8, gt=0)
+    kind: Literal["adamw", "adafactor", "muon", "soap"] = Field(
+        default="adamw", description="All but adamw need whole matrices, so ZeRO stage 0. muon: the blocks' matrices, adamw the rest."
+    )
+    learning_rate: float = Field(default=1e-3, gt=0, description="The peak; adafactor: relative to the RMS of each tensor.")
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="Of adamw and soap.")
+    epsilon: float = Field(default=1e-8, gt=0, description="Of adamw and soap, added to the root of the second moment.")
+    momentum: float | None = Field(default=None, ge=0, lt=1, description="Of muon; default: 0.95.")
+    precondition_frequency: int | None = Field(default=None, ge=1, description="soap: steps between new eigenbases; default: 10.")
+    largest_preconditioner: int | None = Field(
+        default=None, ge=1, description="soap: a side of a matrix that is longer, such as the vocabulary, is not rotated; default: 10000."
+    )
     weight_decay: float = Field(default=0.1, ge=0, description="On matrices; norms, gains, biases and positions have none.")
     schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = "cosine"
     warmup_fraction: float = Field(default=0.05, ge=0, le=1, description="Share of the steps in linear warm-up.")
@@ -200,6 +207,9 @@ class LoggingSection(Section):
 
     every: int = Field(default=10, ge=1, description="Steps between lines of metrics.jsonl, TensorBoard and the console.")
     tensorboard: bool = True
+    outliers_every: int = Field(
+        default=100, ge=0, description="Steps between measurements of the activations' outliers, on that step's own tokens; 0: never."
+    )
 
 
 class Recipe(Section):
@@ -500,7 +510,22 @@ def _cross_field_problems(recipe: Recipe) -> list[str]:
         problems.append("data.tokenizer.path: required with kind pretrained: a local folder or a hub name")
     if any(not 0 <= beta < 1 for beta in recipe.optimizer.betas):
         problems.append(f"optimizer.betas: expected two numbers in [0, 1), found {list(recipe.optimizer.betas)}")
-    return problems + _deepspeed_problems(recipe)
+    return problems + _optimizer_problems(recipe) + _deepspeed_problems(recipe)
+
+
+def _optimizer_problems(recipe: Recipe) -> list[str]:
+    optimizer, problems = recipe.optimizer, []
+    for field, kind in (("momentum", "muon"), ("precondition_frequency", "soap"), ("largest_preconditioner", "soap")):
+        if getattr(optimizer, field) is not None and optimizer.kind != kind:
+            problems.append(f"optimizer.{field}: only {kind} has it, and optimizer.kind is {optimizer.kind}; leave it out")
+    zero = recipe.deepspeed.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    if optimizer.kind != "adamw" and stage != 0:
+        problems.append(
+            f"optimizer.kind: {optimizer.kind} needs whole matrices, which ZeRO stage {stage} cuts into flat shards; "
+            "set deepspeed.zero_optimization.stage: 0, or use adamw"
+        )
+    return problems
 
 
 def _deepspeed_problems(recipe: Recipe) -> list[str]:
