@@ -167,7 +167,9 @@ def plan(recipe: Recipe, config: ModelConfig, world_size: int, data: dict[str, A
         model=config,
         parameters=parameters,
         batch=Batch(training.tokens_per_step, world_size, training.micro_batch_size, accumulation, training.sequence_length),
-        memory=predict(recipe, config, parameters.tensor_sizes, state_elements(_meta_model(config), recipe.optimizer), world_size, accumulation, device),
+        memory=predict(
+            recipe, config, parameters.tensor_sizes, state_elements(_meta_model(config), recipe.optimizer), world_size, accumulation, device
+        ),
         device=device,
         steps=steps,
         tokens=steps * training.tokens_per_step,
