@@ -91,6 +91,7 @@ class Pretrained:
 
     def load(self) -> Decoder:
         """The network with its weights. Raises InputError when it is not a causal language model, or of an unknown build."""
+        quieten_torchao()
         from transformers import AutoModelForCausalLM
 
         try:
@@ -111,6 +112,12 @@ class Pretrained:
 
     def _from(self) -> dict[str, Any]:
         return {"gguf_file": self.gguf} if self.gguf else {}
+
+
+def quieten_torchao() -> None:
+    """To be called before the first import of torchao (transformers' models do it): it warns of GPU kernels that a CPU has no use for."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def find_decoder(path: str | Path) -> Run | Pretrained:
@@ -252,5 +259,4 @@ def projection_groups(decoder: Decoder, name: str) -> list[Projections]:
 
 
 def _one_line(error: Exception) -> str:
-    logging.getLogger(__name__).debug("the whole of it", exc_info=error)
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

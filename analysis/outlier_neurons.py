@@ -122,7 +122,7 @@ class OutlierFeatures:
 
     def end_batch(self) -> None:
         """To be called after each forward pass."""
-        self.positions += len(next(iter(self.here.values())))
+        self.positions += max(map(len, self.here.values()), default=0)
         for kind, large in self.here.items():
             self.at_positions[kind] = self.at_positions.get(kind, 0) + large.sum(dim=0)
         self.here = {}
@@ -132,7 +132,7 @@ class OutlierFeatures:
         result = {}
         for kind in self.KINDS:
             layers = torch.stack([layer for layer in self.in_layer[kind] if layer is not None]).double().mean(dim=0).cpu()
-            positions = (self.at_positions[kind] / self.positions).cpu()
+            positions = self.at_positions[kind].double().cpu() / self.positions
             meets = (layers >= self.thresholds.feature_layers) & (positions >= self.thresholds.feature_positions) & (layers > 0)
             result[kind] = {
                 "features": [

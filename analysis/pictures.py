@@ -82,7 +82,7 @@ def outliers_picture(result: dict[str, Any], path: Path) -> Path:
     """By layer at the last checkpoint: kurtosis and the neurons that carry most; below it, over training where there is more than one."""
     several = len(result["steps"]) > 1
     with mpl.rc_context(_STYLE):
-        figure, axes = plt.subplots(1 + several, 2, figsize=(11, 4.2 * (1 + several)), layout="constrained", squeeze=False)
+        figure, axes = plt.subplots(1 + several, 2, figsize=(12, 4.2 * (1 + several)), layout="constrained", squeeze=False)
         figure.suptitle(
             f"{result['run']}: outlier features in the residual stream, {result['tokens']:,} tokens", x=0.01, ha="left", fontsize=12
         )
@@ -200,17 +200,16 @@ def _place_axis(axis: Axes, places: list[str]) -> None:
 
 
 def _kurtosis_across_layers(axis: Axes, result: dict[str, Any]) -> None:
-    """Kurtosis at each place, at the last checkpoint and, thin, at up to four before it."""
+    """Kurtosis - 1 at each place, at the last checkpoint and, thin, at up to four before it."""
     places, checkpoints = result["places"], result["checkpoints"]
     chosen = sorted({round(i * (len(checkpoints) - 1) / 4) for i in range(5)})
     for i in chosen:
-        values = _floats([checkpoints[i]["places"][place]["kurtosis"] for place in places])
+        values = _floats([checkpoints[i]["places"][place]["kurtosis_minus_one"] for place in places])
         last = i == len(checkpoints) - 1
         colour = RUN_COLOURS[0] if last else layer_colour(i / max(1, len(checkpoints) - 1))
         label = f"step {result['steps'][i]}" if len(checkpoints) > 1 else None
         axis.plot(range(len(places)), values, "o-" if last else "-", ms=4, lw=1.6 if last else 0.9, color=colour, label=label)
-    axis.axhline(1, color="#888888", lw=1, ls=":")
-    axis.set(title=f"Kurtosis of channel RMS (1 to {result['width']})")
+    axis.set(title=f"Kurtosis − 1 of channel RMS (0 to {result['width'] - 1})")
     _log_axis(axis)
     _place_axis(axis, places)
     if len(checkpoints) > 1:
@@ -233,7 +232,7 @@ def _neurons_across_layers(axis: Axes, result: dict[str, Any]) -> None:
     _log_axis(axis)
     _place_axis(axis, places)
     if points:
-        axis.legend(fontsize=8, ncols=2)
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _groups(axis: Axes, result: dict[str, Any]) -> None:

@@ -11,7 +11,6 @@ The last three are torchao's. The int8 ones multiply int8 by int8 into int32; w4
 from __future__ import annotations
 
 import copy
-import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from analysis.decoders import Decoder, Pretrained, Projections, open_decoder, projection_groups, watch
+from analysis.decoders import Decoder, Pretrained, Projections, open_decoder, projection_groups, quieten_torchao, watch
 from analysis.fake_quantization import StaticRanges, calibrate, check_sites, intercept, quantise_weights
 from analysis.outliers import ActivationMoments
 from analysis.runs import Run
@@ -34,7 +33,8 @@ Logits = Callable[[Tensor], Tensor]  # tokens (batch, length) -> logits (batch, 
 INT4: Any = vars(torch)["int4"]  # which pyright does not know
 RECIPES = ("w8a8_static", "w8a8_dynamic", "w8a8_per_token", "w4a8")
 GROUP_SIZE = 32  # weights that share a scale under w4a8
-CALIBRATION_TOKENS = 4096  # a batch
+BATCH_TOKENS = 4096  # of calibration and measuring
+LARGEST_LOGITS = 2**27  # numbers: 512 MiB, of which a few exist at a time
 
 DEFINITIONS = {
     "loss": "mean cross-entropy over these tokens, nats per token",
@@ -85,8 +85,7 @@ def quantise_linears(decoder: Decoder, groups: list[Projections], recipe: str) -
     Raises:
         InputError: a shape that the recipe cannot take, by the name of the first such map.
     """
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns of GPU kernels that this machine has no use for
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    quieten_torchao()
     from torchao.quantization import (
         Int8DynamicActivationInt8WeightConfig,
         Int8DynamicActivationIntxWeightConfig,
@@ -225,7 +224,8 @@ def analyze_checkpoint(source: Run | Pretrained, options: Options, verify: bool 
         calibration = [_calibration(source, options, decoder, seed) for seed in range(options.seeds)]
         check_vocabulary(torch.cat([torch.cat(batches) for batches in calibration]), decoder.vocab_size, f"{source.path}: calibration data")
     length = sequences.shape[1] - 1
-    batches = list(sequences.split(max(1, CALIBRATION_TOKENS // length)))
+    batch_tokens = min(BATCH_TOKENS, LARGEST_LOGITS // decoder.vocab_size)
+    batches = list(sequences.split(max(1, batch_tokens // length)))
     before = measure_before(decoder, batches)
     recipes: dict[str, Any] = {}
     for recipe in tqdm(options.recipes, desc=source.name, unit="recipe", disable=not progress):
@@ -258,7 +258,7 @@ def analyze_quantization(sources: list[Run | Pretrained], options: Options, veri
             "calibration": options.calibration or "the run's training split",
             "calibration_seeds": options.seeds,
             "calibration_batches": options.calibration_batches,
-            "calibration_tokens_per_batch": CALIBRATION_TOKENS,
+            "calibration_tokens_per_batch": BATCH_TOKENS,
             "percentile": options.percentile,
         },
         "checkpoints": [analyze_checkpoint(source, options, verify, progress) for source in sources],
@@ -266,9 +266,9 @@ def analyze_quantization(sources: list[Run | Pretrained], options: Options, veri
 
 
 def _calibration(source: Run | Pretrained, options: Options, decoder: Decoder, seed: int) -> list[Tensor]:
-    """Batches of about `CALIBRATION_TOKENS` training tokens, (sequences, length) each."""
+    """Batches of about `BATCH_TOKENS` training tokens, (sequences, length) each."""
     length = decoder.sequence_length
-    each = max(1, CALIBRATION_TOKENS // length)
+    each = max(1, BATCH_TOKENS // length)
     if options.calibration:
         windows = file_windows(encoder(source), options.calibration, each * options.calibration_batches, length, seed)
     elif isinstance(source, Run):

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.outliers import ActivationMoments, analyze_outliers, build_model, measure, validation_tokens, watch_residuals
+from analysis.decoders import build_model, run_decoder, watch
+from analysis.outliers import ActivationMoments, analyze_outliers, measure
 from analysis.runs import find_run
 from analysis.shards import open_checkpoint
+from analysis.tokens import validation_tokens
 from model.errors import InputError
 from tests.analysis.conftest import CONFIG
 
@@ -74,7 +76,8 @@ def test_identity_between_kurtosis_and_correlations():
 def test_places_are_the_residual_entering_attention_and_the_unembedding(run_folder):
     model = build_model(open_checkpoint(run_folder / "checkpoints" / "step-00000020")).cpu().eval()
     tokens = torch.randint(0, CONFIG.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), watch_residuals(model) as moments:
+    moments: dict[str, ActivationMoments] = {}
+    with torch.no_grad(), watch(run_decoder(model), lambda place, x: moments.setdefault(place, ActivationMoments()).add(x)):
         logits = model(tokens)
         x = model.embedding(tokens)
         x_1 = model.blocks[0](x, *rotary_and_mask(model, tokens))
@@ -118,11 +121,12 @@ def test_a_run_is_measured_at_every_step_and_its_loss_is_the_models(run_folder):
     with torch.no_grad():
         expected = model(tokens[:, :-1], tokens[:, 1:]).item() / tokens[:, 1:].numel()
     assert result["checkpoints"][1]["loss"] == pytest.approx(expected, rel=1e-6)
-    one_batch, many = measure(model, tokens, 10**6), measure(model, tokens, 16)
+    one_batch, many = (measure(run_decoder(model), tokens, batch_tokens=size) for size in (10**6, 16))
     for place in one_batch["places"]:
         for key, value in one_batch["places"][place].items():
             assert many["places"][place][key] == pytest.approx(value, rel=1e-5), (place, key)
     assert result["definitions"].keys() >= result["checkpoints"][0]["places"]["layer 0"].keys()
+    assert result["definitions"].keys() >= result["checkpoints"][0].keys() - {"step", "precision", "places"}
 
 
 def test_own_text_with_the_runs_tokenizer(run_folder, tmp_path):
