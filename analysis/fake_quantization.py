@@ -59,10 +59,16 @@ def symmetric(x: Tensor, largest: Tensor | float, bits: int = 8) -> Tensor:
 
 def quantise_weight(weight: Tensor, bits: int = 8, candidates: int = 100) -> Tensor:
     """The symmetric grid, among `candidates` ranges up to the largest weight, whose squared error is least; weight on that grid."""
-    largest = weight.abs().max()
+    largest = weight.abs().max().clamp_min(1e-12)
     ranges = [largest * i / candidates for i in range(1, candidates + 1)]
-    errors = torch.stack([(symmetric(weight, candidate, bits) - weight).square().sum() for candidate in ranges])
-    return symmetric(weight, ranges[int(errors.argmin())], bits)
+    top = 2 ** (bits - 1) - 1
+    buffer = torch.empty_like(weight)  # one for all candidates: fresh memory each time would cost more than the arithmetic
+    errors = []
+    for candidate in ranges:
+        scale = candidate / top
+        torch.div(weight, scale, out=buffer).round_().clamp_(-top - 1, top).mul_(scale).sub_(weight)
+        errors.append(torch.linalg.vector_norm(buffer))
+    return symmetric(weight, ranges[int(torch.stack(errors).argmin())], bits)
 
 
 def percentile_range(x: Tensor, percentile: float) -> tuple[float, float]:

@@ -149,7 +149,7 @@ def compare(
 
 
 @torch.no_grad()
-def measure_before(decoder: Decoder, batches: list[Tensor]) -> dict[str, Any]:
+def measure_before(decoder: Decoder, batches: list[Tensor], name: str) -> dict[str, Any]:
     """Loss, perplexity and the kurtosis of every place, unquantised."""
     moments: dict[str, ActivationMoments] = {}
     loss, count = 0.0, 0
@@ -166,7 +166,7 @@ def measure_before(decoder: Decoder, batches: list[Tensor]) -> dict[str, Any]:
         "mean_over_layers": sum(layers) / len(layers) if layers else None,
         "places": places,
     }
-    return {"loss": loss, "perplexity": _perplexity(loss), "kurtosis": kurtosis}
+    return {"loss": loss, "perplexity": _perplexity(loss, name), "kurtosis": kurtosis}
 
 
 def measure_recipe(
@@ -191,7 +191,7 @@ def measure_recipe(
 
 def summarise(found: dict[str, Any], before: dict[str, Any], recipe: str) -> dict[str, Any]:
     """What stands in the table: means over the calibration seeds, and what they cost."""
-    seeds = [{**seed, "perplexity": _perplexity(seed["loss"])} for seed in found["over_seeds"]]
+    seeds = [{**seed, "perplexity": _perplexity(seed["loss"], recipe)} for seed in found["over_seeds"]]
     perplexities = torch.tensor([seed["perplexity"] for seed in seeds], dtype=torch.float64)
     perplexity = perplexities.mean().item()
     return {
@@ -226,7 +226,7 @@ def analyze_checkpoint(source: Run | Pretrained, options: Options, verify: bool 
     length = sequences.shape[1] - 1
     batch_tokens = min(BATCH_TOKENS, LARGEST_LOGITS // decoder.vocab_size)
     batches = list(sequences.split(max(1, batch_tokens // length)))
-    before = measure_before(decoder, batches)
+    before = measure_before(decoder, batches, str(source.path))
     recipes: dict[str, Any] = {}
     for recipe in tqdm(options.recipes, desc=source.name, unit="recipe", disable=not progress):
         try:
@@ -281,9 +281,9 @@ def _calibration(source: Run | Pretrained, options: Options, decoder: Decoder, s
     return list(windows.split(each))
 
 
-def _perplexity(loss: float) -> float:
+def _perplexity(loss: float, what: str) -> float:
     if not math.isfinite(loss) or loss > 700:
-        raise InputError(f"its loss, {loss:g} nats per token, has no finite perplexity")
+        raise InputError(f"{what}: a loss of {loss:g} nats per token has no finite perplexity")
     return math.exp(loss)
 
 

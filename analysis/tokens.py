@@ -54,13 +54,13 @@ def file_windows(encode: Callable[[str], list[int]], files: list[str], sequences
     return _windows([text for text in texts if len(text) >= length], sequences, length, seed, ", ".join(files))
 
 
-def encoder(run: Run | Pretrained) -> Callable[[str], list[int]]:
+def encoder(source: Run | Pretrained) -> Callable[[str], list[int]]:
     """What turns text into the model's tokens. Raises InputError when there is no tokenizer."""
-    if isinstance(run, Pretrained):
-        return run.encoder()
-    folder = run.folder / "tokenizer" if run.folder else None
+    if isinstance(source, Pretrained):
+        return source.encoder()
+    folder = source.folder / "tokenizer" if source.folder else None
     if folder is None or not folder.is_dir():
-        raise InputError(f"{run.path}: no tokenizer/ beside the checkpoints, so text files cannot be encoded")
+        raise InputError(f"{source.path}: no tokenizer/ beside the checkpoints, so text files cannot be encoded")
     if (folder / "tokenizer.model").exists():
         import sentencepiece
 
@@ -85,12 +85,13 @@ def check_vocabulary(tokens: Tensor, vocab_size: int, source: str) -> None:
 
 def _split(run: Run, split: Literal["train", "validation"]) -> tuple[Path, list[np.ndarray]]:
     """The folder of the run's prepared data, and the memory-mapped shards of a split."""
+    instead = "give text with --data FILES" if split == "validation" else "give text with --calibration FILES"
     data = run.read_json("data.json")
     if data is None:
-        raise InputError(f"{run.path}: no data.json beside the checkpoints, so it is not known what to read: give text with --data FILES")
+        raise InputError(f"{run.path}: no data.json beside the checkpoints, so it is not known what to read: {instead}")
     prepared = Path(str(data.get("prepared")))
     if not (prepared / "manifest.json").exists():
-        raise InputError(f"{prepared}: the run's prepared data are gone: give text with --data FILES")
+        raise InputError(f"{prepared}: the run's prepared data are gone: {instead}")
     manifest = read_json(prepared / "manifest.json")
     try:
         shards = [(prepared / shard["file"], int(shard["tokens"])) for shard in manifest[split]["shards"]]

@@ -98,7 +98,7 @@ def test_loss_and_kl_against_float64():
     assert found["loss"] == pytest.approx(-q.gather(-1, TOKENS[:, 1:, None]).mean().item(), rel=1e-6)
     assert found["output_kl"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
     assert itself["output_kl"] == 0.0
-    before = measure_before(decoder, list(TOKENS.split(3)))
+    before = measure_before(decoder, list(TOKENS.split(3)), "toy")
     assert before["perplexity"] == pytest.approx(math.exp(itself["loss"]), rel=1e-6)
 
 
@@ -239,5 +239,13 @@ def test_what_is_refused(run_folder, tmp_path, capsys):
             Options(**wrong)
     with pytest.raises(InputError, match=r"manifest\.json: damaged: KeyError: 'shards'"):  # no training data to calibrate on
         analyze_checkpoint(run, Options(tokens=32), progress=False)
+    (run_folder / "data.json").rename(tmp_path / "data.json")
+    with pytest.raises(InputError, match=r"no data\.json beside the checkpoints, .* give text with --calibration FILES"):
+        training_windows(find_run(run_folder), 1, 16, seed=0)
+    (tmp_path / "data.json").rename(run_folder / "data.json")
+    decoder = network()
+    decoder.unembedding.weight.data.fill_(torch.nan)
+    with pytest.raises(InputError, match="toy: a loss of nan nats per token has no finite perplexity"):
+        measure_before(decoder, [TOKENS], "toy")
     result = analyze_checkpoint(run, Options(tokens=32, recipes=["w8a8_per_token"]), progress=False)
     assert list(result["recipes"]) == ["w8a8_per_token"]
