@@ -57,6 +57,7 @@ def symmetric(x: Tensor, largest: Tensor | float, bits: int = 8) -> Tensor:
     return (x / scale).round_().clamp_(-top - 1, top).mul_(scale)
 
 
+@torch.no_grad()
 def quantise_weight(weight: Tensor, bits: int = 8, candidates: int = 100) -> Tensor:
     """The symmetric grid, among `candidates` ranges up to the largest weight, whose squared error is least; weight on that grid."""
     largest = weight.abs().max().clamp_min(1e-12)

@@ -120,10 +120,10 @@ def test_a_folder_is_read_with_its_own_tokenizer(tmp_path, capsys):
     assert isinstance(source, Pretrained) and source.name == "model"
     result = analyze_outliers(source, tokens=80, data=[str(text)], progress=False)
     assert (result["tokens"], result["steps"], result["width"]) == (80, [0], 32)
-    inputs = torch.tensor([drawn[:40] + 3, drawn[40:80] + 3])
+    inputs = torch.from_numpy(drawn[:80].reshape(2, 40) + 3)
     with torch.no_grad():
         logits = family("llama")(inputs).logits.double()
-    targets = torch.tensor([drawn[1:41] + 3, drawn[41:81] + 3])
+    targets = torch.from_numpy(drawn[1:81].reshape(2, 40) + 3)
     expected = -logits.log_softmax(-1).gather(-1, targets[..., None]).mean().item()
     assert result["checkpoints"][0]["loss"] == pytest.approx(expected, rel=1e-5)
     assert main(["outliers", str(folder), "--data", str(text), "--tokens", "80", "--out", str(tmp_path / "out")]) == 0
