@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from analysis.decoders import projection_groups
 from analysis.fake_quantization import (
     StaticRanges,
+    _Attention,
     asymmetric,
     calibrate,
     check_sites,
@@ -190,8 +191,6 @@ def test_masked_scores_do_not_widen_a_range():
     query[0, 0, 0] = 1000.0
     key = torch.zeros(1, 1, 4, 2)
     key[0, 0, 3] = 1000.0  # position 0 would look at position 3
-    from analysis.fake_quantization import _Attention
-
     ranges = StaticRanges()
     mode = _Attention(ranges)
     mode.enter(0)
@@ -204,6 +203,17 @@ def test_masked_scores_do_not_widen_a_range():
         with mode:
             assert torch.allclose(F.scaled_dot_product_attention(query, key, key, attn_mask=mask), causal)
     assert ranges.ranges["layer 0 scores 1"] == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("options", [{"scale": 0.3}, {"attn_mask": random(1, 2, 5, 5)}, {"enable_gqa": True}, {"is_causal": True}, {}])
+def test_attention_without_rounding_is_pytorchs(options):
+    heads = 1 if options.get("enable_gqa") else 2
+    query, key, value = random(3, 2, 5, 4), random(3, heads, 5, 4, seed=1), random(3, heads, 5, 4, seed=2)
+    mode = _Attention(lambda site, x, counted: x)
+    mode.enter(0)
+    with mode:
+        found = F.scaled_dot_product_attention(query, key, value, **options)
+    assert torch.allclose(found, F.scaled_dot_product_attention(query, key, value, **options), rtol=1e-5, atol=1e-6)
 
 
 def test_attention_written_out_in_a_block_is_seen_too():
