@@ -254,5 +254,8 @@ def test_sixteen_bits_cost_nothing():
         quantised_groups = projection_groups(quantised, "toy")
         ranges = calibrate(quantised, quantised_groups, [TOKENS], percentile=100, bits=bits)
         with torch.no_grad(), intercept(quantised, quantised_groups, ranges):
+            calibrated = dict(ranges.ranges)
+            quantised.logits(TOKENS.flip(1))  # what is measured does not move a range
+            assert ranges.ranges == calibrated
             distance[bits] = (quantised.logits(TOKENS) - expected).square().mean().sqrt().item()
     assert distance[16] < distance[8] / 100
