@@ -180,8 +180,6 @@ def huggingface_decoder(model: Any, name: str) -> Decoder:
                 setattr(parent, child_name, linear)
     config = model.config.get_text_config()
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers]
-    inner = {id(module) for outer in lists for module in outer.modules() if module is not outer}
-    lists = [module for module in lists if id(module) not in inner]
     unembedding = model.get_output_embeddings()
     if len(lists) != 1 or not isinstance(unembedding, nn.Linear):
         raise InputError(
