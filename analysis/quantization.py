@@ -292,7 +292,7 @@ def describe(result: dict[str, Any]) -> str:
     options, checkpoints = result["options"], result["checkpoints"]
     width = max(len(checkpoint["name"]) for checkpoint in checkpoints)
     lines = [
-        f"perplexity; below it the increase (± over {options['calibration_seeds']} calibration seeds), then the KL of the output in nats",
+        f"perplexity; below it the increase (± over calibration seeds, here {options['calibration_seeds']}), then the output's KL in nats",
         f"  {'':{width}}  kurtosis       float" + "".join(f"{recipe:>20}" for recipe in options["recipes"]),
     ]
     refused = []
