@@ -1,19 +1,25 @@
 """Train the outlier ablation and say what int8 costs each network: `python -m scripts.ablate_outliers [--seeds 0 1] [--jobs 2]`.
 
 Every recipe of ABLATION is trained once for each seed, one process and one core each; then `python -m analysis quantization`
-reads the last checkpoints. The figures go to outliers.json and outliers.png below --out. Launched again it carries on: runs that
-are complete are not trained again, so seeds can be added later.
+reads the last checkpoints. The figures go to outliers_cpu.json below --out, and curves to outliers_cpu.png beside it. Launched again it
+carries on: runs that are complete are not trained again, so seeds can be added later.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
+
+from analysis.pictures import RUN_COLOURS
+from analysis.runs import find_run, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 ABLATION = {
@@ -29,13 +35,107 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, each on one core")
     parser.add_argument("--runs", default="runs", help="folder of the runs")
-    parser.add_argument("--out", default="docs/evidence", help="folder of outliers.json and outliers.png")
+    parser.add_argument("--out", default="docs/evidence", help="folder of outliers_cpu.json and outliers_cpu.png")
     arguments = parser.parse_args()
     jobs = [(name, seed) for seed in arguments.seeds for name in ABLATION]
     call("prepare the data", [sys.executable, "-m", "scripts.prepare_data", "recipes/ablation_pre_norm.yaml"])
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(lambda job: train(job[0], job[1], arguments.runs), jobs))
+    folders = {f"{name}_seed{seed}": Path(arguments.runs) / f"{name}_seed{seed}" for name, seed in jobs}
+    scratch = Path(arguments.runs) / "quantization"
+    call("quantise", [sys.executable, "-m", "analysis", "quantization", *map(str, folders.values()), "--out", str(scratch)])
+    quantized = {entry["name"]: entry for entry in json.loads((scratch / "quantization.json").read_text())["checkpoints"]}
+    found = {name: [figures(folders[f"{name}_seed{seed}"], seed, quantized) for seed in arguments.seeds] for name in ABLATION}
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    environment = json.loads((next(iter(folders.values())) / "environment.json").read_text())
+    del environment["command"]  # of that run alone
+    result = {
+        "command": "python -m scripts.ablate_outliers --seeds " + " ".join(map(str, arguments.seeds)),
+        "environment": environment,
+        "networks": {name: {"what": ABLATION[name], **summary(seeds), "seeds": seeds} for name, seeds in found.items()},
+    }
+    (out / "outliers_cpu.json").write_text(json.dumps(result, indent=2) + "\n")
+    draw(folders, arguments.seeds, out / "outliers_cpu.png")
+    print(table(result))
     return 0
+
+
+def figures(run: Path, seed: int, quantized: dict[str, Any]) -> dict[str, Any]:
+    """What one run came to. Kurtosis is the worst layer's, measured while training, the unembedding left out."""
+    steps, kurtosis = kurtosis_of(run)
+    entry = quantized[run.name]
+    return {
+        "seed": seed,
+        "validation_loss": validation_of(run)[1][-1],
+        "peak_kurtosis": max(kurtosis),
+        "peak_step": steps[kurtosis.index(max(kurtosis))],
+        "final_kurtosis": kurtosis[-1],
+        "perplexity": entry["before"]["perplexity"],
+        "perplexity_ratio": {recipe: got.get("perplexity_ratio") for recipe, got in entry["recipes"].items()},
+        "output_kl": {recipe: got.get("output_kl") for recipe, got in entry["recipes"].items()},
+    }
+
+
+def summary(seeds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean, and standard deviation over seeds where there are several, of every figure."""
+
+    def over(values: list[float]) -> dict[str, float]:
+        return {"mean": statistics.mean(values), **({"deviation": statistics.stdev(values)} if len(values) > 1 else {})}
+
+    found: dict[str, Any] = {key: over([seed[key] for seed in seeds]) for key in ("validation_loss", "peak_kurtosis", "final_kurtosis")}
+    for key in ("perplexity_ratio", "output_kl"):
+        found[key] = {recipe: over([seed[key][recipe] for seed in seeds]) for recipe in seeds[0][key]}
+    return found
+
+
+def kurtosis_of(run: Path) -> tuple[list[int], list[float]]:
+    """Steps, and the largest kurtosis of a layer at each."""
+    measured = [record for record in read_metrics(find_run(run)) if "activations" in record]
+    worst = [max(m["kurtosis"] for place, m in record["activations"].items() if place != "unembedding") for record in measured]
+    return [record["step"] for record in measured], worst
+
+
+def validation_of(run: Path) -> tuple[list[int], list[float]]:
+    """Steps, and the validation loss at each."""
+    records = [record for record in read_metrics(find_run(run)) if "validation_loss" in record]
+    return [record["step"] for record in records], [record["validation_loss"] for record in records]
+
+
+def draw(folders: dict[str, Path], seeds: list[int], path: Path) -> None:
+    """Kurtosis - 1 and validation loss over training, one colour a network and one line a seed."""
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for colour, (name, what) in zip(RUN_COLOURS, ABLATION.items(), strict=False):
+        for seed in seeds:
+            run, label = folders[f"{name}_seed{seed}"], what if seed == seeds[0] else None
+            steps, kurtosis = kurtosis_of(run)
+            left.plot(steps, [value - 1 for value in kurtosis], color=colour, lw=1.4, label=label)
+            right.plot(*validation_of(run), "o-", ms=3, color=colour, lw=1.4)
+    left.set(title="Kurtosis − 1 of the worst layer (0: all neurons alike)", xlabel="step", yscale="log")
+    right.set(title="Validation loss, nats a token", xlabel="step")
+    left.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def table(result: dict[str, Any]) -> str:
+    """For the terminal and docs/outlier_protected.md."""
+    recipes = list(next(iter(result["networks"].values()))["output_kl"])
+    lines = ["| network | validation loss | kurtosis, peak | last | " + " | ".join(f"`{recipe}`" for recipe in recipes) + " |"]
+    lines.append("|---" * (4 + len(recipes)) + "|")
+    for network in result["networks"].values():
+        cells = [network["what"], *(spread(network[key], 3) for key in ("validation_loss", "peak_kurtosis", "final_kurtosis"))]
+        for recipe in recipes:
+            ratio, kl = network["perplexity_ratio"][recipe]["mean"], network["output_kl"][recipe]["mean"]
+            cells.append(f"{100 * (ratio - 1):+.2f}% ({kl:.2g})")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def spread(figure: dict[str, float], digits: int) -> str:
+    return f"{figure['mean']:.{digits}g}" + (f" ± {figure['deviation']:.1g}" if "deviation" in figure else "")
 
 
 def train(name: str, seed: int, runs: str) -> None:
