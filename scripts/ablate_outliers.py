@@ -20,6 +20,8 @@ from typing import Any
 
 from analysis.pictures import RUN_COLOURS
 from analysis.runs import find_run, read_metrics
+from training.data import prepare
+from training.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 ABLATION = {
@@ -38,9 +40,9 @@ def main() -> int:
     parser.add_argument("--out", default="docs/evidence", help="folder of outliers_cpu.json and outliers_cpu.png")
     arguments = parser.parse_args()
     jobs = [(name, seed) for seed in arguments.seeds for name in ABLATION]
-    call("prepare the data", [sys.executable, "-m", "scripts.prepare_data", "recipes/ablation_pre_norm.yaml"])
+    corpus = corpus_of(Path(arguments.runs))
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(lambda job: train(job[0], job[1], arguments.runs), jobs))
+        list(pool.map(lambda job: train(job[0], job[1], arguments.runs, corpus), jobs))
     folders = {f"{name}_seed{seed}": Path(arguments.runs) / f"{name}_seed{seed}" for name, seed in jobs}
     scratch = Path(arguments.runs) / "quantization"
     call("quantise", [sys.executable, "-m", "analysis", "quantization", *map(str, folders.values()), "--out", str(scratch)])
@@ -138,9 +140,17 @@ def spread(figure: dict[str, float], digits: int) -> str:
     return f"{figure['mean']:.{digits}g}" + (f" ± {figure['deviation']:.1g}" if "deviation" in figure else "")
 
 
-def train(name: str, seed: int, runs: str) -> None:
+def corpus_of(runs: Path) -> str:
+    """The prepared corpus of the runs that are there, or a new one: all seeds read the same text, whatever is installed between them."""
+    for record in sorted(runs.glob("ablation_*/data.json")):
+        return json.loads(record.read_text())["prepared"]
+    print("prepare the data ...", flush=True)
+    return str(prepare(load_recipe(f"recipes/{next(iter(ABLATION))}.yaml").recipe.data).folder)
+
+
+def train(name: str, seed: int, runs: str, corpus: str) -> None:
     run = f"{name}_seed{seed}"
-    overrides = [f"run.seed={seed}", f"run.name={run}", f"run.folder={runs}"]
+    overrides = [f"run.seed={seed}", f"run.name={run}", f"run.folder={runs}", f"data.prepared={corpus}"]
     call(run, [sys.executable, "train.py", f"recipes/{name}.yaml", *overrides], log=Path(runs) / f"{run}.log")
 
 

@@ -157,14 +157,16 @@ def require_step(prepared: PreparedData, tokens_per_step: int, sequence_length: 
 
 
 def prepare(data: DataSection, sequence_length: int | None = None) -> PreparedData:
-    """Tokenised shards of this data section, built once, in `data.prepared`/<fingerprint>.
+    """Tokenised shards of this data section, built once, in `data.prepared`/<fingerprint>; or `data.prepared` itself where it is one.
 
     Safe to call from any number of processes and launches at the same time: one builds, the others wait. The folder
     appears when it is whole. With `sequence_length`, also checks that each split has at least one window.
     Raises InputError for anything wrong with the source, the tokenizer, the folder or the disk.
     """
-    source = open_source(data)
-    folder = Path(data.prepared).expanduser().resolve() / fingerprint(data, source)
+    folder = Path(data.prepared).expanduser().resolve()
+    if not (folder / "manifest.json").exists():
+        source = open_source(data)
+        folder /= fingerprint(data, source)
     if not folder.exists():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)

@@ -143,7 +143,10 @@ class DataSection(Section):
         default=False, description="Attention stays within a document, and no token predicts the next document's first."
     )
     tokenizer: TokenizerSection = TokenizerSection()
-    prepared: str = Field(default="prepared", description="Where tokenised shards are kept, shared by all runs.")
+    prepared: str = Field(
+        default="prepared",
+        description="Where tokenised shards are kept, shared by all runs; or one prepared corpus itself, read whatever `source` says.",
+    )
     workers: int | None = Field(default=None, ge=1, description="Processes that tokenise; default: the cores of this machine.")
 
 

@@ -554,3 +554,15 @@ def test_the_stream_is_the_same_at_any_number_of_ranks_and_across_resumes(shared
 def test_a_step_that_does_not_divide_is_said() -> None:
     with pytest.raises(InputError, match="10 sequences a step do not divide by 2 ranks x 3 sequences"):
         step_rows(0, 10, 0, 2, 3)
+
+
+def test_a_prepared_corpus_can_be_named_itself(tmp_path: Path) -> None:
+    """It is read whatever the source says, and even when the source is gone."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {i} of a text that is long enough to be cut in two" for i in range(3000)))
+    section = {"source": "files", "paths": [str(text)], "validation_fraction": 0.5, "tokenizer": {"vocab_size": 300}}
+    (tmp_path / "more.txt").write_text("another document. " * 500)
+    section["paths"].append(str(tmp_path / "more.txt"))
+    first = prepare(DataSection(**section, prepared=str(tmp_path / "prepared")))
+    text.unlink()
+    assert prepare(DataSection(**section, prepared=str(first.folder))).manifest == first.manifest
