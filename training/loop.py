@@ -21,6 +21,7 @@ from training.optimizers import learning_rate
 from training.plan import accumulation_steps, plan
 from training.recipe import LoadedRecipe, Recipe, model_config, zero_stage
 from training.run_folder import check_run_folder, describe_environment, open_run_folder, write_json
+from training.sharpness_aware import Outcome, take_step
 
 
 def train(loaded: LoadedRecipe) -> None:
@@ -95,32 +96,31 @@ def train(loaded: LoadedRecipe) -> None:
         )
         batches = [sequences.rows(numbers) for numbers in rows]
         valid_tokens = _valid_tokens(batches, training.tokens_per_step, recipe.data.document_masks, device)
-        loss_sum = torch.zeros((), device=device)
-        for batch in batches:
-            loss_sum += engine.accumulate(batch, scale=1.0 / valid_tokens)
-        rate = learning_rate(recipe.optimizer, step, total_steps)
-        result = engine.step(rate)
         done, tokens = step + 1, (step + 1) * training.tokens_per_step
+        logged = done % recipe.logging.every == 0 or done == last_step or step == start_step
+        outcome = take_step(engine, batches, valid_tokens, step, total_steps, logged)
+        result = outcome.result
         clock_tokens += training.tokens_per_step
 
         skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
         if not result.applied:
-            _report_skip(engine, batches, metrics, done, tokens, skipped_in_a_row, training.max_skipped_steps)
+            _report_skip(engine, batches, outcome, metrics, done, tokens, skipped_in_a_row, training.max_skipped_steps)
 
-        if done % recipe.logging.every == 0 or done == last_step or step == start_step:
-            (loss,) = sum_over_ranks(loss_sum, device=device)
+        if logged:
+            loss, loss_tokens = sum_over_ranks(outcome.loss_sum, outcome.loss_tokens, device=device)
             elapsed = time.perf_counter() - clock
             tokens_per_second = clock_tokens / elapsed
             values = {
                 "step": done,
                 "tokens": tokens,
-                "loss": loss / valid_tokens,
-                "learning_rate": rate,
+                "loss": loss / max(loss_tokens, 1),
+                "learning_rate": learning_rate(recipe.optimizer, step, total_steps),
                 "grad_norm": result.grad_norm,
                 "tokens_per_second": tokens_per_second,
                 "mfu": tokens_per_second * predicted.flops_per_token / (ranks.world_size * peak) if peak else None,
                 "skipped_steps": engine.skipped_steps,
                 "peak_memory_bytes": memory.bytes(),
+                **outcome.values,
             }
             metrics.record(values)
             metrics.progress(done, values)
@@ -209,9 +209,16 @@ def _valid_tokens(batches: list[Batch], tokens_per_step: int, document_masks: bo
     return max(valid, 1.0)
 
 
-def _report_skip(engine: Engine, batches: list[Batch], metrics: Metrics, done: int, tokens: int, in_a_row: int, limit: int) -> None:
+def _report_skip(
+    engine: Engine, batches: list[Batch], outcome: Outcome, metrics: Metrics, done: int, tokens: int, in_a_row: int, limit: int
+) -> None:
     """Say that a step was skipped, where its non-finite gradients come from, and stop when there are too many in a row."""
-    metrics.say(f"step {done}: skipped, gradients are not finite ({in_a_row} in a row): {engine.name_non_finite(batches)}")
+    where = (
+        "only those at the perturbed weights, so optimizer.sharpness.radius is too large"
+        if outcome.ascent_was_finite
+        else engine.name_non_finite(batches)
+    )
+    metrics.say(f"step {done}: skipped, gradients are not finite ({in_a_row} in a row): {where}")
     metrics.record({"step": done, "tokens": tokens, "skipped_steps": engine.skipped_steps})
     if in_a_row >= limit:
         metrics.close()

@@ -90,6 +90,7 @@ def accumulation_steps(recipe: Recipe, world_size: int) -> int:
     unit = per_rank * training.micro_batch_size
     accumulation, rest = divmod(training.tokens_per_step, unit)
     if rest == 0:
+        _check_ascent(recipe, accumulation)
         return accumulation
     nearest = " or ".join(f"{count * unit} (accumulation {count})" for count in (accumulation, accumulation + 1) if count)
     advice = f"nearest valid: {nearest}"
@@ -99,6 +100,17 @@ def accumulation_steps(recipe: Recipe, world_size: int) -> int:
         advice += f"; or keep it with training.micro_batch_size {smaller}"
     equation = f"{_many(world_size, 'rank')} x {training.micro_batch_size} micro-batch x {training.sequence_length} length"
     raise InputError(f"training.tokens_per_step: {training.tokens_per_step} does not divide by {equation} = {unit}; {advice}")
+
+
+def _check_ascent(recipe: Recipe, accumulation: int) -> None:
+    """The ascent direction is taken from whole micro-batches: as many of them as the recipe's fraction says, or InputError."""
+    wanted = recipe.optimizer.sharpness.ascent_fraction * accumulation
+    if recipe.optimizer.sharpness_aware != "none" and (round(wanted) < 1 or abs(wanted - round(wanted)) > 1e-6):
+        raise InputError(
+            f"optimizer.sharpness.ascent_fraction: {recipe.optimizer.sharpness.ascent_fraction} of {_many(accumulation, 'micro-batch')} "
+            f"of a rank is no whole number of them; valid: {', '.join(f'{n / accumulation:.6g}' for n in range(1, accumulation + 1)[:8])}, "
+            "or lower training.micro_batch_size"
+        )
 
 
 def count_parameters(config: ModelConfig) -> Parameters:
@@ -271,7 +283,7 @@ def _mebibytes(count: int) -> str:
 
 
 def _many(count: int, thing: str) -> str:
-    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}{'es' if thing.endswith('ch') else 's'}"
 
 
 def _duration(seconds: float) -> str:

@@ -1,0 +1,182 @@
+"""Run by test_sharpness_aware.py under torchrun: sharpness-aware steps at every stage; what was seen goes to a JSON file.
+
+torchrun --nproc_per_node N -m tests.distributed.sharpness_worker RECIPE OUT.json
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+from model.config import ModelConfig
+from model.parametrization import initialize, is_decayed, owned_parameters
+from model.transformer import Transformer
+from training.data import Batch
+from training.distributed import Ranks, discover, leave
+from training.engine import Engine, deepspeed, start_distributed
+from training.recipe import Recipe, load_recipe, model_config
+from training.sharpness_aware import take_step
+
+VOCAB, LENGTH, STEPS = 53, 12, 3
+BASE = [
+    "model.width=20", "model.heads=2", "model.mlp_width=33", "model.init_std=0.2", "training.sequence_length=12",
+    "training.micro_batch_size=2", "training.gradient_clipping=0.5", "optimizer.learning_rate=1e-2", "optimizer.epsilon=1e-6",
+    "optimizer.sharpness.radius=0.3",
+]  # fmt: skip
+FUNCTIONAL = "optimizer.sharpness_aware=functional_sam"
+PRECONDITIONED = ["optimizer.sharpness.precondition=true", "optimizer.sharpness.precondition_epsilon=1e-3"]
+
+
+def sequences(step: int, count: int) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(VOCAB, (count, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+    targets = tokens[:, 1:].clone()
+    targets[1, 5:] = -100
+    return tokens[:, :-1], targets
+
+
+def batches(step: int, ranks: Ranks, accumulation: int) -> list[Batch]:
+    tokens, targets = sequences(step, 2 * ranks.world_size * accumulation)
+    starts = [(m * ranks.world_size + ranks.rank) * 2 for m in range(accumulation)]
+    return [Batch(tokens[s : s + 2], targets[s : s + 2], None) for s in starts]
+
+
+class Reference:
+    """The step in one process and float64, from the equations at the top of training/sharpness_aware.py: no engine, no chunks."""
+
+    def __init__(self, recipe: Recipe, config: ModelConfig) -> None:
+        self.optimizer, self.clipping = recipe.optimizer, recipe.training.gradient_clipping
+        self.model = Transformer(config)
+        initialize(self.model, recipe.run.seed)
+        self.model.double()
+        self.decayed = {name: is_decayed(name, module) for name, module, _ in owned_parameters(self.model)}
+        self.weights = {name: p.detach().clone() for name, _, p in owned_parameters(self.model)}
+        self.first = {name: torch.zeros_like(w) for name, w in self.weights.items()}
+        self.second = {name: torch.zeros_like(w) for name, w in self.weights.items()}
+        self.taken = 0
+
+    def logits(self, weights: dict[str, Tensor], tokens: Tensor) -> Tensor:
+        return functional_call(self.model, weights, (tokens,), tie_weights=True)
+
+    def gradient(self, weights: dict[str, Tensor], tokens: Tensor, targets: Tensor, frozen: Tensor | None) -> tuple[dict, Tensor]:
+        """Gradient of the mean loss at these weights, or with the derivative at the logits given; and that derivative."""
+        leaves = {name: w.clone().requires_grad_() for name, w in weights.items()}
+        logits = self.logits(leaves, tokens)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+        derivative = torch.autograd.grad(loss, logits, retain_graph=True)[0]
+        gradients = torch.autograd.grad(logits, list(leaves.values()), derivative if frozen is None else frozen)
+        return dict(zip(leaves, gradients, strict=True)), derivative
+
+    def perturbation(self, gradient: dict[str, Tensor], radius: float) -> dict[str, Tensor]:
+        options = self.optimizer.sharpness
+        u = gradient
+        if options.precondition:
+            beta = self.optimizer.betas[1]
+            second, taken = self.second, self.taken
+            if options.second_moment == "updated" and taken:
+                second, taken = {n: beta * v + (1 - beta) * gradient[n] ** 2 for n, v in second.items()}, taken + 1
+            if taken:
+                corrected = {n: v / (1 - beta**taken) for n, v in second.items()}
+                u = {n: g / (corrected[n] ** options.precondition_exponent + options.precondition_epsilon) for n, g in gradient.items()}
+        if options.norm_scope == "tensor":
+            return {n: radius / math.sqrt(len(u)) * t / t.norm() for n, t in u.items()}
+        norm = math.sqrt(sum(float(t.pow(2).sum()) for t in u.values()))
+        return {n: radius * t / norm for n, t in u.items()}
+
+    def step(self, tokens: Tensor, targets: Tensor, ascent: Tensor) -> float:
+        """One step; `ascent` are the sequences that the direction is taken from. Returns the gradient's norm before clipping."""
+        section = self.optimizer
+        gradient, derivative = self.gradient(self.weights, tokens, targets, None)
+        if section.sharpness_aware != "none":
+            direction, _ = self.gradient(self.weights, tokens[ascent], targets[ascent], None)
+            e = self.perturbation(direction, section.sharpness.radius)
+            there = {name: w + e[name] for name, w in self.weights.items()}
+            frozen = derivative if section.sharpness_aware == "functional_sam" else None
+            gradient, _ = self.gradient(there, tokens, targets, frozen)
+        norm = math.sqrt(sum(float(g.pow(2).sum()) for g in gradient.values()))
+        factor = min(1.0, self.clipping / norm)
+        self.taken += 1
+        rate, (beta1, beta2) = section.learning_rate, section.betas
+        for name, g in gradient.items():
+            g = g * factor
+            self.first[name] = beta1 * self.first[name] + (1 - beta1) * g
+            self.second[name] = beta2 * self.second[name] + (1 - beta2) * g * g
+            update = self.first[name] / (1 - beta1**self.taken) / ((self.second[name] / (1 - beta2**self.taken)).sqrt() + section.epsilon)
+            decay = section.weight_decay if self.decayed[name] else 0.0
+            self.weights[name] = self.weights[name] * (1 - rate * decay) - rate * update
+        return norm
+
+
+def weights_of(engine: Engine) -> dict[str, Tensor]:
+    """Whole forward weights, float64."""
+    named = [(name, parameter) for name, _, parameter in owned_parameters(engine.model)]
+    with deepspeed.zero.GatheredParameters([p for _, p in named]) if engine.stage == 3 else nullcontext():
+        return {name: parameter.detach().double().clone() for name, parameter in named}
+
+
+def make(path: str, ranks: Ranks, device: torch.device, accumulation: int, *options: str) -> Engine:
+    unit = f"training.tokens_per_step={2 * LENGTH * ranks.world_size * accumulation}"
+    recipe = load_recipe(path, [*BASE, "optimizer.schedule=constant", "optimizer.warmup_fraction=0", unit, *options]).recipe
+    return Engine(recipe, model_config(recipe, VOCAB), accumulation, ranks, device)
+
+
+def against_reference(path: str, ranks: Ranks, device: torch.device, accumulation: int, *options: str) -> dict[str, Any]:
+    """Steps of the engine beside the reference's: largest difference of a weight, and of the gradient's norm in proportion."""
+    engine = make(path, ranks, device, accumulation, *options)
+    reference = Reference(engine.recipe, engine.model.config)
+    per_rank = round(engine.recipe.optimizer.sharpness.ascent_fraction * accumulation)
+    norms, moved = [], {}
+    for step in range(STEPS):
+        tokens, targets = sequences(step, 2 * ranks.world_size * accumulation)
+        outcome = take_step(engine, batches(step, ranks, accumulation), float((targets != -100).sum()), step, 100, step == 1)
+        norm = reference.step(tokens, targets, torch.arange(2 * ranks.world_size * per_rank))
+        norms.append(abs(outcome.result.grad_norm / norm - 1))
+        moved = outcome.values or moved
+    weights = weights_of(engine)
+    differences = {name: float((weights[name] - w).abs().max()) for name, w in reference.weights.items()}
+    seen = {"difference": max(differences.values()), "norm": max(norms), "values": {k: v for k, v in moved.items() if k != "ascent_norm_by_tensor"}}
+    engine.deepspeed.destroy()
+    return seen
+
+
+def main() -> None:
+    path, out = sys.argv[1:]
+    ranks = discover()
+    device = start_distributed(ranks)
+    results: dict[str, Any] = {}
+    for stage in range(4):
+        zero = f"deepspeed.zero_optimization.stage={stage}"
+        persist = ["deepspeed.zero_optimization.stage3_param_persistence_threshold=300"] if stage == 3 else []
+        cases = {
+            "functional-3": (3, FUNCTIONAL),
+            "sam-1": (1, "optimizer.sharpness_aware=sam"),
+        }
+        if ranks.world_size == 2:
+            cases |= {
+                "functional-1-stored": (1, FUNCTIONAL, "optimizer.sharpness.store_logits=true", "model.tied_embeddings=false"),
+                "preconditioned-3-tensor": (3, FUNCTIONAL, *PRECONDITIONED, "optimizer.sharpness.norm_scope=tensor"),
+                "sam-preconditioned-updated": (1, "optimizer.sharpness_aware=sam", *PRECONDITIONED, "optimizer.sharpness.second_moment=updated"),
+                "functional-3-fraction": (3, FUNCTIONAL, "optimizer.sharpness.ascent_fraction=0.33333333"),
+            }
+        for name, (accumulation, *options) in cases.items():
+            started = time.perf_counter()
+            results[f"{name}-{stage}"] = against_reference(path, ranks, device, accumulation, "training.precision=fp32", zero, *persist, *options)
+            results[f"{name}-{stage}"]["seconds"] = time.perf_counter() - started
+            gc.collect()
+    if ranks.is_first:
+        Path(out).write_text(json.dumps(results, indent=1))
+    leave(0)
+
+
+if __name__ == "__main__":
+    main()
