@@ -14,8 +14,8 @@ and, in training/master_weights.py, which belongs to this file:
     `fp16_partitioned_groups_flat` (ZeRO-3), `fp32_groups` and `fp16_groups` (FP16_UnfusedOptimizer: bf16 without ZeRO);
   * from one to the other: `update_lp_params()`; at ZeRO-3 `_partition_all_parameters`, `_reassign_or_swap_out_partitioned_parameters`,
     `persistent_parameters` and `invalidate_secondary_tensor`, in the order of its own step;
-  * which element is whose: `parameter._hp_mapping` (ZeRO-1, 2, BF16_Optimizer); `fp16_groups`, `partition_numel()`, `ds_numel`,
-    `ds_shape` (ZeRO-3).
+  * which element is whose: `round_robin_bit16_groups` and `round_robin_bit16_offsets` (ZeRO-1, 2), `bf16_groups` (BF16_Optimizer),
+    `fp16_groups`, `partition_numel()`, `ds_numel`, `ds_shape` (ZeRO-3).
 """
 
 from __future__ import annotations

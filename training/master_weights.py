@@ -10,6 +10,7 @@ Used by training/engine.py alone, whose docstring lists what this relies on insi
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -199,14 +200,25 @@ class MasterWeights:
         return [Segment(number, index, 0, self.masters[index].numel(), 0) for index, number in enumerate(numbers)]
 
     def _segments_of_flat_groups(self) -> list[Segment]:
-        """ZeRO-1 and 2 cut a group's tensors, laid end to end, into equal pieces; a parameter may lie in none, one or several."""
-        segments = []
-        for number, parameter in enumerate(self._parameters):
-            mapping: Any = parameter._hp_mapping  # None where another rank has all of it
-            if mapping is not None:
-                here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-                segments.append(Segment(number, mapping.param_group_index, here.start, here.numel, there.start))
+        """ZeRO-1 and 2 lay a group's tensors end to end and cut that into equal pieces, wherever tensors begin or end."""
+        segments, rank = [], dist.get_rank()
+        for index, (master, group) in enumerate(zip(self.masters, self._flat_groups(), strict=True)):
+            piece = rank * master.numel()
+            for parameter, place in group:
+                first, end = max(place, piece), min(place + parameter.numel(), piece + master.numel())
+                if first < end:
+                    segments.append(Segment(self._number[id(parameter)], index, first - piece, end - first, first - place))
         return segments
+
+    def _flat_groups(self) -> list[list[tuple[nn.Parameter, int]]]:
+        """Parameters of each group and where they begin. (`_hp_mapping` says so too, but wrongly with round_robin_gradients.)"""
+        optimizer = self.optimizer
+        if isinstance(optimizer, BF16_Optimizer):
+            groups = optimizer.bf16_groups
+            places = [itertools.accumulate([parameter.numel() for parameter in group], initial=0) for group in groups]
+        else:
+            groups, places = optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets
+        return [list(zip(group, starts, strict=False)) for group, starts in zip(groups, places, strict=True)]
 
     def _segments_of_stage_3(self) -> list[Segment]:
         """ZeRO-3 cuts every tensor into equal pieces, the last padded, and lays a group's pieces end to end."""

@@ -141,12 +141,142 @@ def against_reference(path: str, ranks: Ranks, device: torch.device, accumulatio
         outcome = take_step(engine, batches(step, ranks, accumulation), float((targets != -100).sum()), step, 100, step == 1)
         norm = reference.step(tokens, targets, torch.arange(2 * ranks.world_size * per_rank))
         norms.append(abs(outcome.result.grad_norm / norm - 1))
-        moved = outcome.values or moved
+        moved = outcome.values if len(outcome.values) > 1 else moved
     weights = weights_of(engine)
     differences = {name: float((weights[name] - w).abs().max()) for name, w in reference.weights.items()}
     seen = {"difference": max(differences.values()), "norm": max(norms), "values": {k: v for k, v in moved.items() if k != "ascent_norm_by_tensor"}}
     engine.deepspeed.destroy()
     return seen
+
+
+def clean(engine: Engine) -> bool:
+    """The whole forward weights are the masters, rounded, to the bit, as far as this rank has masters of them."""
+    masters, whole = engine.masters, weights_of(engine)
+    dtype = masters.forward[0].dtype
+    vector = [master.detach() for master in masters.masters]
+    return all(
+        torch.equal(
+            whole[masters.names[segment.tensor]].flatten()[segment.offset : segment.offset + segment.length],
+            masters.part(vector, segment).to(dtype).double(),
+        )
+        for segment in masters.segments
+    )
+
+
+def invariants(path: str, ranks: Ranks, device: torch.device, *options: str) -> dict[str, Any]:
+    """What must hold whatever happens between the two passes, and what a vector is."""
+    engine = make(path, ranks, device, 3, FUNCTIONAL, *options)
+    masters, seen = engine.masters, {}
+
+    def bits() -> list[Tensor]:
+        return [master.detach().clone() for master in masters.masters]
+
+    def same(one: Any, other: Any) -> bool:
+        if isinstance(one, dict):
+            return all(torch.equal(one[name], other[name]) for name in one)
+        return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+    def step(number: int) -> Any:
+        counted = float((sequences(number, 6 * ranks.world_size)[1] != -100).sum())
+        return take_step(engine, batches(number, ranks, 3), counted, number, 100, True)
+
+    # a gradient leaves nothing behind: twice the same bits, and the reference's norm
+    reference = Reference(engine.recipe, engine.model.config)
+    tokens, targets = sequences(0, 6 * ranks.world_size)
+    exact, _ = reference.gradient(reference.weights, tokens, targets, None)
+    scale = 1.0 / float((targets != -100).sum())
+    first, _ = engine.gradient(batches(0, ranks, 3), scale)
+    second, _ = engine.gradient(batches(0, ranks, 3), scale)
+    seen["repeatable"] = same(first, second)
+    by_tensor = masters.dot_by_tensor(first, first).sqrt().tolist()
+    seen["gradient"] = max(abs(n / float(exact[name].norm()) - 1) for name, n in zip(masters.names, by_tensor, strict=True))
+    # a vector's numbers do not depend on how it is cut
+    noise = masters.normal(7)
+    seen["normal"] = [masters.norm(noise), masters.dot(noise, masters.normal(8)), float(masters.dot_by_tensor(noise, noise)[1])]
+
+    # perturbed: the forward pass sees masters + vector, the masters keep their bits, an exception changes nothing
+    weights, kept = weights_of(engine), bits()
+    vector = masters.scale(masters.normal(9), 0.01)
+    whole = {}
+    for name, shape in zip(masters.names, masters.shapes, strict=True):
+        digest = __import__("hashlib").sha256(f"9:{name}".encode()).digest()
+        whole[name] = torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True)))
+    try:
+        with engine.perturbed(vector):
+            there = weights_of(engine)
+            expected = {name: reference.weights[name] + 0.01 * whole[name].double() for name in whole}
+            seen["perturbed"] = max(float(((there[n] - expected[n]).abs() / (expected[n].abs() + 1e-2)).max()) for n in whole)
+            seen["masters_untouched"] = engine.stage == 0 and masters.aliased or same(bits(), kept)
+            engine.save(Path("/nonexistent"), "x")
+    except RuntimeError as error:
+        seen["save"] = str(error)
+    seen["restored"] = same(weights_of(engine), weights) and same(bits(), kept)
+
+    # steps: a good one, one whose second pass is not finite, one whose first is not, and a good one again
+    seen["step"] = step(0).result.applied
+    seen["clean"] = clean(engine)
+    for name, only_perturbed in (("second", True), ("first", False)):
+        kept, weights = bits(), weights_of(engine)
+        hook = engine.model.blocks[1].register_forward_hook(
+            lambda module, inputs, output, only=only_perturbed: output * math.nan if engine._perturbed or not only else output
+        )
+        outcome = step(1)
+        hook.remove()
+        seen[f"{name}_skipped"] = [outcome.result.applied, outcome.ascent_was_finite, engine.skipped_steps]
+        seen[f"{name}_untouched"] = same(bits(), kept) and same(weights_of(engine), weights) and clean(engine)
+    outcome = step(2)
+    seen["after"] = outcome.result.applied and math.isfinite(outcome.result.grad_norm) and clean(engine)
+    seen["values"] = {key: value for key, value in outcome.values.items() if isinstance(value, float)}
+    seen["counters"] = [engine.deepspeed.global_steps, engine.deepspeed.micro_steps]
+    engine.deepspeed.destroy()
+    return seen
+
+
+def plain_is_plain(path: str, ranks: Ranks, device: torch.device, *options: str) -> list[bool]:
+    """Bits of the weights after three steps: as the loop took them before there was a choice, with `none`, and with radius 0."""
+    ends = []
+    for chosen in (None, "optimizer.sharpness_aware=none", "optimizer.sharpness.radius=0"):
+        engine = make(path, ranks, device, 3, *([FUNCTIONAL] if chosen else []), *([chosen] if chosen else []), *options)
+        for step in range(STEPS):
+            mine, counted = batches(step, ranks, 3), float((sequences(step, 6 * ranks.world_size)[1] != -100).sum())
+            if chosen:
+                take_step(engine, mine, counted, step, 100, True)
+            else:
+                for batch in mine:
+                    engine.accumulate(batch, scale=1.0 / counted)
+                engine.step(1e-2)
+        ends.append(weights_of(engine))
+        engine.deepspeed.destroy()
+    return [all(torch.equal(ends[0][name], end[name]) for name in end) for end in ends[1:]]
+
+
+def dropout_replayed(path: str, ranks: Ranks, device: torch.device, *options: str) -> list[float]:
+    """With dropout and hardly any perturbation, both passes have the same gradient: norms of the two."""
+    engine = make(path, ranks, device, 3, "optimizer.sharpness_aware=sam", "optimizer.sharpness.radius=1e-6", *options)
+    engine.model.blocks[0].register_forward_hook(lambda module, inputs, output: F.dropout(output, 0.5, training=module.training))
+    outcome = take_step(engine, batches(0, ranks, 3), float((sequences(0, 6 * ranks.world_size)[1] != -100).sum()), 0, 100, True)
+    engine.deepspeed.destroy()
+    return [outcome.values["ascent_norm"], outcome.result.grad_norm]  # pyright: ignore[reportReturnType]
+
+
+SHARDINGS = {
+    "fp32-0": ["training.precision=fp32", "deepspeed={zero_optimization: {stage: 0}}"],
+    "fp32-3": ["training.precision=fp32", "deepspeed={zero_optimization: {stage: 3, stage3_param_persistence_threshold: 300}}"],
+    "fp32-2-offload": [
+        "training.precision=fp32",
+        "deepspeed={zero_optimization: {stage: 2, round_robin_gradients: true, offload_optimizer: {device: cpu}}}",
+    ],
+    "bf16-0": ["training.precision=bf16", "deepspeed={zero_optimization: {stage: 0}}"],
+    "bf16-1": ["training.precision=bf16", "deepspeed={zero_optimization: {stage: 1}}"],
+    "bf16-1-fp32": ["training.precision=bf16", "deepspeed={zero_optimization: {stage: 1}, data_types: {grad_accum_dtype: fp32}}"],
+    "bf16-2": ["training.precision=bf16", "deepspeed={zero_optimization: {stage: 2, round_robin_gradients: true}}"],
+    "bf16-2-fp32": ["training.precision=bf16", "deepspeed={zero_optimization: {stage: 2}, data_types: {grad_accum_dtype: fp32}}"],
+    "bf16-3-fp32": ["training.precision=bf16", "deepspeed={zero_optimization: {stage: 3}, data_types: {grad_accum_dtype: fp32}}"],
+    "bf16-3-offload": [
+        "training.precision=bf16",
+        "deepspeed={zero_optimization: {stage: 3, offload_optimizer: {device: cpu}, offload_param: {device: cpu}}}",
+    ],
+}
 
 
 def main() -> None:
@@ -173,6 +303,13 @@ def main() -> None:
             results[f"{name}-{stage}"] = against_reference(path, ranks, device, accumulation, "training.precision=fp32", zero, *persist, *options)
             results[f"{name}-{stage}"]["seconds"] = time.perf_counter() - started
             gc.collect()
+    if ranks.world_size == 2:
+        for name, options in SHARDINGS.items():
+            results[name] = invariants(path, ranks, device, *options)
+            gc.collect()
+        for name in ("fp32-0", "fp32-3", "bf16-2-fp32"):
+            results[f"{name}-plain"] = plain_is_plain(path, ranks, device, *SHARDINGS[name])
+            results[f"{name}-dropout"] = dropout_replayed(path, ranks, device, *SHARDINGS[name])
     if ranks.is_first:
         Path(out).write_text(json.dumps(results, indent=1))
     leave(0)
