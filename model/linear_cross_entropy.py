@@ -49,9 +49,9 @@ class FrozenHead:
 
 
 def logit_derivative(logits: Tensor, targets: Tensor) -> Tensor:
-    """d (summed cross-entropy) / d logits for logits (rows, vocabulary) and targets (rows,): float32, 0 in rows not counted."""
+    """d (summed cross-entropy) / d logits (rows, vocabulary) for targets (rows,): at least float32, 0 in rows not counted."""
     counted = targets != IGNORED_TARGET
-    derivative = torch.softmax(logits.float(), dim=-1)
+    derivative = torch.softmax(logits.to(_wide(logits)), dim=-1)
     # one is taken off at the target; a row that is not counted has its target at 0 for the moment, and is then emptied
     derivative.scatter_add_(-1, targets.clamp_min(0)[:, None], -torch.ones_like(derivative[:, :1]))
     return derivative.mul_(counted[:, None])
@@ -65,7 +65,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     hidden, targets = hidden.detach().flatten(0, 1), targets.flatten()
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for rows in _chunks(len(hidden), len(weight)):
-        logits = F.linear(hidden[rows], weight.detach()).float()
+        logits = F.linear(hidden[rows], weight.detach())
+        logits = logits.to(_wide(logits))
         loss += F.cross_entropy(logits, targets[rows], ignore_index=IGNORED_TARGET, reduction="sum")
     return loss
 
@@ -97,12 +98,16 @@ class _LinearProduct(torch.autograd.Function):
         rows_of_hidden = hidden.flatten(0, 1)
         to_hidden = torch.empty_like(rows_of_hidden)
         # chunks add up in float32, as one product over all rows does inside
-        to_weight = torch.zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+        to_weight = torch.zeros(weight.shape, dtype=_wide(weight), device=weight.device)
         for rows in _chunks(len(rows_of_hidden), len(weight)):
             g = (ctx.frozen.derivative(rows) * scale).to(weight.dtype)
             to_hidden[rows] = g @ weight
             to_weight += g.T @ rows_of_hidden[rows]
         return to_hidden.view_as(hidden), to_weight.to(weight.dtype), None
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:

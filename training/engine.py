@@ -225,7 +225,7 @@ class Engine:
             del self._base.step
         clipping = getattr(self.optimizer, "clip_grad", 0.0)  # of DeepSpeed's optimizers, which clip before; ours does within
         if clipping > 0:
-            self.masters.scale(gradient, max(1.0, (float(self.deepspeed.get_global_grad_norm()) + 1e-6) / clipping))
+            self.masters.scale(gradient, max(1.0, (float(self.deepspeed.get_global_grad_norm() or 0.0) + 1e-6) / clipping))
 
     @functools.cached_property
     def masters(self) -> MasterWeights:

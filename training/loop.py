@@ -88,7 +88,7 @@ def train(loaded: LoadedRecipe) -> None:
     if recipe.checkpoint.first and start_step == 0:
         checkpoint.save(engine, run, step=0, tokens=0)
 
-    skipped_in_a_row = 0
+    skipped_in_a_row, warned = 0, False
     clock, clock_tokens = time.perf_counter(), 0
     for step in range(start_step, last_step):
         rows = step_rows(
@@ -124,6 +124,9 @@ def train(loaded: LoadedRecipe) -> None:
             }
             metrics.record(values)
             metrics.progress(done, values)
+            if outcome.buried and not warned:
+                warned = True
+                metrics.say(f"step {done}: {outcome.buried}")
             clock, clock_tokens = time.perf_counter(), 0
 
         aside = time.perf_counter()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +42,7 @@ class MasterWeights:
     """The master weights behind one of DeepSpeed's optimizers.
 
     Attributes:
-        names: of the parameters, each once.
+        names: of the trainable parameters, each once.
         shapes: of the whole parameters.
         masters: the float32 tensors of this rank.
         forward: what the forward pass has in their places: flat pieces or whole parameters, in the precision of training.
@@ -51,7 +50,7 @@ class MasterWeights:
     """
 
     def __init__(self, optimizer: Any, base: torch.optim.Optimizer, model: nn.Module, device: torch.device) -> None:
-        named = [(name, parameter) for name, _, parameter in owned_parameters(model)]
+        named = [(name, parameter) for name, _, parameter in owned_parameters(model) if parameter.requires_grad]
         self.optimizer, self.base, self.device = optimizer, base, device
         self.names = [name for name, _ in named]
         self.shapes = [tuple(getattr(parameter, "ds_shape", parameter.shape)) for _, parameter in named]
@@ -233,4 +232,3 @@ class MasterWeights:
                     segments.append(Segment(self._number[id(parameter)], index, start, length, offset))
                 start += size
         return segments
-

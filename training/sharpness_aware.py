@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ class Outcome:
         loss_tokens: how many those are.
         values: what is logged beside; empty for a plain step.
         ascent_was_finite: of a step that was not applied: only the second pass was at fault.
+        buried: a warning, where hardly anything of the perturbation reached the forward weights.
     """
 
     result: StepResult
@@ -46,6 +48,7 @@ class Outcome:
     loss_tokens: int
     values: dict[str, float | dict[str, float]]
     ascent_was_finite: bool = False
+    buried: str | None = None
 
 
 def take_step(engine: Engine, batches: list[Batch], valid_tokens: float, step: int, total_steps: int, logged: bool) -> Outcome:
@@ -137,7 +140,17 @@ def _sharpness_aware_step(
     if split and other is not None and result.applied and plain is not None and after is not None and keep is not None:
         sam, functional_sam = (other, after) if functional else (after, other)
         values.update(split_of(masters, plain, functional_sam, sam, masters.norm(keep)))
-    return Outcome(result, losses, _counted(measured), values, ascent_was_finite=True)
+    return Outcome(result, losses, _counted(measured), values, ascent_was_finite=True, buried=_buried(values, options.cosine_warning))
+
+
+def _buried(values: dict[str, Any], least: float) -> str | None:
+    cosine = values.get("perturbation_cosine", 1.0)
+    if cosine >= least:
+        return None
+    return (
+        f"the perturbation that reaches the forward weights has cosine {cosine:.2f} with the intended one "
+        f"(optimizer.sharpness.cosine_warning {least:g}): the rest is rounding; docs/functional_sam.md says what helps"
+    )
 
 
 def perturb_along(masters: MasterWeights, gradient: Vector, optimizer: OptimizerSection, radius: float) -> Vector:

@@ -6,10 +6,10 @@ torchrun --nproc_per_node N -m tests.distributed.sharpness_worker RECIPE OUT.jso
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import math
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from training.sharpness_aware import take_step
 VOCAB, LENGTH, STEPS = 53, 12, 3
 BASE = [
     "model.width=20", "model.heads=2", "model.mlp_width=33", "model.init_std=0.2", "training.sequence_length=12",
-    "training.micro_batch_size=2", "training.gradient_clipping=0.5", "optimizer.learning_rate=1e-2", "optimizer.epsilon=1e-6",
+    "training.micro_batch_size=2", "training.gradient_clipping=0.5", "optimizer.learning_rate=1e-2", "optimizer.epsilon=1e-4",
     "optimizer.sharpness.radius=0.3",
 ]  # fmt: skip
 FUNCTIONAL = "optimizer.sharpness_aware=functional_sam"
@@ -144,7 +144,11 @@ def against_reference(path: str, ranks: Ranks, device: torch.device, accumulatio
         moved = outcome.values if len(outcome.values) > 1 else moved
     weights = weights_of(engine)
     differences = {name: float((weights[name] - w).abs().max()) for name, w in reference.weights.items()}
-    seen = {"difference": max(differences.values()), "norm": max(norms), "values": {k: v for k, v in moved.items() if k != "ascent_norm_by_tensor"}}
+    seen = {
+        "difference": max(differences.values()),
+        "norm": max(norms),
+        "values": {k: v for k, v in moved.items() if k != "ascent_norm_by_tensor"},
+    }
     engine.deepspeed.destroy()
     return seen
 
@@ -199,14 +203,14 @@ def invariants(path: str, ranks: Ranks, device: torch.device, *options: str) -> 
     vector = masters.scale(masters.normal(9), 0.01)
     whole = {}
     for name, shape in zip(masters.names, masters.shapes, strict=True):
-        digest = __import__("hashlib").sha256(f"9:{name}".encode()).digest()
+        digest = hashlib.sha256(f"9:{name}".encode()).digest()
         whole[name] = torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True)))
     try:
         with engine.perturbed(vector):
             there = weights_of(engine)
             expected = {name: reference.weights[name] + 0.01 * whole[name].double() for name in whole}
             seen["perturbed"] = max(float(((there[n] - expected[n]).abs() / (expected[n].abs() + 1e-2)).max()) for n in whole)
-            seen["masters_untouched"] = engine.stage == 0 and masters.aliased or same(bits(), kept)
+            seen["masters_untouched"] = (engine.stage == 0 and masters.aliased) or same(bits(), kept)
             engine.save(Path("/nonexistent"), "x")
     except RuntimeError as error:
         seen["save"] = str(error)
@@ -267,7 +271,6 @@ SHARDINGS = {
         "deepspeed={zero_optimization: {stage: 2, round_robin_gradients: true, offload_optimizer: {device: cpu}}}",
     ],
     "bf16-0": ["training.precision=bf16", "deepspeed={zero_optimization: {stage: 0}}"],
-    "bf16-1": ["training.precision=bf16", "deepspeed={zero_optimization: {stage: 1}}"],
     "bf16-1-fp32": ["training.precision=bf16", "deepspeed={zero_optimization: {stage: 1}, data_types: {grad_accum_dtype: fp32}}"],
     "bf16-2": ["training.precision=bf16", "deepspeed={zero_optimization: {stage: 2, round_robin_gradients: true}}"],
     "bf16-2-fp32": ["training.precision=bf16", "deepspeed={zero_optimization: {stage: 2}, data_types: {grad_accum_dtype: fp32}}"],
@@ -287,21 +290,24 @@ def main() -> None:
     for stage in range(4):
         zero = f"deepspeed.zero_optimization.stage={stage}"
         persist = ["deepspeed.zero_optimization.stage3_param_persistence_threshold=300"] if stage == 3 else []
-        cases = {
-            "functional-3": (3, FUNCTIONAL),
-            "sam-1": (1, "optimizer.sharpness_aware=sam"),
-        }
+        cases = {"functional-3": (3, FUNCTIONAL)}
         if ranks.world_size == 2:
             cases |= {
                 "functional-1-stored": (1, FUNCTIONAL, "optimizer.sharpness.store_logits=true", "model.tied_embeddings=false"),
                 "preconditioned-3-tensor": (3, FUNCTIONAL, *PRECONDITIONED, "optimizer.sharpness.norm_scope=tensor"),
-                "sam-preconditioned-updated": (1, "optimizer.sharpness_aware=sam", *PRECONDITIONED, "optimizer.sharpness.second_moment=updated"),
+                "sam-preconditioned-updated": (
+                    1,
+                    "optimizer.sharpness_aware=sam",
+                    *PRECONDITIONED,
+                    "optimizer.sharpness.second_moment=updated",
+                ),
                 "functional-3-fraction": (3, FUNCTIONAL, "optimizer.sharpness.ascent_fraction=0.33333333"),
             }
+        else:
+            cases["sam-1"] = (1, "optimizer.sharpness_aware=sam")
         for name, (accumulation, *options) in cases.items():
-            started = time.perf_counter()
-            results[f"{name}-{stage}"] = against_reference(path, ranks, device, accumulation, "training.precision=fp32", zero, *persist, *options)
-            results[f"{name}-{stage}"]["seconds"] = time.perf_counter() - started
+            options = ["training.precision=fp32", zero, *persist, *options]
+            results[f"{name}-{stage}"] = against_reference(path, ranks, device, accumulation, *options)
             gc.collect()
     if ranks.world_size == 2:
         for name, options in SHARDINGS.items():
