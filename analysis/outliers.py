@@ -1,95 +1,33 @@
 """Outlier features: how unevenly the channels of the residual stream are used, layer by layer, over a run's checkpoints.
 
-The measures are those of "Understanding and Minimising Outlier Features in Transformer Training" (arXiv 2405.19279), section 2,
-taken where the paper takes them for its CodeParrot models: on the residual stream entering attention of each layer, and on the
-input of the unembedding. Kurtosis here is not the textbook's: equal channels give 1, not 3.
+`model/activation_statistics.py` says what is measured and where; training logs the same measures on its own batches.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from analysis.runs import Run, read_json
 from analysis.shards import Checkpoint
+from model import activation_statistics
+from model.activation_statistics import watch_residuals
 from model.config import ModelConfig
 from model.errors import InputError
 from model.transformer import Transformer
 
 DEFINITIONS = {
-    "place": "`layer i`: the residual stream entering attention of block i, before any norm; `unembedding`: the input of the unembedding",
-    "X": "activations at a place, n positions x d channels; s_j = sqrt(mean over positions of X_aj^2), without centring",
-    "kurtosis": "mean_j(s_j^4) / mean_j(s_j^2)^2 (Eq 1): positions are summed first; from 1 (all channels alike) to d (one channel alone)",
-    "kurtosis_minus_one": "kurtosis - 1, what the paper's log-scale figures show",
-    "max_median_ratio_mean": "mean over positions of max_j |X_aj| / median_j |X_aj| (Eq 2); of an even d the median averages two",
-    "max_median_ratio_max": "the largest of these ratios over all positions",
-    "activation_rms": "sqrt(mean over positions and channels of X^2)",
+    **activation_statistics.DEFINITIONS,
     "loss": "mean cross-entropy over these tokens, nats per token, of the model as read from the checkpoint",
 }
-
-
-class ActivationMoments:
-    """Sums over positions from which the measures follow exactly, whatever the split into batches. float64."""
-
-    def __init__(self) -> None:
-        self.positions = 0
-        self.squares: Tensor | float = 0.0  # (d,), sum over positions of X_aj^2
-        self.ratio_sum = 0.0
-        self.ratio_max = 0.0
-
-    def add(self, x: Tensor) -> None:
-        """x (..., d), any dtype; leading dimensions are positions."""
-        x = x.detach().reshape(-1, x.shape[-1])
-        self.positions += x.shape[0]
-        self.squares = self.squares + x.double().square().sum(dim=0).cpu()
-        width, lower, upper = x.shape[1], (x.shape[1] - 1) // 2, x.shape[1] // 2
-        ordered = np.partition(x.abs().float().cpu().numpy(), sorted({lower, upper, width - 1})).astype(
-            np.float64
-        )  # half the cost of sorting
-        ratios = ordered[:, -1] / np.maximum((ordered[:, lower] + ordered[:, upper]) / 2, np.finfo(np.float32).tiny)
-        self.ratio_sum += float(ratios.sum())
-        self.ratio_max = max(self.ratio_max, float(ratios.max()))
-
-    def measures(self) -> dict[str, float | None]:
-        """The measures of `DEFINITIONS`; None where the activations are all zero or not finite."""
-        mean_squares = torch.as_tensor(self.squares) / self.positions  # s_j^2
-        second = mean_squares.mean()
-        kurtosis = (mean_squares.square().mean() / second.square()).item()
-        values = {
-            "kurtosis": kurtosis,
-            "kurtosis_minus_one": kurtosis - 1.0,
-            "max_median_ratio_mean": self.ratio_sum / self.positions,
-            "max_median_ratio_max": self.ratio_max,
-            "activation_rms": second.sqrt().item(),
-        }
-        return {key: value if math.isfinite(value) else None for key, value in values.items()}
-
-
-@contextmanager
-def watch_residuals(model: Transformer) -> Iterator[dict[str, ActivationMoments]]:
-    """Within it, each forward pass adds to the moments of every place: `layer 0` .. and `unembedding`."""
-    moments: dict[str, ActivationMoments] = {}
-
-    def look(place: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        moments[place] = ActivationMoments()
-        return lambda module, inputs: moments[place].add(inputs[0])
-
-    handles = [block.register_forward_pre_hook(look(f"layer {i}")) for i, block in enumerate(model.blocks)]
-    handles.append(model.unembedding.register_forward_pre_hook(look("unembedding")))
-    try:
-        yield moments
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

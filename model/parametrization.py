@@ -52,8 +52,8 @@ def _initial_value(name: str, module: nn.Module, shape: torch.Size, config: Mode
     if leaf == "bias":
         return torch.zeros(shape)
     standard_deviation = config.init_std
-    if config.block == "pre_norm" and name.endswith((".attention.output.weight", ".mlp.down.weight")):
-        # 2 depth branches add up in the residual stream (GPT-2); an Outlier-Protected block has its residual gain for that
+    if config.scaled_output_init and name.endswith((".attention.output.weight", ".mlp.down.weight")):
+        # 2 depth branches add up in the residual stream (GPT-2); a block with a residual gain has that for it
         standard_deviation /= math.sqrt(2 * config.depth)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,9 +36,10 @@ class Transformer(nn.Module):
         assert config.embedding_multiplier is not None and config.head_dim is not None
         self.config = config
         self.activation_checkpointing = False  # set by training
+        self.watch: Callable[[str, Tensor], None] | None = None  # sees the residual stream: see model/activation_statistics.py
         self.embedding = Embedding(config.vocab_size, config.width)
         self.position_embedding = Embedding(config.sequence_length, config.width) if config.positions == "learned" else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, first=i == 0) for i in range(config.depth))
         self.final_norm = make_norm(config.norm if config.final_norm else "none", config.width, config)
         self.unembedding = Unembedding(config.width, config.vocab_size, bias=False)
         if config.tied_embeddings:
@@ -85,12 +88,17 @@ class Transformer(nn.Module):
             assert self.config.head_dim is not None
             rotary = rotary_tables(length, self.config.head_dim, self.config.rope_base, tokens.device)
         mask = None if document_ids is None else document_mask(document_ids, x.dtype)
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
+            if self.watch is not None:
+                self.watch(f"layer {i}", x)
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, rotary, mask, use_reentrant=False)
             else:
                 x = block(x, rotary, mask)
-        return self.final_norm(x)
+        x = self.final_norm(x)
+        if self.watch is not None:
+            self.watch("unembedding", x)
+        return x
 
 
 def document_mask(document_ids: Tensor, dtype: torch.dtype) -> Tensor:

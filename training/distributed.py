@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from model.activation_statistics import ActivationMoments
 from model.errors import InputError
 
 
@@ -80,6 +81,15 @@ def sum_over_ranks(*values: float | torch.Tensor, device: torch.device) -> list[
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(numbers)
     return numbers.tolist()
+
+
+def reduce_moments(moments: dict[str, ActivationMoments]) -> None:
+    """Make each rank's moments those of all ranks together, in place: sums are summed and maxima maximised."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for place in moments.values():
+            dist.all_reduce(place.sums)
+            dist.all_reduce(place.gram)
+            dist.all_reduce(place.ratio_max, op=dist.ReduceOp.MAX)
 
 
 def raise_together(problem: str | None) -> None:

@@ -42,7 +42,7 @@ from model.parametrization import initialize
 from model.transformer import Transformer
 from training.data import Batch
 from training.distributed import Ranks
-from training.optimizers import make_optimizer
+from training.optimizers import JointOptimizer, make_optimizer
 from training.plan import count_parameters
 from training.recipe import Recipe, zero_stage
 
@@ -105,7 +105,7 @@ def deepspeed_config(recipe: Recipe, parameters: int, accumulation: int, world_s
     config["train_micro_batch_size_per_gpu"] = recipe.training.micro_batch_size
     config["gradient_accumulation_steps"] = accumulation
     config["train_batch_size"] = recipe.training.micro_batch_size * accumulation * world_size
-    # Without ZeRO in fp32 our optimizer clips (see GuardedAdamW); everywhere else DeepSpeed does.
+    # Without ZeRO in fp32 our optimizer clips (see JointOptimizer); everywhere else DeepSpeed does.
     config["gradient_clipping"] = 0.0 if _unguarded(recipe) else recipe.training.gradient_clipping
     config.setdefault("steps_per_print", 10**9)  # the loop prints; DeepSpeed's own line would be a second one
     config.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's AdamW serves offload too, without a compiler
@@ -158,9 +158,11 @@ class Engine:
                 block.compile()
         offloaded = bool(recipe.deepspeed.get("zero_optimization", {}).get("offload_optimizer"))
         fused = device.type == "cuda" and not offloaded
-        guarded_norm = recipe.training.gradient_clipping if _unguarded(recipe) else None
-        base = make_optimizer(model, recipe.optimizer, fused, guarded_norm)
+        max_norm = recipe.training.gradient_clipping if _unguarded(recipe) else None
+        base = make_optimizer(model, recipe.optimizer, fused, sharded=self.stage > 0, max_norm=max_norm)
         self.deepspeed, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=base, config=config)
+        if isinstance(base, JointOptimizer):
+            base.ready = True
         self.optimizer: Any = optimizer  # DeepSpeed's wrapper, typed as something without parameter groups
         self.model = model
         self._base = base

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from model.activation_statistics import watch_residuals
 from model.errors import InputError
 from model.transformer import IGNORED_TARGET
 from training import checkpoint
 from training.data import Batch, PreparedData, Sequences, open_prepared, prepare, require_step, step_rows
-from training.distributed import Ranks, discover, raise_together, sum_over_ranks
+from training.distributed import Ranks, discover, raise_together, reduce_moments, sum_over_ranks
 from training.engine import Engine, start_distributed
 from training.metrics import MFU_DEFINITION, Metrics, PeakMemory, duration, peak_flops
-from training.optimizers import learning_rate
+from training.optimizers import describe_groups, learning_rate
 from training.plan import accumulation_steps, plan
 from training.recipe import LoadedRecipe, Recipe, model_config, zero_stage
 from training.run_folder import check_run_folder, describe_environment, open_run_folder, write_json
@@ -74,6 +76,8 @@ def train(loaded: LoadedRecipe) -> None:
         checkpoint.load(engine, newest)
     sequences = Sequences(data, "train", training.sequence_length, recipe.run.seed, shuffle=True, document_masks=recipe.data.document_masks)
     predicted = plan(recipe, config, ranks.world_size, data.manifest)
+    for warning in config.warnings():
+        metrics.say(f"warning: {warning}")
     if ranks.is_first:
         environment = describe_environment(ranks.world_size, device)
         environment["predicted_peak_memory_bytes"] = predicted.memory.total
@@ -96,9 +100,11 @@ def train(loaded: LoadedRecipe) -> None:
         )
         batches = [sequences.rows(numbers) for numbers in rows]
         valid_tokens = _valid_tokens(batches, training.tokens_per_step, recipe.data.document_masks, device)
+        measured = recipe.logging.outliers_every > 0 and (step % recipe.logging.outliers_every == 0 or step + 1 == last_step)
         done, tokens = step + 1, (step + 1) * training.tokens_per_step
         logged = done % recipe.logging.every == 0 or done == last_step or step == start_step
-        outcome = take_step(engine, batches, valid_tokens, step, total_steps, logged)
+        watch = watch_residuals(engine.model) if measured else nullcontext()
+        outcome = take_step(engine, batches, valid_tokens, step, total_steps, logged, watch)
         result = outcome.result
         clock_tokens += training.tokens_per_step
 
@@ -128,6 +134,11 @@ def train(loaded: LoadedRecipe) -> None:
                 warned = True
                 metrics.say(f"step {done}: {outcome.buried}")
             clock, clock_tokens = time.perf_counter(), 0
+
+        if outcome.watched is not None:  # the weights before this step, on its tokens
+            reduce_moments(outcome.watched)
+            measures = {place: moments.measures() for place, moments in outcome.watched.items()}
+            metrics.record_activations(step, step * training.tokens_per_step, measures)
 
         aside = time.perf_counter()
         if done % recipe.evaluation.every == 0 or done == total_steps:
@@ -237,6 +248,7 @@ def _headline(loaded: LoadedRecipe, data: PreparedData, engine: Engine, paramete
     return (
         f"{loaded.run_folder}: {parameters:,} parameters, {loaded.recipe.model.block}, {total_steps} steps{resumed}, ZeRO-{engine.stage}, "
         f"{training.precision}, {engine.device.type}\n"
+        f"{describe_groups(engine.model, loaded.recipe.optimizer)}\n"
         f"tokens per step {training.tokens_per_step:,} = {ranks.world_size} ranks x {training.micro_batch_size} micro-batch x "
         f"{engine.accumulation} accumulation x {training.sequence_length} length; {data.train_tokens:,} training tokens, "
         f"{training.tokens / data.train_tokens:.2f} epochs"

@@ -31,7 +31,7 @@ class Memory:
 
     weights: int
     gradients: int  # that wait for the optimizer's step
-    optimizer: int  # float32 weights and the two moments of AdamW
+    optimizer: int  # float32 weights and the optimizer's state
     activations: int  # kept for the backward pass
     logits: int
     buckets: int  # where gradients are reduced and, at stage 3, whole weights are gathered
@@ -64,18 +64,24 @@ class _States:
     host: int = 0
 
 
-def predict(recipe: Recipe, config: ModelConfig, tensor_sizes: list[int], world_size: int, accumulation: int, device: str) -> Memory:
+def predict(
+    recipe: Recipe, config: ModelConfig, tensor_sizes: list[int], state_elements: int, world_size: int, accumulation: int, device: str
+) -> Memory:
     """Bytes on one rank, by part and by moment.
 
     Args:
         tensor_sizes: elements of each parameter tensor, shared ones once.
+        state_elements: numbers the optimizer keeps beside the weights where it is not sharded (`optimizers.state_elements`).
         accumulation: micro-batches of a step.
         device: "cuda" or "cpu".
     """
     training = recipe.training
     compute = 2 if training.precision == "bf16" else 4
-    by_stage = {0: _unsharded, 1: _sharded_optimizer, 2: _sharded_optimizer, 3: _sharded_weights}
-    states = by_stage[zero_stage(recipe)](recipe, tensor_sizes, world_size, accumulation, device)
+    if zero_stage(recipe) == 0:
+        states = _unsharded(recipe, tensor_sizes, state_elements, accumulation, device)
+    else:
+        sharded = _sharded_weights if zero_stage(recipe) == 3 else _sharded_optimizer
+        states = sharded(recipe, tensor_sizes, world_size, accumulation, device)
     tokens = training.micro_batch_size * training.sequence_length
     block, head = activation_bytes(config, training.sequence_length, compute, recipe.data.document_masks, device == "cuda")
     if training.activation_checkpointing:
@@ -123,33 +129,47 @@ def activation_bytes(config: ModelConfig, sequence_length: int, compute: int, ma
     assert config.kv_heads is not None and config.head_dim is not None and config.mlp_width is not None
     width, queries, keys = config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim
 
-    def norm(kind: str | None, size: int, vectors: int) -> int:
+    def norm(kind: str | None, size: int, vectors: int, scaled: bool = True) -> int:
         """Kept by a norm of `vectors` vectors with `size` elements in all, besides its output."""
         if kind == "layer_norm":
             return compute * size + 8 * vectors  # input, mean and inverse deviation
-        if kind == "rms_norm":
-            return (compute * size if fused_norm else 8 * size) + 4 * vectors
+        if kind in ("rms_norm", "simple_rms_norm"):
+            several = 8 * size if scaled and kind == "rms_norm" else 4 * size  # without a scale only the float32 input
+            return (compute * size if fused_norm else several) + 4 * vectors
         return 0
 
-    block_norm = config.norm if config.block == "pre_norm" else "none"
+    def norm_on(*places: str) -> str:
+        return config.norm if set(places) & set(config.norm_places or ()) else "none"
+
+    after_norm = config.norm if config.block == "post_norm" else "none"
     gain = 0 if config.residual_gain_form == "fixed" else compute * width  # a trainable gain keeps what it multiplies
+    scaled = config.qk_norm_gains == "trainable"
     attention = (
-        norm(block_norm, width, 1)
+        norm(norm_on("query_key", "value"), width, 1)
         + compute * width  # input of the projections
-        + norm(config.qk_norm, queries, config.heads)
-        + norm(config.qk_norm, keys, config.kv_heads)
+        + norm(config.qk_norm, queries, config.heads, scaled)
+        + norm(config.qk_norm, keys, config.kv_heads, scaled)
         + compute * (2 * queries + 2 * keys)  # query, output, key, value
-        + 4 * config.heads  # log-sum-exp
         + gain
+        + norm(after_norm, width, 1)
     )
+    if len({"query_key", "value"} & set(config.norm_places or ())) == 1 and config.norm != "layer_norm" and not fused_norm and compute < 4:
+        attention += compute * width  # what is not normed, beside the norm's float32 copy of it
+    if config.attention_softcap is None:
+        attention += 4 * config.heads  # log-sum-exp
+    else:  # the scores' tanh and softmax in float32, the softmax again in the compute dtype; grouped keys and values repeated
+        attention += config.heads * sequence_length * (8 + (compute if compute < 4 else 0))
+        attention += 2 * compute * (queries - keys)
     hidden = {"gelu": 2, "relu": 1, "swiglu": 4}[config.activation] * config.mlp_width
-    mlp = norm(block_norm, width, 1) + compute * width + compute * hidden + gain
+    mlp = norm(norm_on("mlp"), width, 1) + compute * width + compute * hidden + gain + norm(after_norm, width, 1)
     head = norm(config.norm if config.final_norm else "none", width, 1) + compute * width
-    head += compute * sequence_length if masked else 0
+    head += compute * sequence_length if masked and config.attention_softcap is None else 0
+    if config.first_norm:
+        head += norm(config.norm, width, 1)
     return attention + mlp, head
 
 
-def _unsharded(recipe: Recipe, tensor_sizes: list[int], world_size: int, accumulation: int, device: str) -> _States:
+def _unsharded(recipe: Recipe, tensor_sizes: list[int], state_elements: int, accumulation: int, device: str) -> _States:
     """Stage 0: everything whole on every rank. In fp32 the weights are their own master copy."""
     count, low = sum(tensor_sizes), recipe.training.precision == "bf16"
     gradients = (2 if low else 4) * count
@@ -160,7 +180,7 @@ def _unsharded(recipe: Recipe, tensor_sizes: list[int], world_size: int, accumul
     return _States(
         weights=(2 if low else 4) * count,
         gradients=gradients,
-        optimizer=(12 if low else 8) * count,
+        optimizer=4 * state_elements + (4 * count if low else 0),
         buckets=flat,
         step=step,
         at_loss=waiting,

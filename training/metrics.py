@@ -92,6 +92,18 @@ class Metrics:
                 if key not in ("step", "tokens") and isinstance(value, int | float):
                     self.writer.add_scalar(key, value, values["step"])
 
+    def record_activations(self, step: int, tokens: int, places: dict[str, dict[str, float | None]]) -> None:
+        """One record of the measures at each place; TensorBoard gets `measure/place`, and the largest kurtosis by itself."""
+        if self.file is None:
+            return
+        largest = max((m["kurtosis"] for m in places.values() if m["kurtosis"] is not None), default=None)
+        self.record({"step": step, "tokens": tokens, "largest_kurtosis": largest, "activations": places})
+        if self.writer is not None:
+            for place, measures in places.items():
+                for measure, value in measures.items():
+                    if value is not None:
+                        self.writer.add_scalar(f"{measure}/{place.replace(' ', '_')}", value, step)
+
     def say(self, text: str) -> None:
         """Print a line, on the first rank alone."""
         if self.first:

@@ -1,4 +1,4 @@
-"""Parameter groups, the base optimizer, and learning-rate schedules."""
+"""Parameter groups, the base optimizers, and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -11,52 +11,127 @@ from torch import Tensor, nn
 from model.parametrization import is_decayed, owned_parameters
 from training.recipe import OptimizerSection
 
+LARGEST_PRECONDITIONER = 10_000  # SOAP's default: a longer side of a matrix is not rotated
 
-def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict]:
-    """Two groups: matrices with weight decay, and the rest without."""
-    decayed, rest = [], []
+
+def parameter_groups(model: nn.Module, section: OptimizerSection) -> dict[str, dict[str, Any]]:
+    """Name -> {params, weight_decay}, none empty: the blocks' matrices, the embeddings, and the rest, which is not decayed."""
+    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "embeddings": [], "the rest": []}
     for name, module, parameter in owned_parameters(model):
-        (decayed if is_decayed(name, module) else rest).append(parameter)
-    groups = [{"params": decayed, "weight_decay": section.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+        decayed = "matrices" if name.startswith("blocks.") else "embeddings"
+        groups[decayed if is_decayed(name, module) else "the rest"].append(parameter)
+    return {
+        name: {"params": parameters, "weight_decay": 0.0 if name == "the rest" else section.weight_decay}
+        for name, parameters in groups.items()
+        if parameters
+    }
 
 
-def make_optimizer(model: nn.Module, section: OptimizerSection, fused: bool, guarded_norm: float | None = None) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`; `fused` where one kernel updates a whole group; `GuardedAdamW` given a norm to clip to."""
+def describe_groups(model: nn.Module, section: OptimizerSection) -> str:
+    """What updates which parameters: a line for each group."""
+    lines = []
+    for name, group in parameter_groups(model, section).items():
+        kind = "adamw" if section.kind == "muon" and name != "matrices" else section.kind
+        # ds_numel: at ZeRO stage 3 a parameter itself is empty
+        count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in group["params"])
+        lines.append(f"{kind} on {name}: {len(group['params'])} tensors, {count:,} parameters, weight decay {group['weight_decay']:g}")
+    return "\n".join(lines)
+
+
+def state_elements(model: nn.Module, section: OptimizerSection) -> int:
+    """Numbers that the optimizer keeps for the whole of these parameters, float32 each, beside the weights."""
+    count = 0
+    for name, group in parameter_groups(model, section).items():
+        for parameter in group["params"]:
+            size, sides = parameter.numel(), list(parameter.shape) if parameter.ndim > 1 else []
+            if section.kind == "adafactor":
+                count += sum(sides) if sides else size  # second moments of rows and columns
+            elif section.kind == "muon" and name == "matrices":
+                count += size  # momentum
+            else:
+                count += 2 * size
+            if section.kind == "soap":  # a covariance and its eigenvectors for each side
+                count += sum(2 * side**2 for side in sides if side <= (section.largest_preconditioner or LARGEST_PRECONDITIONER))
+    return count
+
+
+def make_optimizer(model: nn.Module, section: OptimizerSection, fused: bool, sharded: bool, max_norm: float | None) -> torch.optim.Optimizer:
+    """The recipe's base optimizer over `parameter_groups`.
+
+    Args:
+        fused: one kernel updates a whole group (AdamW on a GPU).
+        sharded: DeepSpeed hands it flat shards (ZeRO 1 to 3), which only AdamW can work on.
+        max_norm: for `JointOptimizer`, where it is that which clips.
+    """
     groups = parameter_groups(model, section)
-    arguments: dict[str, Any] = {"lr": section.learning_rate, "betas": section.betas, "eps": section.epsilon, "fused": fused}
-    if guarded_norm is not None:
-        return GuardedAdamW(groups, guarded_norm, **arguments)
-    return torch.optim.AdamW(groups, **arguments)
+    adam: dict[str, Any] = {"lr": section.learning_rate, "betas": section.betas, "eps": section.epsilon}
+    if section.kind == "adamw":
+        members: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups.values(), **adam, fused=fused)]
+    elif section.kind == "adafactor":
+        members = [torch.optim.Adafactor(groups.values(), lr=section.learning_rate)]
+    elif section.kind == "muon":  # orthogonalised momentum, with AdamW's size of step so that one learning rate serves both
+        matrices = groups.pop("matrices")
+        momentum = 0.95 if section.momentum is None else section.momentum
+        muon = torch.optim.Muon(**matrices, lr=section.learning_rate, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+        members = [muon, torch.optim.AdamW(groups.values(), **adam, fused=fused)]
+    else:
+        from pytorch_optimizer import SOAP
+
+        frequency, largest = section.precondition_frequency or 10, section.largest_preconditioner or LARGEST_PRECONDITIONER
+        members = [SOAP(list(groups.values()), **adam, precondition_frequency=frequency, max_precondition_dim=largest)]
+    return members[0] if sharded else JointOptimizer(members, max_norm)
 
 
-class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that clips, and skips a step whose gradients are not finite.
+class JointOptimizer(torch.optim.Optimizer):
+    """Several optimizers as the one that DeepSpeed takes without ZeRO, each on parameters of its own.
 
-    For DeepSpeed without ZeRO in fp32, which otherwise applies a NaN step and reports that it was applied. DeepSpeed's engine
-    reads `overflow` and `_global_grad_norm` from any optimizer that has them: its own ZeRO optimizers keep the same two.
+    Given a norm it also clips, and skips a step whose gradients are not finite: DeepSpeed without ZeRO does neither in fp32, and
+    reports that it did the step. Its engine reads `overflow` and `_global_grad_norm` from any optimizer that has them, as its own
+    ZeRO optimizers do. In bf16 DeepSpeed clips and skips by itself.
+
+    Until `ready` is set nothing moves: when DeepSpeed wraps an optimizer for bf16 it takes a step with zero gradients to have the
+    state allocated, which would decay the weights and count as a step in the moments' bias correction.
     """
 
-    def __init__(self, groups: list[dict], max_norm: float, **arguments: object) -> None:
-        super().__init__(groups, **arguments)  # pyright: ignore[reportArgumentType]
+    def __init__(self, members: list[torch.optim.Optimizer], max_norm: float | None) -> None:
+        self.members = members
+        super().__init__([group for member in members for group in member.param_groups], {})
         self.max_norm = max_norm
+        self.ready = False
         self.overflow = False
         self._global_grad_norm = 0.0
+        self._share()
+
+    def _share(self) -> None:
+        """One state and one list of groups, of which each member sees its own: what is loaded or replaced here is so there."""
+        start = 0
+        for member in self.members:
+            stop = start + len(member.param_groups)
+            member.param_groups, member.state = self.param_groups[start:stop], self.state
+            start = stop
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # load_state_dict ends in this
+        super().__setstate__(state)
+        self._share()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = total_norm(gradients)
-        self._global_grad_norm = norm.item()
-        self.overflow = not math.isfinite(self._global_grad_norm)
-        if self.overflow:
+        if not self.ready or (self.max_norm is not None and not self._clip(self.max_norm)):
             return
-        if self.max_norm > 0:
-            factor = 1.0 / max(1.0, (self._global_grad_norm + 1e-6) / self.max_norm)  # DeepSpeed's formula, so that stages agree
+        for member in self.members:
+            member.step()
+
+    def _clip(self, max_norm: float) -> bool:
+        """Scale the gradients to `max_norm` (0: leave them); False, with `overflow` set, where they are not finite."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self._global_grad_norm = total_norm(gradients).item()
+        self.overflow = not math.isfinite(self._global_grad_norm)
+        if not self.overflow and max_norm > 0:
+            factor = 1.0 / max(1.0, (self._global_grad_norm + 1e-6) / max_norm)  # DeepSpeed's formula, so that stages agree
             if factor < 1.0:
                 for gradient in gradients:
                     gradient.mul_(factor)
-        super().step()
+        return not self.overflow
 
 
 def total_norm(tensors: list[Tensor]) -> Tensor:

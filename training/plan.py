@@ -18,6 +18,7 @@ from model.errors import InputError
 from model.parametrization import owned_parameters
 from model.transformer import Transformer
 from training.memory import Memory, predict
+from training.optimizers import state_elements
 from training.recipe import LoadedRecipe, Recipe, model_config, zero_stage
 
 FLOPS_CONVENTION = (
@@ -115,8 +116,7 @@ def _check_ascent(recipe: Recipe, accumulation: int) -> None:
 
 def count_parameters(config: ModelConfig) -> Parameters:
     """Counted on the model itself, made on the meta device, where it takes no memory."""
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = _meta_model(config)
     counts: Counter[str] = Counter()
     tensor_sizes, matmul = [], 0
     for name, module, parameter in owned_parameters(model):
@@ -136,6 +136,11 @@ def count_parameters(config: ModelConfig) -> Parameters:
         matmul=matmul,
         tensor_sizes=tensor_sizes,
     )
+
+
+def _meta_model(config: ModelConfig) -> Transformer:
+    with torch.device("meta"):
+        return Transformer(config)
 
 
 def _part(name: str, module: nn.Module) -> str:
@@ -174,7 +179,9 @@ def plan(recipe: Recipe, config: ModelConfig, world_size: int, data: dict[str, A
         model=config,
         parameters=parameters,
         batch=Batch(training.tokens_per_step, world_size, training.micro_batch_size, accumulation, training.sequence_length),
-        memory=predict(recipe, config, parameters.tensor_sizes, world_size, accumulation, device),
+        memory=predict(
+            recipe, config, parameters.tensor_sizes, state_elements(_meta_model(config), recipe.optimizer), world_size, accumulation, device
+        ),
         device=device,
         steps=steps,
         tokens=steps * training.tokens_per_step,
@@ -198,8 +205,11 @@ def print_plan(loaded: LoadedRecipe, world_size: int) -> None:
         from training.tokenizer import pretrained_tokenizer  # transformers takes seconds to import
 
         vocab_size = pretrained_tokenizer(tokenizer.path).vocab_size
+    config = model_config(recipe, vocab_size)
     print(f"{loaded.path} is a valid recipe; its run folder is {loaded.run_folder}\n")
-    print(format_plan(plan(recipe, model_config(recipe, vocab_size), world_size)))
+    print(format_plan(plan(recipe, config, world_size)))
+    for warning in config.warnings():
+        print(f"\nwarning: {warning}")
 
 
 def format_plan(plan: Plan) -> str:
@@ -244,6 +254,14 @@ def _parameter_lines(plan: Plan) -> list[str]:
     return [f"    {name:<20}{value:>16,}   {note}".rstrip() for name, value, note in rows]
 
 
+_STATE = {
+    "adamw": "two moments",
+    "adafactor": "a second moment for each row and column",
+    "muon": "momentum; two moments of what is no matrix of a block",
+    "soap": "two moments, and a covariance and its eigenvectors for each side of a matrix",
+}
+
+
 def _memory_lines(plan: Plan) -> list[str]:
     memory, batch, stage = plan.memory, plan.batch, zero_stage(plan.recipe)
     kept = f"{batch.micro_batch_size} x {batch.sequence_length} tokens, "
@@ -257,7 +275,7 @@ def _memory_lines(plan: Plan) -> list[str]:
         (
             "optimizer state",
             memory.optimizer,
-            "float32 weights and two moments" if stage or plan.recipe.training.precision == "bf16" else "two moments",
+            ("float32 weights and " if stage or plan.recipe.training.precision == "bf16" else "") + _STATE[plan.recipe.optimizer.kind],
         ),
         ("activations", memory.activations, kept),
         ("logits", memory.logits, "three times in float32: log-probabilities and two gradients"),

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from model.config import SIZES, ModelConfig
+from model.config import PRESETS, SIZES, ModelConfig, Norm, NormPlace
 from model.errors import InputError
 
 
@@ -39,9 +39,12 @@ class RunSection(Section):
 
 
 class ModelSection(Section):
-    """The network: a size of the table in model/config.py, or width, depth and heads; any other field overrides the size's."""
+    """The network: a size and a preset of the tables in model/config.py, or neither; any other field overrides theirs."""
 
-    size: str | None = Field(default=None, description=f"One of {', '.join(SIZES)}.")
+    size: str | None = Field(default=None, description=f"Width, depth and heads: one of {', '.join(SIZES)}.")
+    preset: Literal["paper", "released_code"] | None = Field(
+        default=None, description="The Outlier-Protected network as its paper has it for CodeParrot, or as its authors' code builds it."
+    )
     width: int | None = Field(default=None, ge=1, description="Width of the residual stream.")
     depth: int | None = Field(default=None, ge=1, description="Number of blocks.")
     heads: int | None = Field(default=None, ge=1, description="Number of query heads.")
@@ -51,19 +54,31 @@ class ModelSection(Section):
     kv_heads: int | None = Field(default=None, ge=1, description="Key and value heads, for grouped-query attention; default: heads.")
     head_dim: int | None = Field(default=None, ge=1, description="Width of a head; default: width / heads.")
     mlp_width: int | None = Field(default=None, ge=1, description="Hidden width of the MLP; default: 4 width, or 8/3 width for SwiGLU.")
-    block: Literal["pre_norm", "outlier_protected"] = "pre_norm"
-    norm: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    block: Literal["pre_norm", "post_norm", "outlier_protected"] = "pre_norm"
+    norm: Norm = Field(default="rms_norm", description="simple_rms_norm has no scale.")
     norm_epsilon: float = Field(default=1e-5, gt=0)
+    norm_biases: bool | None = Field(default=None, description="Of LayerNorm; default: with biases all.")
+    norm_places: list[NormPlace] | None = Field(
+        default=None, description="pre_norm: which inputs a norm stands before; default: all of query_key, value and mlp."
+    )
+    first_norm: bool = Field(default=False, description="A norm before the first block's attention, where the block has none.")
     positions: Literal["rope", "learned"] = "rope"
     rope_base: float = Field(default=10000.0, gt=0)
     activation: Literal["gelu", "relu", "swiglu"] = "gelu"
     tied_embeddings: bool = Field(default=True, description="The unembedding shares the embedding's weight.")
-    biases: bool = Field(default=False, description="Biases in the linear layers and in LayerNorm.")
+    biases: Literal["none", "query_key", "all"] = Field(default="none", description="Of the linear layers.")
     init_std: float = Field(default=0.02, gt=0, description="Standard deviation of the initial weights.")
-    qk_norm: Literal["none", "rms_norm", "layer_norm"] | None = Field(
-        default=None, description="Norm of queries and keys; outlier_protected: rms_norm."
+    scaled_output_init: bool | None = Field(
+        default=None, description="What writes to the residual stream starts at init_std / sqrt(2 depth); default: pre_norm of gain 1."
     )
-    final_norm: bool | None = Field(default=None, description="Norm before the unembedding; outlier_protected: no.")
+    qk_norm: Norm | Literal["none"] | None = Field(
+        default=None, description="Norm of queries and keys; outlier_protected: rms_norm, or none with attention_softcap."
+    )
+    qk_norm_gains: Literal["trainable", "frozen"] = Field(default="trainable", description="frozen: the scales of QK-norm stay at 1.")
+    attention_softcap: float | None = Field(
+        default=None, gt=0, description="c: attention scores become c tanh(scores / c), and are held whole; default: as they are."
+    )
+    final_norm: bool | None = Field(default=None, description="Norm before the unembedding; default: pre_norm yes, others no.")
     embedding_multiplier: float | None = Field(default=None, gt=0, description="Factor on the embeddings; outlier_protected: 1 / init_std.")
     residual_gain: float | None = Field(default=None, gt=0, description="beta, on both branches; outlier_protected: 1 / sqrt(depth).")
     residual_gain_form: Literal["fixed", "scalar", "vector"] | None = Field(
@@ -72,6 +87,25 @@ class ModelSection(Section):
     mlp_input_scale: float | None = Field(
         default=None, gt=0, description="alpha, on the MLP's input; outlier_protected: what gives pre-activations unit scale, 1 for ReLU."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, fields: Any) -> Any:
+        """Add what the preset and the size stand for, where the recipe itself says nothing."""
+        if isinstance(fields, dict):
+            fields = dict(fields)
+            for field, (_, value) in _stands_for(fields.get("preset"), fields.get("size")).items():
+                fields.setdefault(field, value)
+        return fields
+
+
+def _stands_for(preset: Any, size: Any) -> dict[str, tuple[str, Any]]:
+    """Field -> (which name brings it, value): what a preset and a size of model/config.py say; unknown names say nothing."""
+    found: dict[str, tuple[str, Any]] = {}
+    for origin, name, table in (("size", size, SIZES), ("preset", preset, PRESETS)):
+        if isinstance(name, str):
+            found.update({field: (f"{origin} {name}", value) for field, value in table.get(name, {}).items()})
+    return found
 
 
 class TokenizerSection(Section):
@@ -166,10 +200,17 @@ class SharpnessSection(Section):
 class OptimizerSection(Section):
     """The base optimizer and its schedule."""
 
-    kind: Literal["adamw"] = "adamw"
-    learning_rate: float = Field(default=1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    epsilon: float = Field(default=1e-8, gt=0)
+    kind: Literal["adamw", "adafactor", "muon", "soap"] = Field(
+        default="adamw", description="All but adamw need whole matrices, so ZeRO stage 0. muon: the blocks' matrices, adamw the rest."
+    )
+    learning_rate: float = Field(default=1e-3, gt=0, description="The peak; adafactor: relative to the RMS of each tensor.")
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="Of adamw and soap.")
+    epsilon: float = Field(default=1e-8, gt=0, description="Of adamw and soap, added to the root of the second moment.")
+    momentum: float | None = Field(default=None, ge=0, lt=1, description="Of muon; default: 0.95.")
+    precondition_frequency: int | None = Field(default=None, ge=1, description="soap: steps between new eigenbases; default: 10.")
+    largest_preconditioner: int | None = Field(
+        default=None, ge=1, description="soap: a side of a matrix that is longer, such as the vocabulary, is not rotated; default: 10000."
+    )
     weight_decay: float = Field(default=0.1, ge=0, description="On matrices; norms, gains, biases and positions have none.")
     schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = "cosine"
     warmup_fraction: float = Field(default=0.05, ge=0, le=1, description="Share of the steps in linear warm-up.")
@@ -202,6 +243,9 @@ class LoggingSection(Section):
 
     every: int = Field(default=10, ge=1, description="Steps between lines of metrics.jsonl, TensorBoard and the console.")
     tensorboard: bool = True
+    outliers_every: int = Field(
+        default=100, ge=0, description="Steps between measurements of the activations' outliers, on that step's own tokens; 0: never."
+    )
 
 
 class Recipe(Section):
@@ -256,6 +300,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> LoadedR
     if recipe is None or problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise InputError("\n".join([f"{path}: {count} in the recipe", *(f"  {problem}" for problem in problems)]))
+    for field, (origin, _) in _stands_for(recipe.model.preset, recipe.model.size).items():
+        provenance.setdefault(f"model.{field}", origin)
     for leaf in _leaves(recipe.model_dump()):
         provenance.setdefault(leaf, "default")
     return LoadedRecipe(recipe, path, provenance)
@@ -289,9 +335,8 @@ def _remove(tree: Any, location: tuple[int | str, ...]) -> None:
 
 
 def model_config(recipe: Recipe, vocab_size: int) -> ModelConfig:
-    """The network this recipe asks for: the size's numbers where the recipe names none."""
-    fields = recipe.model.model_dump(exclude={"size"}, exclude_none=True)
-    fields = {**SIZES.get(recipe.model.size or "", {}), **fields}
+    """The network this recipe asks for."""
+    fields = recipe.model.model_dump(exclude={"size", "preset"}, exclude_none=True)
     fields.setdefault("sequence_length", recipe.training.sequence_length)
     return ModelConfig(vocab_size=vocab_size, **fields)
 
@@ -501,7 +546,22 @@ def _cross_field_problems(recipe: Recipe) -> list[str]:
         problems.append("data.tokenizer.path: required with kind pretrained: a local folder or a hub name")
     if any(not 0 <= beta < 1 for beta in recipe.optimizer.betas):
         problems.append(f"optimizer.betas: expected two numbers in [0, 1), found {list(recipe.optimizer.betas)}")
-    return problems + _sharpness_problems(recipe) + _deepspeed_problems(recipe)
+    return problems + _optimizer_problems(recipe) + _sharpness_problems(recipe) + _deepspeed_problems(recipe)
+
+
+def _optimizer_problems(recipe: Recipe) -> list[str]:
+    optimizer, problems = recipe.optimizer, []
+    for field, kind in (("momentum", "muon"), ("precondition_frequency", "soap"), ("largest_preconditioner", "soap")):
+        if getattr(optimizer, field) is not None and optimizer.kind != kind:
+            problems.append(f"optimizer.{field}: only {kind} has it, and optimizer.kind is {optimizer.kind}; leave it out")
+    zero = recipe.deepspeed.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    if optimizer.kind != "adamw" and stage != 0:
+        problems.append(
+            f"optimizer.kind: {optimizer.kind} needs whole matrices, which ZeRO stage {stage} cuts into flat shards; "
+            "set deepspeed.zero_optimization.stage: 0, or use adamw"
+        )
+    return problems
 
 
 # Optimizers that keep a second moment of each weight, as `exp_avg_sq`

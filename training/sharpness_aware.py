@@ -16,7 +16,7 @@ G = J^T d2L/dF2 J its Gauss-Newton part. docs/functional_sam.md has the options,
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +41,7 @@ class Outcome:
         values: what is logged beside; empty for a plain step.
         ascent_was_finite: of a step that was not applied: only the second pass was at fault.
         buried: a warning, where hardly anything of the perturbation reached the forward weights.
+        watched: what the context `watch` gave.
     """
 
     result: StepResult
@@ -49,27 +50,39 @@ class Outcome:
     values: dict[str, float | dict[str, float]]
     ascent_was_finite: bool = False
     buried: str | None = None
+    watched: Any = None
 
 
-def take_step(engine: Engine, batches: list[Batch], valid_tokens: float, step: int, total_steps: int, logged: bool) -> Outcome:
+def take_step(
+    engine: Engine,
+    batches: list[Batch],
+    valid_tokens: float,
+    step: int,
+    total_steps: int,
+    logged: bool,
+    watch: AbstractContextManager = nullcontext(),  # noqa: B008 - it holds nothing
+) -> Outcome:
     """One optimizer step on this rank's micro-batches, of the kind that the recipe asks for at this step. Every rank calls it.
 
     Args:
         valid_tokens: counted targets of the step over all ranks.
         step: 0-based, of `total_steps`: the schedules are functions of it.
         logged: measure what is written to the metrics as well.
+        watch: open while the forward passes at the unperturbed weights run, and then no more.
     """
     optimizer = engine.recipe.optimizer
     rate, radius = learning_rate(optimizer, step, total_steps), radius_at(optimizer, step, total_steps)
     if radius > 0:
-        outcome = _sharpness_aware_step(engine, batches, 1.0 / valid_tokens, rate, radius, step, logged)
+        outcome = _sharpness_aware_step(engine, batches, 1.0 / valid_tokens, rate, radius, step, logged, watch)
         if outcome is not None:
             return outcome
+        watch = nullcontext()
         # The first gradient is not finite; neither is the plain step's, which is skipped, counted and reported like any other.
     losses = torch.zeros((), device=engine.device)
-    for batch in batches:
-        losses += engine.accumulate(batch, scale=1.0 / valid_tokens)
-    return Outcome(engine.step(rate), losses, _counted(batches), {})
+    with watch as watched:
+        for batch in batches:
+            losses += engine.accumulate(batch, scale=1.0 / valid_tokens)
+    return Outcome(engine.step(rate), losses, _counted(batches), {}, watched=watched)
 
 
 def radius_at(optimizer: OptimizerSection, step: int, total_steps: int) -> float:
@@ -86,7 +99,7 @@ def radius_at(optimizer: OptimizerSection, step: int, total_steps: int) -> float
 
 
 def _sharpness_aware_step(
-    engine: Engine, batches: list[Batch], scale: float, rate: float, radius: float, step: int, logged: bool
+    engine: Engine, batches: list[Batch], scale: float, rate: float, radius: float, step: int, logged: bool, watch: AbstractContextManager
 ) -> Outcome | None:
     """Two passes and an update; None, with nothing changed, where the first pass's gradient is not finite."""
     optimizer, options, masters = engine.recipe.optimizer, engine.recipe.optimizer.sharpness, engine.masters
@@ -95,7 +108,7 @@ def _sharpness_aware_step(
     ascent = batches[: round(options.ascent_fraction * len(batches))]
 
     random_state = _random_state(engine.device)
-    with engine.kept_heads(options.store_logits) if functional or split else nullcontext([]) as kept:
+    with engine.kept_heads(options.store_logits) if functional or split else nullcontext([]) as kept, watch as watched:
         gradient, losses = engine.gradient(ascent, scale * len(batches) / len(ascent))
         measured = ascent
         if functional:  # the rest of the batch needs its derivative at the logits as well
@@ -140,7 +153,7 @@ def _sharpness_aware_step(
     if split and other is not None and result.applied and plain is not None and after is not None and keep is not None:
         sam, functional_sam = (other, after) if functional else (after, other)
         values.update(split_of(masters, plain, functional_sam, sam, masters.norm(keep)))
-    return Outcome(result, losses, _counted(measured), values, ascent_was_finite=True, buried=_buried(values, options.cosine_warning))
+    return Outcome(result, losses, _counted(measured), values, True, _buried(values, options.cosine_warning), watched)
 
 
 def _buried(values: dict[str, Any], least: float) -> str | None:

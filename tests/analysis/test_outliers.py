@@ -1,100 +1,17 @@
-"""Outlier measures against float64 brute force and closed forms."""
+"""Outliers over a run: the right tokens, every checkpoint, and what is refused. The measures: tests/model/test_activation_statistics.py."""
 
 from __future__ import annotations
 
 import json
-import math
 
 import numpy as np
 import pytest
 import torch
 
-from analysis.outliers import ActivationMoments, analyze_outliers, build_model, measure, validation_tokens, watch_residuals
+from analysis.outliers import analyze_outliers, build_model, measure, validation_tokens
 from analysis.runs import find_run
 from analysis.shards import open_checkpoint
 from model.errors import InputError
-from tests.analysis.conftest import CONFIG
-
-
-def brute_force(x: np.ndarray) -> dict[str, float]:
-    """Equations 1 and 2 of arXiv 2405.19279 in float64, all positions (n, d) at once."""
-    s = np.sqrt((x**2).mean(axis=0))
-    ratios = [max(abs(row)) / np.median(abs(row)) for row in x]
-    return {
-        "kurtosis": (s**4).mean() / (s**2).mean() ** 2,
-        "kurtosis_minus_one": (s**4).mean() / (s**2).mean() ** 2 - 1,
-        "max_median_ratio_mean": float(np.mean(ratios)),
-        "max_median_ratio_max": float(np.max(ratios)),
-        "activation_rms": math.sqrt((x**2).mean()),
-    }
-
-
-@pytest.mark.parametrize("width", [7, 8])
-def test_sums_over_batches_equal_brute_force(width):
-    x = torch.randn(3, 50, width, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 2, width)
-    moments = ActivationMoments()
-    for part in x.flatten(0, 1).split([1, 70, 79]):  # any split: sums come before ratios
-        moments.add(part)
-    for key, expected in brute_force(x.flatten(0, 1).double().numpy()).items():
-        assert moments.measures()[key] == pytest.approx(expected, rel=1e-12), key
-
-
-def test_closed_forms():
-    alike = ActivationMoments()
-    alike.add(torch.randn(1000, 4).sign() * 3)
-    assert alike.measures()["kurtosis"] == 1.0
-    assert alike.measures()["max_median_ratio_max"] == 1.0
-    assert alike.measures()["activation_rms"] == pytest.approx(3.0)
-    one = ActivationMoments()
-    x = torch.zeros(10, 32)
-    x[:, 5] = 2.0
-    one.add(x)
-    assert one.measures()["kurtosis"] == pytest.approx(32.0)
-    independent = ActivationMoments()
-    independent.add(torch.randn(200_000, 8, generator=torch.Generator().manual_seed(0)))
-    assert independent.measures()["kurtosis"] == pytest.approx(1.0, abs=1e-3)  # 1, not the textbook's 3
-    silent = ActivationMoments()
-    silent.add(torch.zeros(3, 8))
-    assert silent.measures()["kurtosis"] is None
-
-
-def test_identity_between_kurtosis_and_correlations():
-    """n^2 d Kurt + sum_(i != j) (X^T X)_ij^2 = sum_ab (X X^T)_ab^2 where the mean square is 1: equations 4 and 5."""
-    x = torch.randn(40, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.2, 3, 12)
-    x /= x.square().mean().sqrt()
-    moments = ActivationMoments()
-    moments.add(x)
-    features, inputs = x.T @ x, x @ x.T
-    off_diagonal = features.square().sum() - features.diagonal().square().sum()
-    kurtosis = moments.measures()["kurtosis"]
-    assert kurtosis is not None
-    assert 40**2 * 12 * kurtosis + off_diagonal.item() == pytest.approx(inputs.square().sum().item(), rel=1e-10)
-
-
-def test_places_are_the_residual_entering_attention_and_the_unembedding(run_folder):
-    model = build_model(open_checkpoint(run_folder / "checkpoints" / "step-00000020")).cpu().eval()
-    tokens = torch.randint(0, CONFIG.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), watch_residuals(model) as moments:
-        logits = model(tokens)
-        x = model.embedding(tokens)
-        x_1 = model.blocks[0](x, *rotary_and_mask(model, tokens))
-        final = model.final_norm(model.blocks[1](x_1, *rotary_and_mask(model, tokens)))
-    assert torch.allclose(model.unembedding.weight @ final.mT, logits.mT, atol=1e-5)
-    assert list(moments) == ["layer 0", "layer 1", "unembedding"]
-    # the calls above passed through the watched blocks once more, which no ratio of sums notices
-    for place, expected in (("layer 0", x), ("layer 1", x_1), ("unembedding", final)):
-        assert moments[place].measures()["kurtosis"] == pytest.approx(
-            brute_force(expected.flatten(0, 1).double().numpy())["kurtosis"], rel=1e-9
-        )
-    with torch.no_grad():
-        model(tokens)
-    assert moments["unembedding"].positions == 32  # watching has ended
-
-
-def rotary_and_mask(model, tokens):
-    from model.attention import rotary_tables
-
-    return rotary_tables(tokens.shape[1], CONFIG.head_dim, CONFIG.rope_base, tokens.device), None
 
 
 def test_every_token_but_the_first_is_a_target_once(run_folder):

@@ -20,6 +20,7 @@ from model.transformer import Transformer
 from training.data import Batch
 from training.distributed import Ranks, discover, leave, sum_over_ranks
 from training.engine import Engine, deepspeed, start_distributed
+from training.optimizers import JointOptimizer, make_optimizer
 from training.recipe import LoadedRecipe, load_recipe, model_config
 
 VOCAB, LENGTH, SEQUENCES, SIZE = 333, 32, 8, 2
@@ -90,6 +91,42 @@ def run(recipe: LoadedRecipe, ranks: Ranks, device: torch.device) -> dict[str, A
     return seen
 
 
+def losses_of_steps(recipe: LoadedRecipe, ranks: Ranks, device: torch.device) -> list[float]:
+    """The loss before each of 5 steps at a constant learning rate."""
+    engine = Engine(recipe.recipe, model_config(recipe.recipe, VOCAB), SEQUENCES // (SIZE * ranks.world_size), ranks, device)
+    losses = []
+    for step in range(5):
+        micro_batches = batches(step % 2, ranks)
+        (valid,) = sum_over_ranks(sum(int((b.targets != -100).sum()) for b in micro_batches), device=device)
+        loss_sum = torch.zeros((), device=device)
+        for batch in micro_batches:
+            loss_sum += engine.accumulate(batch, scale=1 / valid)
+        engine.step(1e-2)
+        losses.append(sum_over_ranks(loss_sum, device=device)[0] / valid)
+    return losses
+
+
+def reference_losses(recipe: LoadedRecipe) -> list[float]:
+    """The same by plain autograd and the base optimizer in this process, over all sequences at once, in float32."""
+    model = Transformer(model_config(recipe.recipe, VOCAB))
+    initialize(model, recipe.recipe.run.seed)
+    optimizer = make_optimizer(model, recipe.recipe.optimizer, fused=False, sharded=False, max_norm=recipe.recipe.training.gradient_clipping)
+    assert isinstance(optimizer, JointOptimizer)
+    optimizer.ready = True
+    losses = []
+    for step in range(5):
+        whole = [b for r in (0, 1) for b in batches(step % 2, Ranks(r, 2, r, 2))]
+        tokens, targets = torch.cat([b.tokens for b in whole]), torch.cat([b.targets for b in whole])
+        model.zero_grad()
+        loss = model(tokens, targets) / (targets != -100).sum()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 def main() -> None:
     path, out = sys.argv[1:]
     ranks = discover()
@@ -106,6 +143,12 @@ def main() -> None:
         recipe = load_recipe(path, [*compiled, f"deepspeed.zero_optimization.stage={stage}"])
         results[f"compiled-{stage}"] = run(recipe, ranks, device)
         gc.collect()
+    for kind in ("adamw", "adafactor", "muon", "soap"):
+        for precision in ("fp32", "bf16"):
+            named = [*base, f"training.precision={precision}", f"optimizer.kind={kind}", "deepspeed.zero_optimization.stage=0"]
+            results[f"{kind}-{precision}"] = losses_of_steps(load_recipe(path, named), ranks, device)
+            gc.collect()
+        results[f"{kind}-reference"] = reference_losses(load_recipe(path, named))
     if ranks.is_first:
         results["reference"] = reference(load_recipe(path, base))
         Path(out).write_text(json.dumps(results))

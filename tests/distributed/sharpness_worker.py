@@ -34,6 +34,7 @@ BASE = [
     "training.micro_batch_size=2", "training.gradient_clipping=0.5", "optimizer.learning_rate=1e-2", "optimizer.epsilon=1e-4",
     "optimizer.sharpness.radius=0.3",
 ]  # fmt: skip
+SAM = "optimizer.sharpness_aware=sam"
 FUNCTIONAL = "optimizer.sharpness_aware=functional_sam"
 PRECONDITIONED = ["optimizer.sharpness.precondition=true", "optimizer.sharpness.precondition_epsilon=1e-3"]
 
@@ -256,7 +257,7 @@ def plain_is_plain(path: str, ranks: Ranks, device: torch.device, *options: str)
 
 def dropout_replayed(path: str, ranks: Ranks, device: torch.device, *options: str) -> list[float]:
     """With dropout and hardly any perturbation, both passes have the same gradient: norms of the two."""
-    engine = make(path, ranks, device, 3, "optimizer.sharpness_aware=sam", "optimizer.sharpness.radius=1e-6", *options)
+    engine = make(path, ranks, device, 3, SAM, "optimizer.sharpness.radius=1e-6", *options)
     engine.model.blocks[0].register_forward_hook(lambda module, inputs, output: F.dropout(output, 0.5, training=module.training))
     outcome = take_step(engine, batches(0, ranks, 3), float((sequences(0, 6 * ranks.world_size)[1] != -100).sum()), 0, 100, True)
     engine.deepspeed.destroy()
@@ -304,7 +305,7 @@ def main() -> None:
                 "functional-3-fraction": (3, FUNCTIONAL, "optimizer.sharpness.ascent_fraction=0.33333333"),
             }
         else:
-            cases["sam-1"] = (1, "optimizer.sharpness_aware=sam")
+            cases["sam-1"] = (1, SAM)
         for name, (accumulation, *options) in cases.items():
             options = ["training.precision=fp32", zero, *persist, *options]
             results[f"{name}-{stage}"] = against_reference(path, ranks, device, accumulation, *options)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from analysis.shards import open_checkpoint
+from model.activation_statistics import watch_residuals
 from model.parametrization import initialize
 from model.transformer import IGNORED_TARGET, Transformer
 from tests.distributed.conftest import LIMIT, ROOT, Launch, losses, records
@@ -56,6 +57,34 @@ def test_ranks_and_micro_batches_agree(full_runs: dict[int, Path], launch: Launc
     for name in ("one", "three", "larger"):
         assert losses(workplace / "runs" / name) == pytest.approx(reference, rel=2e-6), name
         assert validation(workplace / "runs" / name) == pytest.approx(validation(full_runs[2]), rel=2e-6), name
+
+
+def activations(run: Path) -> dict[int, dict]:
+    return {record["step"]: record["activations"] for record in records(run) if "activations" in record}
+
+
+def test_outliers_are_of_all_ranks_and_micro_batches(full_runs: dict[int, Path], launch: Launch, workplace: Path) -> None:
+    """The measures of two ranks by two micro-batches, at stages 0 and 3, are those of one rank and of this process in one batch."""
+    launch("watched", 1, "logging.outliers_every=3", launcher="python")
+    reference = activations(workplace / "runs" / "watched")
+    assert sorted(reference) == [0, 3, 6, 7]
+    launch("watched_3", 2, "logging.outliers_every=3", "deepspeed.zero_optimization.stage=3", "training.activation_checkpointing=true")
+    for name in ("watched_3", "stage0"):
+        found = activations(workplace / "runs" / name)
+        for step in sorted(found):
+            for place, measures in found[step].items():
+                assert measures == pytest.approx(reference[step][place], rel=1e-4), (name, step, place)
+    recipe = load_recipe(workplace / "runs" / "watched" / "recipe.yaml").recipe
+    data = open_prepared(json.loads((workplace / "runs" / "watched" / "data.json").read_text())["prepared"])
+    batch = Sequences(data, "train", 64, seed=recipe.run.seed, shuffle=True, document_masks=False).batch(0, 12)
+    model = Transformer(model_config(recipe, data.vocab_size))
+    initialize(model, recipe.run.seed)
+    with watch_residuals(model) as moments, torch.no_grad():
+        model(batch.tokens)
+    assert list(reference[0]) == list(moments) == ["layer 0", "layer 1", "unembedding"]
+    for place, sums in moments.items():
+        assert sums.sums[0] == 768
+        assert reference[0][place] == pytest.approx(sums.measures(), rel=1e-5)
 
 
 def test_ragged_documents_do_not_depend_on_the_split(launch: Launch, workplace: Path) -> None:

@@ -109,7 +109,7 @@ def test_the_two_differences_are_gauss_newton_and_the_rest(tied: bool) -> None:
         first = torch.autograd.grad(loss(leaves), list(leaves.values()), create_graph=True)
         hessian = torch.autograd.grad(sum((g * e[n]).sum() for n, g in zip(leaves, first, strict=True)), list(leaves.values()))
         hessian = dict(zip(leaves, hessian, strict=True))
-        z, moved = jvp(logits, (weights,), (e,))
+        z, moved = jvp(logits, (weights,), (e,))[:2]
     p = z.softmax(-1)
     curved = p * moved - p * (p * moved).sum(-1, keepdim=True)  # H_F J e of softmax cross-entropy
     gauss_newton = torch.autograd.grad(logits(leaves), list(leaves.values()), curved)

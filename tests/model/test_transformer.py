@@ -59,7 +59,7 @@ def test_equals_llama() -> None:
 
 def test_equals_gpt2() -> None:
     """LayerNorm, learned positions, GELU, biases, tied: the logits of transformers' GPT-2 with the same weights."""
-    ours = make(norm="layer_norm", positions="learned", biases=True).double()
+    ours = make(norm="layer_norm", positions="learned", biases="all").double()
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
@@ -184,7 +184,7 @@ def test_initial_values_depend_on_seed_and_name_alone() -> None:
 
 
 def test_weight_decay_is_for_matrices() -> None:
-    model = make(block="outlier_protected", positions="learned", biases=True)
+    model = make(block="outlier_protected", positions="learned", biases="all")
     decayed = {name for name, module, _ in owned_parameters(model) if is_decayed(name, module)}
     assert decayed == {n for n, p in model.named_parameters() if p.ndim == 2 and n != "position_embedding.weight"}
     assert any(name.endswith("attention_gain") for name, _, _ in owned_parameters(model))

@@ -52,7 +52,7 @@ def test_gpt_shape_has_the_textbook_count(size: str) -> None:
 
 def test_every_option_falls_into_its_part() -> None:
     config = network(
-        block="outlier_protected", kv_heads=2, activation="swiglu", mlp_width=256, positions="learned", tied_embeddings=False, biases=True,
+        block="outlier_protected", kv_heads=2, activation="swiglu", mlp_width=256, positions="learned", tied_embeddings=False, biases="all",
         qk_norm="layer_norm", residual_gain_form="vector", final_norm=True,
     )  # fmt: skip
     counted = count_parameters(config)
@@ -80,11 +80,17 @@ OPTIONS: list[dict[str, Any]] = [
     {"norm": "layer_norm"},
     {"positions": "learned"},
     {"activation": "swiglu"},
-    {"activation": "relu", "biases": True},
+    {"activation": "relu", "biases": "all"},
     {"kv_heads": 2, "qk_norm": "rms_norm"},
     {"block": "outlier_protected"},
     {"block": "outlier_protected", "residual_gain_form": "vector", "final_norm": True, "kv_heads": 2},
     {"block": "outlier_protected", "residual_gain_form": "fixed", "qk_norm": "layer_norm"},
+    {"block": "outlier_protected", "qk_norm_gains": "frozen", "kv_heads": 2, "attention_softcap": 30.0},
+    {"block": "post_norm", "norm": "layer_norm"},
+    {"block": "post_norm", "norm": "simple_rms_norm", "residual_gain_form": "scalar"},
+    {"norm": "simple_rms_norm", "norm_places": ["value"], "qk_norm": "rms_norm"},
+    {"norm": "layer_norm", "norm_places": ["mlp"], "qk_norm": "layer_norm", "qk_norm_gains": "frozen"},
+    {"block": "outlier_protected", "first_norm": True, "norm": "layer_norm", "norm_biases": True, "biases": "query_key"},
 ]
 
 
@@ -138,7 +144,7 @@ def test_peak_of_a_forward_and_backward_pass(fields: dict[str, Any], checkpointi
         peak = max(peak, now)
     parameters = count_parameters(config)
     planned = recipe(micro_batch_size=8, activation_checkpointing=checkpointing)
-    memory = predict(planned, config, parameters.tensor_sizes, world_size=1, accumulation=1, device="cpu")
+    memory = predict(planned, config, parameters.tensor_sizes, 2 * parameters.total, world_size=1, accumulation=1, device="cpu")
     moments = [memory.phases["the loss"], memory.phases["the first gradients"], memory.phases["the last gradients"] - memory.buckets]
     assert peak == pytest.approx(max(moments) - memory.weights - memory.optimizer, rel=0.06)
 
