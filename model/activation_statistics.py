@@ -26,7 +26,7 @@ DEFINITIONS = {
     "kurtosis_minus_one": "kurtosis - 1, what the paper's log-scale figures show",
     "max_median_ratio_mean": "mean over positions of max_j |X_aj| / median_j |X_aj| (Eq 2); of an even d the median averages two",
     "max_median_ratio_max": "the largest of these ratios over all positions",
-    "input_correlation_rms": "root mean square over pairs of different positions of X_a . X_b / (d mean X^2): 0 orthogonal, 1 all inputs alike",
+    "input_correlation_rms": "RMS over pairs of different positions of X_a . X_b / (d mean X^2): 0 orthogonal, 1 all inputs alike",
     "activation_rms": "sqrt(mean over positions and neurons of X^2)",
 }
 

@@ -159,7 +159,9 @@ class ModelConfig:
                 f"{1 / math.sqrt(self.depth):.2g}, or the residual stream grows with every block"
             )
         if self.activation == "swiglu":
-            found.append("model.activation swiglu: its product of two projections makes outliers of its own; the paper's block has none (gelu)")
+            found.append(
+                "model.activation swiglu: its product of two projections makes outliers of its own; the paper's block has none (gelu)"
+            )
         return found
 
     def to_dict(self) -> dict[str, Any]:

@@ -55,13 +55,15 @@ def state_elements(model: nn.Module, section: OptimizerSection) -> int:
     return count
 
 
-def make_optimizer(model: nn.Module, section: OptimizerSection, fused: bool, sharded: bool, max_norm: float | None) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module, section: OptimizerSection, fused: bool, sharded: bool = True, max_norm: float | None = None
+) -> torch.optim.Optimizer:
     """The recipe's base optimizer over `parameter_groups`.
 
     Args:
         fused: one kernel updates a whole group (AdamW on a GPU).
-        sharded: DeepSpeed hands it flat shards (ZeRO 1 to 3), which only AdamW can work on.
-        max_norm: for `JointOptimizer`, where it is that which clips.
+        sharded: DeepSpeed hands it flat shards (ZeRO 1 to 3), which AdamW alone can work on; otherwise it is a `JointOptimizer`.
+        max_norm: what that one clips to; None where DeepSpeed does.
     """
     groups = parameter_groups(model, section)
     adam: dict[str, Any] = {"lr": section.learning_rate, "betas": section.betas, "eps": section.epsilon}

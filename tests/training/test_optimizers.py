@@ -152,7 +152,9 @@ def test_muon_is_muon_on_the_blocks_and_adamw_elsewhere() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_state_goes_on_exactly(kind: str) -> None:
-    section = OptimizerSection.model_validate({"kind": kind, "learning_rate": 1e-2, "precondition_frequency": 2 if kind == "soap" else None})
+    section = OptimizerSection.model_validate(
+        {"kind": kind, "learning_rate": 1e-2, "precondition_frequency": 2 if kind == "soap" else None}
+    )
 
     def make_both() -> tuple[Transformer, JointOptimizer]:
         model = network()
@@ -177,7 +179,9 @@ def test_saved_state_goes_on_exactly(kind: str) -> None:
 
 def test_soap_rotates_what_is_short_enough() -> None:
     """With no side to rotate SOAP is Adam in the weights' own basis, one step later: its first gradient only fills the statistics."""
-    section = OptimizerSection(kind="soap", learning_rate=1e-2, largest_preconditioner=1, weight_decay=0.0, betas=(0.9, 0.95), epsilon=1e-20)
+    section = OptimizerSection(
+        kind="soap", learning_rate=1e-2, largest_preconditioner=1, weight_decay=0.0, betas=(0.9, 0.95), epsilon=1e-20
+    )
     ours, theirs = network(), network()
     soap = make_optimizer(ours, section, fused=False, sharded=False, max_norm=None)
     assert isinstance(soap, JointOptimizer)
