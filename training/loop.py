@@ -20,7 +20,7 @@ from training.distributed import Ranks, discover, raise_together, reduce_moments
 from training.engine import Engine, start_distributed
 from training.metrics import MFU_DEFINITION, Metrics, PeakMemory, duration, peak_flops
 from training.optimizers import describe_groups, learning_rate
-from training.plan import accumulation_steps, plan
+from training.plan import accumulation_steps, passes, plan
 from training.recipe import LoadedRecipe, Recipe, model_config, zero_stage
 from training.run_folder import check_run_folder, describe_environment, open_run_folder, write_json
 from training.sharpness_aware import Outcome, take_step
@@ -123,7 +123,9 @@ def train(loaded: LoadedRecipe) -> None:
                 "learning_rate": learning_rate(recipe.optimizer, step, total_steps),
                 "grad_norm": result.grad_norm,
                 "tokens_per_second": tokens_per_second,
-                "mfu": tokens_per_second * predicted.flops_per_token / (ranks.world_size * peak) if peak else None,
+                "mfu": tokens_per_second * predicted.flops_per_token * passes(recipe, step, total_steps) / (ranks.world_size * peak)
+                if peak
+                else None,
                 "skipped_steps": engine.skipped_steps,
                 "peak_memory_bytes": memory.bytes(),
                 **outcome.values,

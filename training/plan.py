@@ -77,7 +77,8 @@ class Plan:
 
     @property
     def flops(self) -> int:
-        return self.flops_per_token * self.tokens
+        more = sum(passes(self.recipe, step, self.steps) - 1 for step in range(self.steps))
+        return self.flops_per_token * (self.tokens + round(more * self.batch.tokens_per_step))
 
 
 def accumulation_steps(recipe: Recipe, world_size: int) -> int:
@@ -158,6 +159,21 @@ def flops_per_token(config: ModelConfig, parameters: Parameters, sequence_length
     return 6 * parameters.matmul + 12 * config.depth * config.heads * config.head_dim * sequence_length
 
 
+def passes(recipe: Recipe, step: int, total_steps: int) -> float:
+    """Work of step `step` (0-based) as a multiple of a plain step's forward and backward pass; of every so many steps, their mean.
+
+    A sharpness-aware step takes `ascent_fraction` of a pass more, and functional_sam a forward pass, a third, over the rest of the
+    batch. (The second pass rebuilds the first one's logits and leaves out its own.)
+    """
+    optimizer, options = recipe.optimizer, recipe.optimizer.sharpness
+    if optimizer.sharpness_aware == "none" or options.radius == 0 or step < round(options.start_fraction * total_steps):
+        return 1.0
+    more = options.ascent_fraction
+    if optimizer.sharpness_aware == "functional_sam":
+        more += (1 - options.ascent_fraction) / 3
+    return 1.0 + more / options.every
+
+
 def plan(recipe: Recipe, config: ModelConfig, world_size: int, data: dict[str, Any] | None = None, device: str | None = None) -> Plan:
     """What this run takes on this many ranks.
 
@@ -230,7 +246,7 @@ def format_plan(plan: Plan) -> str:
             *_memory_lines(plan),
             *(f"    at {phase:<24}{_mebibytes(size)}" for phase, size in memory.phases.items()),
             "",
-            f"FLOPs {plan.flops_per_token:.4g} a token, {plan.flops:.4g} in all",
+            f"FLOPs {plan.flops_per_token:.4g} a token and pass, {plan.flops:.4g} in all{_passes_note(plan)}",
             *(f"    {line}" for line in FLOPS_CONVENTION),
             f"time {_duration(plan.flops / batch.ranks / 1e14)} at 100 TFLOP/s sustained on each rank, in proportion at other speeds",
             f"data {_data_note(plan)}",
@@ -286,6 +302,14 @@ def _memory_lines(plan: Plan) -> list[str]:
         rows.append(("offloaded", memory.host, "in the host's memory or on disk, not in the peak"))
     rows.append(("peak", memory.total, f"at {memory.peak_phase}; the parts are not all there at once:"))
     return [f"    {name:<20}{_mebibytes(value)}   {note}".rstrip() for name, value, note in rows]
+
+
+def _passes_note(plan: Plan) -> str:
+    last = passes(plan.recipe, plan.steps, plan.steps)
+    if last == 1:
+        return ""
+    first = round(plan.recipe.optimizer.sharpness.start_fraction * plan.steps)
+    return f": {last:.4g} passes a step ({plan.recipe.optimizer.sharpness_aware})" + (f" from step {first}" if first else "")
 
 
 def _data_note(plan: Plan) -> str:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
+from torch.profiler import ProfilerActivity, profile
 
 from model.config import ModelConfig
 from model.parametrization import initialize, is_decayed, owned_parameters
@@ -25,6 +26,7 @@ from model.transformer import Transformer
 from training.data import Batch
 from training.distributed import Ranks, discover, leave
 from training.engine import Engine, deepspeed, start_distributed
+from training.plan import plan
 from training.recipe import Recipe, load_recipe, model_config
 from training.sharpness_aware import take_step
 
@@ -264,6 +266,28 @@ def dropout_replayed(path: str, ranks: Ranks, device: torch.device, *options: st
     return [outcome.values["ascent_norm"], outcome.result.grad_norm]  # pyright: ignore[reportReturnType]
 
 
+def peak_memory(path: str, ranks: Ranks, device: torch.device, *options: str) -> dict[str, int]:
+    """Bytes above the weights and optimizer state at the height of a step, as the allocator records them, and as planned."""
+    shape = ["model.width=96", "model.mlp_width=384", "model.block=pre_norm", "training.sequence_length=64", "training.micro_batch_size=4"]
+    vocab = 3000
+    recipe = load_recipe(path, [*BASE, *shape, "training.tokens_per_step=512", *options]).recipe
+    engine = Engine(recipe, model_config(recipe, vocab), 2, ranks, device)
+    tokens = torch.randint(vocab, (4, 64))
+    mine = [Batch(tokens, tokens, None)] * 2
+    take_step(engine, mine, 512.0, 0, 100, False)
+    take_step(engine, mine, 512.0, 1, 100, True)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        take_step(engine, mine, 512.0, 2, 100, True)
+    events: list[Any] = profiler.profiler.kineto_results.events()
+    now = peak = 0
+    for _, change in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+        now += change
+        peak = max(peak, now)
+    memory = plan(recipe, engine.model.config, 1, device="cpu").memory
+    engine.deepspeed.destroy()
+    return {"seen": peak, "planned": memory.total - memory.weights - memory.optimizer, "phase": memory.peak_phase}
+
+
 SHARDINGS = {
     "fp32-0": ["training.precision=fp32", "deepspeed={zero_optimization: {stage: 0}}"],
     "fp32-3": ["training.precision=fp32", "deepspeed={zero_optimization: {stage: 3, stage3_param_persistence_threshold: 300}}"],
@@ -310,6 +334,16 @@ def main() -> None:
             options = ["training.precision=fp32", zero, *persist, *options]
             results[f"{name}-{stage}"] = against_reference(path, ranks, device, accumulation, *options)
             gc.collect()
+    if ranks.world_size == 1:
+        for precision, stage in (("fp32", 0), ("fp32", 2), ("bf16", 2)):
+            for kind in ("none", "sam", "functional_sam"):
+                options = [
+                    f"training.precision={precision}",
+                    f"deepspeed.zero_optimization.stage={stage}",
+                    f"optimizer.sharpness_aware={kind}",
+                ]
+                results[f"memory-{precision}-{stage}-{kind}"] = peak_memory(path, ranks, device, *options)
+                gc.collect()
     if ranks.world_size == 2:
         for name, options in SHARDINGS.items():
             results[name] = invariants(path, ranks, device, *options)
