@@ -141,6 +141,27 @@ def _first_non_finite_output(model: torch.nn.Module) -> Iterator[list[str]]:
             handle.remove()
 
 
+@contextmanager
+def _added_in_float32(model: torch.nn.Module, added: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Parameters give way to float32 tensors, parameter + added, through which their gradients flow; until the backward pass is
+    over, since activation checkpointing looks for them there again."""
+    sums: dict[int, torch.Tensor] = {id(p): p.float() + added[name] for name, p in model.named_parameters() if name in added}
+    replaced = []
+    for module in model.modules():
+        for leaf, parameter in list(module._parameters.items()):
+            if parameter is not None and id(parameter) in sums:
+                replaced.append((module, leaf))
+                # under another name DeepSpeed still finds the parameter, whose gradient it sums over ranks without ZeRO
+                module._parameters[f"{leaf} in bf16"] = module._parameters.pop(leaf)
+                setattr(module, leaf, sums[id(parameter)])
+    try:
+        yield
+    finally:
+        for module, leaf in replaced:
+            delattr(module, leaf)
+            module._parameters[leaf] = module._parameters.pop(f"{leaf} in bf16")
+
+
 class Engine:
     """A model, its optimizer and DeepSpeed around both."""
 
@@ -167,6 +188,7 @@ class Engine:
         self.model = model
         self._base = base
         self._perturbed = False
+        self._added: dict[str, torch.Tensor] | None = None  # the perturbation where it is not in the forward weights
 
     def _gather(self, parameter: torch.nn.Parameter) -> AbstractContextManager:
         """A context in which a ZeRO-3 parameter is whole; what rank 0 writes there is kept."""
@@ -186,9 +208,10 @@ class Engine:
         return loss
 
     def _forward_backward(self, batch: Batch, scale: float, frozen: FrozenHead | None) -> torch.Tensor:
-        loss = self.deepspeed(*self._on_device(batch), **({"frozen": frozen} if frozen else {}))
-        # DeepSpeed averages over ranks and over micro-batches; undo both to get the sum
-        self.deepspeed.backward(loss * (scale * self.ranks.world_size * self.accumulation))
+        with _added_in_float32(self.model, self._added) if self._added else nullcontext():
+            loss = self.deepspeed(*self._on_device(batch), **({"frozen": frozen} if frozen else {}))
+            # DeepSpeed averages over ranks and over micro-batches; undo both to get the sum
+            self.deepspeed.backward(loss * (scale * self.ranks.world_size * self.accumulation))
         return loss.detach()
 
     def step(self, learning_rate: float, gradient: Vector | None = None) -> StepResult:
@@ -208,7 +231,7 @@ class Engine:
             self._step_with_a_copy(gradient)
         applied = self.deepspeed.skipped_steps == skipped_before
         if applied:
-            self._perturbed = False  # DeepSpeed has written the new masters to the forward weights
+            self._perturbed, self._added = False, None  # DeepSpeed has written the new masters to the forward weights
         norm = self.deepspeed.get_global_grad_norm()
         norm = float(norm) if norm is not None else math.nan
         return StepResult(norm if norm >= 0 else math.inf, applied)
@@ -272,12 +295,15 @@ class Engine:
         if self._perturbed and self.masters.aliased:
             self._restore()
         elif finite:
-            self._perturbed = False  # DeepSpeed has written the masters to the forward weights
+            self._perturbed, self._added = False, None  # DeepSpeed has written the masters to the forward weights
         return gradient if finite else None
 
     @contextmanager
-    def perturbed(self, vector: Vector) -> Iterator[None]:
+    def perturbed(self, vector: Vector, in_float32: bool = False) -> Iterator[None]:
         """Within, the forward pass runs on master weights + vector; masters, optimizer and counters are as they were.
+
+        In bf16 the sum is rounded. With `in_float32` the forward weights stay, and every forward and backward pass within is taken
+        in float32, on forward weights + vector, of which every rank then holds a whole copy in bf16; not at ZeRO-3, nor compiled.
 
         It lasts until a gradient is taken, a step is applied, or the end, however that is reached: from then on the forward
         weights are the masters. Every rank enters and leaves together.
@@ -286,7 +312,10 @@ class Engine:
             raise RuntimeError("the weights are perturbed already")
         self._perturbed = True
         try:
-            self.masters.push(vector)
+            if in_float32:
+                self._added = self.masters.whole(vector)
+            else:
+                self.masters.push(vector)
             del vector  # a caller that does not keep it gets its memory back
             yield
         finally:
@@ -294,8 +323,22 @@ class Engine:
                 self._restore()
 
     def _restore(self) -> None:
-        self.masters.push()
-        self._perturbed = False
+        if self._added is None:
+            self.masters.push()
+        self._perturbed, self._added = False, None
+
+    def realised(self, before: list[torch.Tensor], like: Vector) -> Vector:
+        """By how much the weights that the forward pass now has differ from `before`, copies of `masters.forward`."""
+        if self._added is not None:
+            moved = self.masters.zeros()
+            for segment in self.masters.segments:
+                flat = self._added[self.masters.names[segment.tensor]].flatten()
+                self.masters.part(moved, segment).copy_(flat[segment.offset : segment.offset + segment.length])
+            return moved
+        return [
+            weight.detach().to(part.device, torch.float32).view_as(part).sub_(old.to(part.device).view_as(part))
+            for weight, old, part in zip(self.masters.forward, before, like, strict=True)
+        ]
 
     @contextmanager
     def kept_heads(self, logits: bool) -> Iterator[list[torch.Tensor]]:

@@ -173,6 +173,17 @@ class MasterWeights:
                 self._put(self._kept)
                 self._kept = None
 
+    @torch.no_grad()
+    def whole(self, vector: Vector) -> dict[str, Tensor]:
+        """A vector as whole parameters by name, on every rank, in the precision of training. Not at ZeRO-3; every rank calls it."""
+        self._kept = [master.data for master in self.masters]
+        try:
+            self._put(vector)
+            self._push()
+            return {name: parameter.detach().clone() for name, parameter in zip(self.names, self._parameters, strict=True)}
+        finally:
+            self.push()
+
     def _put(self, data: Vector) -> None:
         for master, tensor in zip(self.masters, data, strict=True):
             master.data = tensor

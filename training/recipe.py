@@ -189,6 +189,9 @@ class SharpnessSection(Section):
     store_logits: bool = Field(
         default=False, description="functional_sam: keep the first pass's logits instead of rebuilding them from the hidden states."
     )
+    float32_second_pass: bool = Field(
+        default=False, description="precision bf16, ZeRO 0 to 2: the perturbed pass in float32, since bf16 rounds the perturbation away."
+    )
     split_every: int | None = Field(
         default=None, ge=1, description="Steps between measurements of what acts through the logits and what through the function."
     )
@@ -582,6 +585,14 @@ def _sharpness_problems(recipe: Recipe) -> list[str]:
         problems.append("optimizer.sharpness.split_every: compares gradients of the same tokens, so ascent_fraction has to be 1")
     if options.store_logits and optimizer.sharpness_aware != "functional_sam" and options.split_every is None:
         problems.append("optimizer.sharpness.store_logits: only functional_sam needs the first pass's logits")
+    if options.float32_second_pass:
+        key, training = "optimizer.sharpness.float32_second_pass", recipe.training
+        if training.precision == "fp32":
+            problems.append(f"{key}: training.precision is fp32 already; leave it out")
+        elif training.compile:
+            problems.append(f"{key}: compiled blocks (training.compile) run in bf16 alone; switch one of the two off")
+        elif zero_stage(recipe) == 3:
+            problems.append(f"{key}: needs whole weights, which ZeRO stage 3 does not hold; use stage 0, 1 or 2, or training.precision fp32")
     if recipe.deepspeed.get("torch_autocast"):
         problems.append("deepspeed.torch_autocast: its weights cannot be perturbed (optimizer.sharpness_aware); use training.precision")
     zero = recipe.deepspeed.get("zero_optimization")

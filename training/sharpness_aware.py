@@ -129,15 +129,15 @@ def _sharpness_aware_step(
     other = after = None
     if split:
         _set_random_state(random_state, engine.device)
-        with engine.perturbed(perturbation):
+        with engine.perturbed(perturbation, options.float32_second_pass):
             other, _ = engine.gradient(batches, scale, None if functional else heads)
         after = masters.zeros()
     before = [weight.detach().clone() for weight in masters.forward] if logged else []
     keep = perturbation if split else None
     _set_random_state(random_state, engine.device)
-    with engine.perturbed(perturbation):
+    with engine.perturbed(perturbation, options.float32_second_pass):
         if logged:
-            values.update(realised(masters, before, perturbation))
+            values.update(compare(masters, engine.realised(before, perturbation), perturbation))
         del perturbation, before
         if logged and functional:
             heads = [replace(head, measured=True) for head in heads]
@@ -162,7 +162,7 @@ def _buried(values: dict[str, Any], least: float) -> str | None:
         return None
     return (
         f"the perturbation that reaches the forward weights has cosine {cosine:.2f} with the intended one "
-        f"(optimizer.sharpness.cosine_warning {least:g}): the rest is rounding; docs/functional_sam.md says what helps"
+        f"(optimizer.sharpness.cosine_warning {least:g}): the rest is rounding; optimizer.sharpness.float32_second_pass helps"
     )
 
 
@@ -214,21 +214,16 @@ def _precondition(masters: MasterWeights, gradient: Vector, optimizer: Optimizer
         part.div_((moment / (1 - decay**taken)).pow_(options.precondition_exponent).add_(options.precondition_epsilon))
 
 
-def realised(masters: MasterWeights, before: list[Tensor], perturbation: Vector) -> dict[str, float | dict[str, float]]:
-    """How far the forward weights, `before` at first, have really moved along the perturbation that was asked for.
+def compare(masters: MasterWeights, moved: Vector, perturbation: Vector) -> dict[str, float | dict[str, float]]:
+    """How far the forward weights have really moved along the perturbation that was asked for. Every rank calls it.
 
-    In bf16 a perturbation is finer than the weights' spacing: what arrives is right on average and mostly rounding. Every rank
-    calls it.
+    In bf16 a perturbation is finer than the weights' spacing: what arrives is right on average, and mostly rounding.
 
     Returns:
         perturbation_norm: of what was asked for. perturbation_cosine: of the realised and the intended, over all weights, and
         perturbation_cosine_worst: over one tensor, the least. perturbation_projection: of the realised on the intended, in its
         lengths: 1 where all of it arrives.
     """
-    moved = [
-        weight.detach().to(intended.device, torch.float32).view_as(intended).sub(old.to(intended.device).view_as(intended))
-        for weight, old, intended in zip(masters.forward, before, perturbation, strict=True)
-    ]
     along, asked, real = (masters.dot_by_tensor(*pair) for pair in ((moved, perturbation), (perturbation, perturbation), (moved, moved)))
     whole, there = float(asked.sum()), asked > 0
     cosines = along[there] / (asked[there] * real[there]).sqrt().clamp_min(1e-300)

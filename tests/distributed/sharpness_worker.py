@@ -28,7 +28,7 @@ from training.distributed import Ranks, discover, leave
 from training.engine import Engine, deepspeed, start_distributed
 from training.plan import plan
 from training.recipe import Recipe, load_recipe, model_config
-from training.sharpness_aware import take_step
+from training.sharpness_aware import compare, take_step
 
 VOCAB, LENGTH, STEPS = 53, 12, 3
 BASE = [
@@ -288,6 +288,36 @@ def peak_memory(path: str, ranks: Ranks, device: torch.device, *options: str) ->
     return {"seen": peak, "planned": memory.total - memory.weights - memory.optimizer, "phase": memory.peak_phase}
 
 
+def in_float32(path: str, ranks: Ranks, device: torch.device, *options: str) -> dict[str, Any]:
+    """A perturbation far below bf16's spacing: does the change of the gradient follow float64's, in bf16 and with a float32 pass?"""
+    engine = make(path, ranks, device, 3, FUNCTIONAL, *options)
+    masters, reference = engine.masters, Reference(engine.recipe, engine.model.config)
+    reference.weights = weights_of(engine)
+    tokens, targets = sequences(0, 6 * ranks.world_size)
+    mine, scale = batches(0, ranks, 3), 1.0 / float((targets != -100).sum())
+    exact, _ = reference.gradient(reference.weights, tokens, targets, None)
+    norm = math.sqrt(sum(float(g.pow(2).sum()) for g in exact.values()))
+    radius = 1e-2
+    gradient, _ = engine.gradient(mine, scale)
+    vector = masters.scale(gradient, radius / masters.norm(gradient))
+    there, _ = reference.gradient({n: w + radius * exact[n] / norm for n, w in reference.weights.items()}, tokens, targets, None)
+    seen: dict[str, Any] = {}
+    before = [weight.detach().clone() for weight in masters.forward]
+    for name, wide in (("bf16", False), ("float32", True)):
+        with engine.perturbed(vector, wide):
+            seen[f"{name}_cosine"] = compare(masters, engine.realised(before, vector), vector)["perturbation_cosine"]
+            moved, _ = engine.gradient(mine, scale)
+        seen[f"{name}_clean"] = clean(engine) and engine.model.unembedding.weight is engine.model.embedding.weight
+        difference = masters.zeros()
+        for segment in masters.segments:
+            place, key = slice(segment.offset, segment.offset + segment.length), masters.names[segment.tensor]
+            masters.part(difference, segment).copy_((masters.part(moved, segment).double() - there[key].flatten()[place]).float())
+        change = math.sqrt(sum(float((there[n] - exact[n]).pow(2).sum()) for n in exact))
+        seen[f"{name}_error"] = masters.norm(difference) / change  # of the gradient there, as a share of its change
+    engine.deepspeed.destroy()
+    return seen
+
+
 SHARDINGS = {
     "fp32-0": ["training.precision=fp32", "deepspeed={zero_optimization: {stage: 0}}"],
     "fp32-3": ["training.precision=fp32", "deepspeed={zero_optimization: {stage: 3, stage3_param_persistence_threshold: 300}}"],
@@ -348,6 +378,9 @@ def main() -> None:
         for name, options in SHARDINGS.items():
             results[name] = invariants(path, ranks, device, *options)
             gc.collect()
+        for name in ("bf16-0", "bf16-1-fp32", "bf16-2-fp32"):
+            checkpointing = "training.activation_checkpointing=true"
+            results[f"{name}-float32"] = in_float32(path, ranks, device, *SHARDINGS[name], checkpointing)
         for name in ("fp32-0", "fp32-3", "bf16-2-fp32"):
             results[f"{name}-plain"] = plain_is_plain(path, ranks, device, *SHARDINGS[name])
             results[f"{name}-dropout"] = dropout_replayed(path, ranks, device, *SHARDINGS[name])

@@ -170,3 +170,13 @@ def test_the_planned_memory_is_what_a_step_takes(sharding: str, kind: str, seen:
     assert measured["seen"] == pytest.approx(measured["planned"], rel=0.03)
     if kind == "functional_sam":
         assert measured["seen"] < 1.15 * seen[1][f"memory-{sharding}-none"]["seen"]
+
+
+@pytest.mark.parametrize("name", ["bf16-0", "bf16-1-fp32", "bf16-2-fp32"])
+def test_a_float32_pass_brings_the_perturbation_back(name: str, seen: dict[int, dict[str, Any]]) -> None:
+    """Where bf16 rounds most of it away. The error is the gradient's at the perturbed weights against float64, as a share of how much
+    that gradient differs from the one at the weights; what is left with float32 is the rounding of gradients that add up in bf16."""
+    run = seen[2][f"{name}-float32"]
+    assert run["bf16_cosine"] < 0.8 and run["float32_cosine"] > 0.9999
+    assert run["float32_error"] < 0.4 * run["bf16_error"]
+    assert run["bf16_clean"] and run["float32_clean"]
