@@ -38,6 +38,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "functional_sam_preconditioned": {"sharpness_aware": "functional_sam", "precondition": True},
     "sam_quarter": {"sharpness_aware": "sam", "ascent_fraction": 0.25},
     "functional_sam_quarter": {"sharpness_aware": "functional_sam", "ascent_fraction": 0.25},
+    "functional_sam_quarter_rest_plain": {"sharpness_aware": "functional_sam", "ascent_fraction": 0.25, "rest": "plain"},
 }
 FLOAT32 = {"functional_sam_float32_pass": {"sharpness_aware": "functional_sam", "float32_second_pass": True}}
 
@@ -59,7 +60,8 @@ def benchmark(arguments: argparse.Namespace) -> None:
     ranks = discover()
     first = load_recipe(arguments.recipe, arguments.overrides).recipe
     unit = first.training.micro_batch_size * first.training.sequence_length * ranks.world_size * arguments.accumulation
-    recipe = load_recipe(arguments.recipe, [*arguments.overrides, f"training.tokens_per_step={unit}", f"training.tokens={1000 * unit}"]).recipe
+    size = [f"training.tokens_per_step={unit}", f"training.tokens={1000 * unit}"]
+    recipe = load_recipe(arguments.recipe, [*arguments.overrides, *size]).recipe
     device = start_distributed(ranks)
     config = model_config(recipe, recipe.data.tokenizer.vocab_size)
     engine = Engine(recipe, config, accumulation_steps(recipe, ranks.world_size), ranks, device)

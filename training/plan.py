@@ -163,13 +163,13 @@ def passes(recipe: Recipe, step: int, total_steps: int) -> float:
     """Work of step `step` (0-based) as a multiple of a plain step's forward and backward pass; of every so many steps, their mean.
 
     A sharpness-aware step takes `ascent_fraction` of a pass more, and functional_sam a forward pass, a third, over the rest of the
-    batch. (The second pass rebuilds the first one's logits and leaves out its own.)
+    batch if that is perturbed too. (The second pass rebuilds the first one's logits and leaves out its own.)
     """
     optimizer, options = recipe.optimizer, recipe.optimizer.sharpness
     if optimizer.sharpness_aware == "none" or options.radius == 0 or step < round(options.start_fraction * total_steps):
         return 1.0
     more = options.ascent_fraction
-    if optimizer.sharpness_aware == "functional_sam":
+    if optimizer.sharpness_aware == "functional_sam" and options.rest == "perturbed":
         more += (1 - options.ascent_fraction) / 3
     return 1.0 + more / options.every
 

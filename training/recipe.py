@@ -180,6 +180,9 @@ class SharpnessSection(Section):
     ascent_fraction: float = Field(
         default=1.0, gt=0, le=1, description="Share of the step's micro-batches that the direction is taken from; the update uses all."
     )
+    rest: Literal["perturbed", "plain"] = Field(
+        default="perturbed", description="The micro-batches outside ascent_fraction: also taken at the perturbed weights, or as they are."
+    )
     precondition: bool = Field(default=False, description="Divide the direction by the optimizer's second moment.")
     precondition_exponent: float = Field(default=0.5, ge=0, le=1, description="Power of the second moment: 0.5 is Adam's own.")
     precondition_epsilon: float = Field(default=1e-8, gt=0, description="Added to that power.")
@@ -592,7 +595,7 @@ def _sharpness_problems(recipe: Recipe) -> list[str]:
         elif training.compile:
             problems.append(f"{key}: compiled blocks (training.compile) run in bf16 alone; switch one of the two off")
         elif zero_stage(recipe) == 3:
-            problems.append(f"{key}: needs whole weights, which ZeRO stage 3 does not hold; use stage 0, 1 or 2, or training.precision fp32")
+            problems.append(f"{key}: needs whole weights, which ZeRO stage 3 does not hold; use a lower stage, or training.precision fp32")
     if recipe.deepspeed.get("torch_autocast"):
         problems.append("deepspeed.torch_autocast: its weights cannot be perturbed (optimizer.sharpness_aware); use training.precision")
     zero = recipe.deepspeed.get("zero_optimization")

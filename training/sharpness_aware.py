@@ -105,20 +105,26 @@ def _sharpness_aware_step(
     optimizer, options, masters = engine.recipe.optimizer, engine.recipe.optimizer.sharpness, engine.masters
     functional = optimizer.sharpness_aware == "functional_sam"
     split = options.split_every is not None and (step + 1) % options.split_every == 0
-    ascent = batches[: round(options.ascent_fraction * len(batches))]
+    count = round(options.ascent_fraction * len(batches))
+    ascent, rest = batches[:count], batches[count:]
 
     random_state = _random_state(engine.device)
-    with engine.kept_heads(options.store_logits) if functional or split else nullcontext([]) as kept, watch as watched:
-        gradient, losses = engine.gradient(ascent, scale * len(batches) / len(ascent))
-        measured = ascent
-        if functional:  # the rest of the batch needs its derivative at the logits as well
-            measured = batches
-            for batch in batches[len(ascent) :]:
-                losses += engine.summed_loss(batch, training=True)
-    if gradient is None:
-        _set_random_state(random_state, engine.device)
-        return None
-    heads = _frozen_heads(engine, batches, kept, options.store_logits) if kept else []
+    keeping = engine.kept_heads(options.store_logits) if functional or split else nullcontext([])
+    with watch as watched:
+        with keeping as kept:
+            gradient, losses = engine.gradient(ascent, scale * len(batches) / len(ascent))
+            if functional and options.rest == "perturbed":  # the rest of the batch needs its derivative at the logits as well
+                for batch in rest:
+                    losses += engine.summed_loss(batch, training=True)
+        if gradient is None:
+            _set_random_state(random_state, engine.device)
+            return None
+        if options.rest == "plain":  # these are done with; the perturbed pass goes over the others
+            for batch in rest:
+                losses += engine.accumulate(batch, scale)
+    again, measured = (batches if options.rest == "perturbed" else ascent), (batches if functional or options.rest == "plain" else ascent)
+    heads = _frozen_heads(engine, again, kept, options.store_logits) if kept else []
+    end_state = _random_state(engine.device)
     plain = [part.clone() for part in gradient] if split else None
     values: dict[str, float | dict[str, float]] = {"radius": radius}
     if logged:
@@ -142,14 +148,16 @@ def _sharpness_aware_step(
         if logged and functional:
             heads = [replace(head, measured=True) for head in heads]
         losses_there = torch.zeros((), device=engine.device)
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(again):
             losses_there += engine.accumulate(batch, scale, heads[number] if functional else None)
         result = engine.step(rate, after)
+    if options.rest == "plain":
+        _set_random_state(end_state, engine.device)
     if logged:
         total = losses_there.double()
         if engine.ranks.world_size > 1:
             torch.distributed.all_reduce(total)
-        values["perturbed_loss"] = float(total) * scale
+        values["perturbed_loss"] = float(total) * scale * len(batches) / len(again)
     if split and other is not None and result.applied and plain is not None and after is not None and keep is not None:
         sam, functional_sam = (other, after) if functional else (after, other)
         values.update(split_of(masters, plain, functional_sam, sam, masters.norm(keep)))

@@ -105,7 +105,16 @@ class Reference:
             e = self.perturbation(direction, section.sharpness.radius)
             there = {name: w + e[name] for name, w in self.weights.items()}
             frozen = derivative if section.sharpness_aware == "functional_sam" else None
-            gradient, _ = self.gradient(there, tokens, targets, frozen)
+            if section.sharpness.rest == "plain":  # the other sequences keep their gradient at the weights, each token its share
+                rest = torch.ones(len(tokens), dtype=torch.bool).index_fill_(0, ascent, False)
+                share = float((targets[rest] != -100).sum()) / float((targets != -100).sum())
+                plain, _ = self.gradient(self.weights, tokens[rest], targets[rest], None)
+                perturbed, _ = self.gradient(
+                    there, tokens[ascent], targets[ascent], None if frozen is None else frozen[ascent] / (1 - share)
+                )
+                gradient = {name: share * plain[name] + (1 - share) * perturbed[name] for name in plain}
+            else:
+                gradient, _ = self.gradient(there, tokens, targets, frozen)
         norm = math.sqrt(sum(float(g.pow(2).sum()) for g in gradient.values()))
         factor = min(1.0, self.clipping / norm)
         self.taken += 1
@@ -266,7 +275,7 @@ def dropout_replayed(path: str, ranks: Ranks, device: torch.device, *options: st
     return [outcome.values["ascent_norm"], outcome.result.grad_norm]  # pyright: ignore[reportReturnType]
 
 
-def peak_memory(path: str, ranks: Ranks, device: torch.device, *options: str) -> dict[str, int]:
+def peak_memory(path: str, ranks: Ranks, device: torch.device, *options: str) -> dict[str, Any]:
     """Bytes above the weights and optimizer state at the height of a step, as the allocator records them, and as planned."""
     shape = ["model.width=96", "model.mlp_width=384", "model.block=pre_norm", "training.sequence_length=64", "training.micro_batch_size=4"]
     vocab = 3000
@@ -357,6 +366,7 @@ def main() -> None:
                     "optimizer.sharpness.second_moment=updated",
                 ),
                 "functional-3-fraction": (3, FUNCTIONAL, "optimizer.sharpness.ascent_fraction=0.33333333"),
+                "functional-3-plain-rest": (3, FUNCTIONAL, "optimizer.sharpness={ascent_fraction: 0.33333333, rest: plain, radius: 0.3}"),
             }
         else:
             cases["sam-1"] = (1, SAM)

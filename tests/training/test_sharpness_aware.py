@@ -62,12 +62,12 @@ def test_options_out_of_range_are_named(path: Path, override: str, expected: str
             "optimizer.sharpness.precondition: needs an optimizer with a second moment (adamw); muon has none",
         ),
         (["optimizer.sharpness.split_every=2", "optimizer.sharpness.ascent_fraction=0.5"], "optimizer.sharpness.split_every: compares"),
-        (["optimizer.sharpness_aware=sam", "optimizer.sharpness.store_logits=true"], "optimizer.sharpness.store_logits: only functional_sam"),
+        (["optimizer.sharpness_aware=sam", "optimizer.sharpness.store_logits=true"], "store_logits: only functional_sam"),
         (["training.precision=fp32", "optimizer.sharpness.float32_second_pass=true"], "precision is fp32 already"),
         (["training.compile=true", "optimizer.sharpness.float32_second_pass=true"], "float32_second_pass: compiled blocks"),
         (["deepspeed.zero_optimization.stage=3", "optimizer.sharpness.float32_second_pass=true"], "which ZeRO stage 3 does not hold"),
         (["deepspeed.torch_autocast={enabled: true}"], "deepspeed.torch_autocast: its weights cannot be perturbed"),
-        (["deepspeed.zero_optimization={stage: 3, offload_optimizer: {device: nvme, nvme_path: /x}}"], "weights on nvme cannot be perturbed"),
+        (["deepspeed.zero_optimization={stage: 3, offload_optimizer: {device: nvme, nvme_path: /x}}"], "on nvme cannot be perturbed"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_named(path: Path, overrides: list[str], expected: str) -> None:
@@ -182,6 +182,7 @@ def test_the_split_is_of_the_differences() -> None:
     [
         ({}, 2.0, 2.0),
         ({"ascent_fraction": 0.25}, 1.5, 1.5),  # a quarter forward and backward, three quarters forward, all forward and backward
+        ({"ascent_fraction": 0.25, "rest": "plain"}, 1.25, 1.25),
         ({"every": 2}, 1.5, 1.5),
         ({"start_fraction": 0.9}, 1.0, 2.0),
         ({"radius": 0}, 1.0, 1.0),
