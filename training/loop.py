@@ -15,6 +15,7 @@ from model.activation_statistics import watch_residuals
 from model.errors import InputError
 from model.transformer import IGNORED_TARGET
 from training import checkpoint
+from training.curvature import Curvature
 from training.data import Batch, PreparedData, Sequences, open_prepared, prepare, require_step, step_rows
 from training.distributed import Ranks, discover, raise_together, reduce_moments, sum_over_ranks
 from training.engine import Engine, start_distributed
@@ -92,6 +93,7 @@ def train(loaded: LoadedRecipe) -> None:
     if recipe.checkpoint.first and start_step == 0:
         checkpoint.save(engine, run, step=0, tokens=0)
 
+    curvature = Curvature(engine, data, recipe) if recipe.evaluation.curvature_every else None
     skipped_in_a_row, warned = 0, False
     clock, clock_tokens = time.perf_counter(), 0
     for step in range(start_step, last_step):
@@ -149,6 +151,9 @@ def train(loaded: LoadedRecipe) -> None:
             metrics.say(
                 f"step {done}/{last_step}  validation loss {validation_loss:.4f}  (a unigram model: {data.validation_unigram_loss:.4f})"
             )
+        if curvature is not None and done % (recipe.evaluation.curvature_every or 1) == 0:
+            rate = learning_rate(recipe.optimizer, step, total_steps)
+            metrics.record({"step": done, "tokens": tokens, **curvature.measure(rate)})
         if done % recipe.checkpoint.every == 0 or done == last_step:
             folder = checkpoint.save(engine, run, done, tokens)
             metrics.say(f"step {done}/{last_step}  saved {folder}")

@@ -233,6 +233,12 @@ class EvaluationSection(Section):
 
     every: int = Field(default=250, ge=1, description="Steps between evaluations; the last step is always evaluated.")
     tokens: int = Field(default=1_048_576, ge=1, description="Validation tokens an evaluation reads, at most.")
+    curvature_every: int | None = Field(
+        default=None, ge=1, description="Steps between measurements of the loss's curvature, on one validation micro-batch a rank."
+    )
+    curvature_iterations: int = Field(
+        default=5, ge=1, description="Hessian products of each power iteration, which start where the last ended."
+    )
 
 
 class CheckpointSection(Section):
@@ -576,9 +582,14 @@ _WITH_SECOND_MOMENT = ("adamw",)
 
 def _sharpness_problems(recipe: Recipe) -> list[str]:
     optimizer, options = recipe.optimizer, recipe.optimizer.sharpness
-    if optimizer.sharpness_aware == "none":
-        return []
     problems = []
+    if recipe.evaluation.curvature_every and recipe.training.precision != "fp32":
+        problems.append(
+            "evaluation.curvature_every: bf16 rounds away what it looks at; use training.precision fp32, or python -m analysis curvature on "
+            "the checkpoints"
+        )
+    if optimizer.sharpness_aware == "none":
+        return problems
     if options.precondition and optimizer.kind not in _WITH_SECOND_MOMENT:
         problems.append(
             f"optimizer.sharpness.precondition: needs an optimizer with a second moment ({', '.join(_WITH_SECOND_MOMENT)}); "

@@ -18,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from model.config import ModelConfig
 from model.parametrization import initialize, is_decayed, owned_parameters
 from model.transformer import Transformer
+from training.curvature import Curvature
 from training.data import Batch
 from training.distributed import Ranks, discover, leave
 from training.engine import Engine, deepspeed, start_distributed
@@ -213,10 +215,7 @@ def invariants(path: str, ranks: Ranks, device: torch.device, *options: str) -> 
     # perturbed: the forward pass sees masters + vector, the masters keep their bits, an exception changes nothing
     weights, kept = weights_of(engine), bits()
     vector = masters.scale(masters.normal(9), 0.01)
-    whole = {}
-    for name, shape in zip(masters.names, masters.shapes, strict=True):
-        digest = hashlib.sha256(f"9:{name}".encode()).digest()
-        whole[name] = torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True)))
+    whole = {name: _normal(9, name, shape) for name, shape in zip(masters.names, masters.shapes, strict=True)}
     try:
         with engine.perturbed(vector):
             there = weights_of(engine)
@@ -327,6 +326,61 @@ def in_float32(path: str, ranks: Ranks, device: torch.device, *options: str) -> 
     return seen
 
 
+def curvature(path: str, ranks: Ranks, device: torch.device, *options: str) -> dict[str, Any]:
+    """Products and top eigenvalues by differences of gradients beside exact ones in float64, for a network of 1500 weights."""
+    shape = ["model.width=8", "model.depth=1", "model.mlp_width=16", "model.block=pre_norm", "model.init_std=0.4"]
+    engine = make(path, ranks, device, 1, "optimizer.sharpness_aware=none", *shape, *options)
+    masters, reference = engine.masters, Reference(engine.recipe, engine.model.config)
+    reference.weights = weights_of(engine)
+    tokens, targets = sequences(0, 2 * ranks.world_size)
+    (mine,) = batches(0, ranks, 1)
+    measure = Curvature.__new__(Curvature)
+    measure.engine, measure.batch, measure.scale = engine, mine, 1.0 / float((targets != -100).sum())
+    measure.iterations, measure.found = 25, {}
+
+    sizes = {name: w.numel() for name, w in reference.weights.items()}
+    flat = torch.cat([w.flatten() for w in reference.weights.values()])
+
+    def named(vector: Tensor) -> dict[str, Tensor]:
+        pieces = vector.split(list(sizes.values()))
+        return {name: piece.view(reference.weights[name].shape) for name, piece in zip(sizes, pieces, strict=True)}
+
+    def loss_of_logits(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        gradient = torch.func.grad(lambda w: loss_of_logits(reference.logits(named(w), tokens)))
+        exact = torch.func.jacrev(gradient, chunk_size=64)(flat)
+        jacobian = torch.func.jacrev(lambda w: reference.logits(named(w), tokens).flatten(), chunk_size=64)(flat)
+        logits = reference.logits(reference.weights, tokens)
+    curved = torch.func.hessian(lambda z: loss_of_logits(z.view_as(logits)))(logits.detach().flatten())
+    gauss_newton = jacobian.T @ curved @ jacobian
+    v = masters.normal(4)
+    order = torch.cat([_normal(4, name, w.shape).flatten() for name, w in reference.weights.items()]).double()
+    seen: dict[str, Any] = {}
+    for name, product, matrix in (("hessian", measure.hessian, exact), ("gauss_newton", measure.gauss_newton, gauss_newton)):
+        expected, found = named(matrix @ order), product(v)
+        difference = masters.zeros()
+        for segment in masters.segments:
+            place, key = slice(segment.offset, segment.offset + segment.length), masters.names[segment.tensor]
+            masters.part(difference, segment).copy_((masters.part(found, segment).double() - expected[key].flatten()[place]).float())
+        eigenvalues = torch.linalg.eigvalsh(matrix)
+        seen[name] = {
+            "error": masters.norm(difference) / float((matrix @ order).norm()),
+            "top": measure._top(name, product),
+            "exact": float(eigenvalues[eigenvalues.abs().argmax()]),
+        }
+    kept = weights_of(engine)
+    seen["clean"] = clean(engine) and all(torch.equal(kept[n], w) for n, w in reference.weights.items())
+    engine.deepspeed.destroy()
+    return seen
+
+
+def _normal(seed: int, name: str, shape: tuple[int, ...]) -> Tensor:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True)))
+
+
 SHARDINGS = {
     "fp32-0": ["training.precision=fp32", "deepspeed={zero_optimization: {stage: 0}}"],
     "fp32-3": ["training.precision=fp32", "deepspeed={zero_optimization: {stage: 3, stage3_param_persistence_threshold: 300}}"],
@@ -391,6 +445,7 @@ def main() -> None:
         for name in ("bf16-0", "bf16-1-fp32", "bf16-2-fp32"):
             checkpointing = "training.activation_checkpointing=true"
             results[f"{name}-float32"] = in_float32(path, ranks, device, *SHARDINGS[name], checkpointing)
+        results["curvature"] = curvature(path, ranks, device, *SHARDINGS["fp32-3"])
         for name in ("fp32-0", "fp32-3", "bf16-2-fp32"):
             results[f"{name}-plain"] = plain_is_plain(path, ranks, device, *SHARDINGS[name])
             results[f"{name}-dropout"] = dropout_replayed(path, ranks, device, *SHARDINGS[name])

@@ -180,3 +180,28 @@ def test_a_float32_pass_brings_the_perturbation_back(name: str, seen: dict[int, 
     assert run["bf16_cosine"] < 0.8 and run["float32_cosine"] > 0.9999
     assert run["float32_error"] < 0.4 * run["bf16_error"]
     assert run["bf16_clean"] and run["float32_clean"]
+
+
+def test_curvature_is_that_of_the_exact_matrices(seen: dict[int, dict[str, Any]]) -> None:
+    """Hessian and Gauss-Newton products at ZeRO-3 against matrices in float64, and the eigenvalue that power iteration tends to."""
+    run = seen[2]["curvature"]
+    for name in ("hessian", "gauss_newton"):
+        assert run[name]["error"] < 2e-3, name
+        assert run[name]["top"] == pytest.approx(run[name]["exact"], rel=0.05), name  # 25 products: not all the way
+        assert abs(run[name]["top"]) < abs(run[name]["exact"]) * (1 + 1e-3)
+    assert run["gauss_newton"]["exact"] < 0.9 * run["hessian"]["exact"]  # so that neither is taken for the other
+    assert run["clean"]
+
+
+def test_curvature_is_written_down(launch: Launch, workplace: Path) -> None:
+    launch("curvature", 1, "evaluation.curvature_every=4", "deepspeed.zero_optimization.stage=1", launcher="python")
+    written = {r["step"]: r for r in records(workplace / "runs" / "curvature") if "hessian_top" in r}
+    assert sorted(written) == [4, 8]
+    for record in written.values():
+        assert record["gauss_newton_top"] > 0 and math.isfinite(record["hessian_trace"])
+        assert record["preconditioned_hessian_top"] > 0
+    assert written[4]["stability_line"] == pytest.approx(38 / records_at(workplace, 4)["learning_rate"])
+
+
+def records_at(workplace: Path, step: int) -> dict[str, Any]:
+    return next(r for r in records(workplace / "runs" / "curvature") if r["step"] == step and "learning_rate" in r)

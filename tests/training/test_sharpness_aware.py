@@ -66,6 +66,7 @@ def test_options_out_of_range_are_named(path: Path, override: str, expected: str
         (["training.precision=fp32", "optimizer.sharpness.float32_second_pass=true"], "precision is fp32 already"),
         (["training.compile=true", "optimizer.sharpness.float32_second_pass=true"], "float32_second_pass: compiled blocks"),
         (["deepspeed.zero_optimization.stage=3", "optimizer.sharpness.float32_second_pass=true"], "which ZeRO stage 3 does not hold"),
+        (["evaluation.curvature_every=5"], "evaluation.curvature_every: bf16 rounds away"),
         (["deepspeed.torch_autocast={enabled: true}"], "deepspeed.torch_autocast: its weights cannot be perturbed"),
         (["deepspeed.zero_optimization={stage: 3, offload_optimizer: {device: nvme, nvme_path: /x}}"], "on nvme cannot be perturbed"),
     ],
