@@ -44,6 +44,17 @@ def outliers(arguments: argparse.Namespace) -> None:
         print(f"  {write_json(out / 'outliers.json', result)}\n  {pictures.outliers_picture(result, out / 'outliers.png')}")
 
 
+def curvature(arguments: argparse.Namespace) -> None:
+    from analysis import pictures
+    from analysis.curvature import analyze_curvature, describe
+    from analysis.output import write_json
+
+    for run, out in places(arguments):
+        result = analyze_curvature(run, arguments.tokens, arguments.steps, arguments.probes, arguments.data, not arguments.skip_checksums)
+        print(describe(result))
+        print(f"  {write_json(out / 'curvature.json', result)}\n  {pictures.curvature_picture(result, out / 'curvature.png')}")
+
+
 def report(arguments: argparse.Namespace) -> None:
     from analysis.report import write_report
 
@@ -54,6 +65,7 @@ def report(arguments: argparse.Namespace) -> None:
 VERBS = {
     "trajectory": (trajectory, "maps, angles and lengths of the path through weight space"),
     "outliers": (outliers, "kurtosis and max-median ratio of the residual stream, layer by layer"),
+    "curvature": (curvature, "eigenvalues of the loss's Hessian and Gauss-Newton matrix at the last checkpoint"),
     "report": (report, "one self-contained HTML page that compares runs"),
 }
 
@@ -86,6 +98,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             verb.add_argument("--memory-megabytes", type=float, default=32, metavar="MB", help="bounds the working memory (default: 32)")
         if name == "outliers":
             verb.add_argument("--tokens", type=int, default=8192, metavar="N", help="how many tokens to run through (default: 8192)")
+            verb.add_argument("--data", nargs="+", metavar="FILE", help="text files; default: the run's validation split")
+        if name == "curvature":
+            verb.add_argument("--tokens", type=int, default=2048, metavar="N", help="the loss is over so many tokens (default: 2048)")
+            verb.add_argument("--steps", type=int, default=20, metavar="N", help="products of each Lanczos run (default: 20)")
+            verb.add_argument("--probes", type=int, default=2, metavar="N", help="random starts for density and trace (default: 2)")
             verb.add_argument("--data", nargs="+", metavar="FILE", help="text files; default: the run's validation split")
     return parser.parse_args(arguments)
 

@@ -336,7 +336,7 @@ class Engine:
                 self.masters.part(moved, segment).copy_(flat[segment.offset : segment.offset + segment.length])
             return moved
         return [
-            weight.detach().to(part.device, torch.float32).view_as(part).sub_(old.to(part.device).view_as(part))
+            weight.detach().to(part.device, torch.float32).view_as(part).sub(old.to(part.device).view_as(part))
             for weight, old, part in zip(self.masters.forward, before, like, strict=True)
         ]
 

@@ -585,8 +585,8 @@ def _sharpness_problems(recipe: Recipe) -> list[str]:
     problems = []
     if recipe.evaluation.curvature_every and recipe.training.precision != "fp32":
         problems.append(
-            "evaluation.curvature_every: bf16 rounds away what it looks at; use training.precision fp32, or python -m analysis curvature on "
-            "the checkpoints"
+            "evaluation.curvature_every: bf16 rounds away what it looks at; use training.precision fp32, or, on the checkpoints, "
+            "python -m analysis curvature"
         )
     if optimizer.sharpness_aware == "none":
         return problems

@@ -336,7 +336,7 @@ def curvature(path: str, ranks: Ranks, device: torch.device, *options: str) -> d
     (mine,) = batches(0, ranks, 1)
     measure = Curvature.__new__(Curvature)
     measure.engine, measure.batch, measure.scale = engine, mine, 1.0 / float((targets != -100).sum())
-    measure.iterations, measure.found = 25, {}
+    measure.iterations, measure.found = 40, {}
 
     sizes = {name: w.numel() for name, w in reference.weights.items()}
     flat = torch.cat([w.flatten() for w in reference.weights.values()])
