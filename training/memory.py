@@ -144,9 +144,9 @@ def _two_passes(
         stored = recipe.optimizer.sharpness.store_logits
         heads = accumulation * tokens * compute * (config.vocab_size if stored else config.width)
         head = 0 if stored else compute * config.vocab_size * config.width  # the unperturbed unembedding
-        # a chunk's logits twice in float32, or once and its part of the unembedding's gradient; that gradient's sum so far
+        # a chunk's logits twice in float32, and in bf16; or once and its part of the unembedding's gradient; that gradient's sum so far
         chunk, matrix = min(tokens * config.vocab_size, CHUNK_ELEMENTS), config.vocab_size * config.width
-        products = 4 * matrix + max(8 * chunk, 4 * chunk + compute * matrix)
+        products = 4 * matrix + max((10 if low else 8) * chunk, 4 * chunk + compute * matrix)
         second = {
             "the second loss": fixed + weights + states.at_loss + kept + heads + head + products,
             "the second last gradients": fixed + weights + states.at_last_gradients + inside + heads + head,

