@@ -199,8 +199,9 @@ def _outliers(runs: list[dict[str, Any]], colours: list[str]) -> str:
     shown = [(run, run["outliers"], colour) for run, colour in zip(runs, colours, strict=True) if run["outliers"]]
     values = [m["kurtosis_minus_one"] for _, result, _ in shown for c in result["checkpoints"] for m in c["places"].values()]
     positive = [value for value in values if value is not None and value > 0]
+    live = _live_outliers(runs, colours)
     if not positive:
-        return ""
+        return section("Outliers while training", _LIVE, grid(*live)) if live else ""
     y_range = padded_range(positive, log=True)
     panels, rows = [], []
     for run, result, colour in shown:
@@ -244,7 +245,30 @@ def _outliers(runs: list[dict[str, Any]], colours: list[str]) -> str:
             ["run", "largest kurtosis", "largest at the last step", "largest / median activation, last step", "activation RMS, last step"],
             rows,
         ),
+        *([f"<p>{_LIVE}</p>", grid(*live)] if live else []),
     )
+
+
+_LIVE = "While training, measured on the training tokens of the step itself, over all ranks; the worst of the layers:"
+
+
+def _live_outliers(runs: list[dict[str, Any]], colours: list[str]) -> list[str]:
+    """Panels of what metrics.jsonl says of the residual stream, more often than there are checkpoints; none where it says nothing."""
+    panels = []
+    for measure, title, log in (("kurtosis_minus_one", "Kurtosis − 1", True), ("input_correlation_rms", "Input correlation, RMS", False)):
+        lines = []
+        for run, colour in zip(runs, colours, strict=True):
+            points = [
+                (record["tokens"], max((m[measure] or 0.0) for place, m in record["activations"].items() if place != "unembedding"))
+                for record in run["metrics"]
+                if "activations" in record
+            ]
+            if points:
+                lines.append(Line(run["name"], points, colour, dots=len(points) <= 40))
+        if lines:
+            chart = line_chart(lines, f"{title} of the worst layer over training tokens, all runs", "tokens", title.lower(), log=log)
+            panels.append(panel(title, chart))
+    return panels
 
 
 def _trajectories(runs: list[dict[str, Any]], colours: list[str]) -> str:

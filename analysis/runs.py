@@ -82,7 +82,7 @@ def find_run(path: str | Path) -> Run:
 
 
 def read_metrics(run: Run) -> list[dict[str, Any]]:
-    """The numbers of metrics.jsonl, a record a step; where a resumed run wrote a step again, the later record's values win.
+    """The numbers and activations of metrics.jsonl, a record a step; where a resumed run wrote a step again, the later record wins.
 
     Raises:
         InputError: a line other than the last (which may be half-written) is not a JSON object.
@@ -97,8 +97,8 @@ def read_metrics(run: Run) -> list[dict[str, Any]]:
             continue
         try:
             record = json.loads(line)
-            numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
-            records.setdefault(int(record["step"]), {}).update(numbers)
+            values = {key: value for key, value in record.items() if isinstance(value, int | float) or key == "activations"}
+            records.setdefault(int(record["step"]), {}).update(values)
         except (ValueError, KeyError, TypeError, AttributeError):
             if number < len(lines):
                 raise InputError(f"{path}, line {number}: not a metrics record: {line[:80]!r}") from None

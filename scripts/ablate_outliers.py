@@ -8,14 +8,12 @@ are complete are not trained again, so seeds can be added later.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 ABLATION = {
@@ -36,7 +34,7 @@ def main() -> int:
     jobs = [(name, seed) for seed in arguments.seeds for name in ABLATION]
     call("prepare the data", [sys.executable, "-m", "scripts.prepare_data", "recipes/ablation_pre_norm.yaml"])
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(lambda job: train(*job, arguments.runs), jobs))
+        list(pool.map(lambda job: train(job[0], job[1], arguments.runs), jobs))
     return 0
 
 
@@ -50,11 +48,10 @@ def call(what: str, command: list[str], log: Path | None = None) -> None:
     """Run a command in one thread; its output goes to `log`, where given. Ends this program when it fails."""
     print(f"{what} ...", flush=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    output = subprocess.DEVNULL
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a") if log is not None else open(os.devnull, "w") as output:
-        code = subprocess.run(command, cwd=ROOT, env=environment, stdout=output if log else None, stderr=subprocess.STDOUT).returncode
+    with open(log, "a") if log is not None else nullcontext() as output:
+        code = subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=output and subprocess.STDOUT).returncode
     if code:
         raise SystemExit(f"{what}: failed with exit code {code}" + (f"; see {log}" if log else ""))
     print(f"{what}: done", flush=True)

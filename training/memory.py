@@ -37,6 +37,7 @@ class Memory:
     logits: int
     buckets: int  # where gradients are reduced and, at stage 3, whole weights are gathered
     step: int  # what the optimizer's step makes beside its state
+    statistics: int  # sums over activations, in the steps that measure outliers
     host: int
     phases: dict[str, int]
 
@@ -97,7 +98,9 @@ def predict(
     behind = compute * tokens * config.vocab_size  # the gradient to the logits
     if training.activation_checkpointing:
         behind = max(behind, inside)
-    fixed = states.weights + states.optimizer
+    # X^T X and the sums beside it at each place (model/activation_statistics.py)
+    statistics = (config.depth + 1) * (4 * config.width**2 + 8 * (config.width + 4)) if recipe.logging.outliers_every else 0
+    fixed = states.weights + states.optimizer + statistics
     phases = {
         "the loss": fixed + states.at_loss + kept + logits,
         "the first gradients": fixed + states.at_first_gradients + kept + behind,
@@ -114,6 +117,7 @@ def predict(
         logits=logits,
         buckets=states.buckets,
         step=states.step,
+        statistics=statistics,
         host=states.host,
         phases=phases,
     )

@@ -297,6 +297,7 @@ def _memory_lines(plan: Plan) -> list[str]:
         ("logits", memory.logits, "three times in float32: log-probabilities and two gradients"),
         ("ZeRO buckets" if stage else "all-reduce", memory.buckets, "with whole weights where they are used" if stage == 3 else ""),
         ("optimizer's step", memory.step, ""),
+        ("outlier statistics", memory.statistics, f"in one step of {plan.recipe.logging.outliers_every}" if memory.statistics else ""),
     ]
     if memory.host:
         rows.append(("offloaded", memory.host, "in the host's memory or on disk, not in the peak"))

@@ -214,3 +214,21 @@ def test_charts_leave_gaps_and_thin_large_maps():
     count = 100
     values: list[list[float | None]] = [[1.0] * count for _ in range(count)]
     assert heat_map(values, list(range(count)), "alt", 0.0).count("<title>") == 48 * 48
+
+
+def test_report_shows_what_training_measured(run_folder):
+    """Kurtosis and input correlation of metrics.jsonl, the worst layer at each measured step, the unembedding left out."""
+    places = {"layer 0": {"kurtosis_minus_one": 2.0, "input_correlation_rms": 0.25}, "layer 1": {"kurtosis_minus_one": 17.25}}
+    places["layer 1"]["input_correlation_rms"] = None
+    places["unembedding"] = {"kurtosis_minus_one": 99.5, "input_correlation_rms": 0.875}
+    with open(run_folder / "metrics.jsonl", "a") as file:
+        for step in (0, 20):
+            file.write(json.dumps({"step": step, "tokens": 100 * step, "largest_kurtosis": 18.25, "activations": places}) + "\n")
+    run = find_run(run_folder)
+    (record,) = [r for r in read_metrics(run) if r["step"] == 20]
+    assert record["activations"] == places and record["largest_kurtosis"] == 18.25
+    assert main(["report", str(run_folder)]) == 0
+    page = Page((run_folder / "report" / "report.html").read_text())
+    charts = [value for tag, name, value in page.attributes if tag == "svg" and name == "aria-label"]
+    assert sum("over training tokens" in chart for chart in charts) == 2
+    assert "17.2" in page.text and "99.5" not in page.text

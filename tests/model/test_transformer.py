@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from model.config import SIZES, ModelConfig
+from model.attention import softcapped_attention
+from model.config import PRESETS, SIZES, ModelConfig
 from model.errors import InputError
 from model.parametrization import initialize, is_decayed, owned_parameters
 from model.transformer import IGNORED_TARGET, Transformer
@@ -122,8 +123,182 @@ def test_outlier_protected_defaults_have_unit_scale() -> None:
     assert model.config.residual_gain == 1 / math.sqrt(3)
 
 
+def test_post_norm_is_torchs_encoder_layer() -> None:
+    """LayerNorm after each residual sum, ReLU and biases: torch's own layer with the same weights and a causal mask, in float64."""
+    model = make(block="post_norm", norm="layer_norm", positions="learned", activation="relu", biases="all", depth=1).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+    block = model.blocks[0]
+    theirs = torch.nn.TransformerEncoderLayer(48, 4, 192, dropout=0.0, norm_first=False, batch_first=True, dtype=torch.float64)
+    attention = block.attention
+    with torch.no_grad():
+        theirs.self_attn.in_proj_weight.copy_(torch.cat([attention.query.weight, attention.key.weight, attention.value.weight]))
+        theirs.self_attn.in_proj_bias.copy_(torch.cat([attention.query.bias, attention.key.bias, attention.value.bias]))
+    theirs.self_attn.out_proj.load_state_dict(attention.output.state_dict())
+    theirs.linear1.load_state_dict(block.mlp.up.state_dict())
+    theirs.linear2.load_state_dict(block.mlp.down.state_dict())
+    theirs.norm1.load_state_dict(block.after_attention_norm.state_dict())
+    theirs.norm2.load_state_dict(block.after_mlp_norm.state_dict())
+    x = torch.randn(2, 10, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(10, dtype=torch.float64)
+    torch.testing.assert_close(block(x, None, None), theirs(x, src_mask=mask, is_causal=True), rtol=0, atol=1e-12)
+    assert isinstance(model.final_norm, torch.nn.Identity)
+
+
+@pytest.mark.parametrize("places", [[], ["query_key"], ["value"], ["mlp"], ["query_key", "value"], ["query_key", "value", "mlp"]])
+def test_norms_stand_only_where_they_are_placed(places: list[str]) -> None:
+    """The placements of the paper's table 4: what queries and keys, values, and the MLP read is X or X / rms(X)."""
+    model = make(norm="simple_rms_norm", norm_places=places, positions="learned", qk_norm="none").double()
+    block = model.blocks[0]
+    x = 3 * torch.randn(2, 6, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    seen: dict[str, torch.Tensor] = {}
+    for name, module in {"query": block.attention.query, "value": block.attention.value, "mlp": block.mlp.up}.items():
+        module.register_forward_pre_hook(lambda module, inputs, name=name: seen.update({name: inputs[0]}))
+    added = []
+    block.attention.register_forward_hook(lambda module, inputs, output: added.append(output))
+    block(x, None, None)
+
+    def normed(v: torch.Tensor) -> torch.Tensor:
+        return v / (v.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+    for name, place, read in (("query", "query_key", x), ("value", "value", x), ("mlp", "mlp", x + added[0])):
+        torch.testing.assert_close(seen[name], normed(read) if place in places else read, rtol=1e-12, atol=0)
+    assert sum(p.numel() for n, p in model.named_parameters() if "norm" in n) == 0  # this norm has no scale
+
+
+def test_softcap_is_its_formula_and_vanishes_when_large() -> None:
+    """c tanh(Q K^T / (c sqrt(d_k))) before the mask, with grouped keys and packed documents; c to infinity is plain attention."""
+    fields = {"block": "outlier_protected", "kv_heads": 2, "init_std": 0.4}
+    plain, capped, loose = (make(**fields, qk_norm="none", attention_softcap=cap).double() for cap in (None, 2.0, 1e6))
+    tokens, ids = tokens_of(plain), torch.arange(32).ge(13).long().repeat(2, 1)
+    for document_ids in (None, ids):
+        expected = plain(tokens, document_ids=document_ids)
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(loose(tokens, document_ids=document_ids), expected, rtol=0, atol=1e-3 * scale)  # float32 scores inside
+        assert not torch.allclose(capped(tokens, document_ids=document_ids), expected, rtol=0, atol=0.1 * scale)
+    query, key, value = (torch.randn(1, h, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(h)) for h in (4, 2, 2))
+    mixed = softcapped_attention(3 * query, 3 * key, value, 2.0, None)
+    for head in range(4):
+        for t in range(5):
+            scores = 9 * query[0, head, t] @ key[0, head // 2, : t + 1].T / math.sqrt(8)
+            weights = (2 * torch.tanh(scores / 2)).softmax(-1)
+            torch.testing.assert_close(mixed[0, head, t], weights @ value[0, head // 2, : t + 1], rtol=0, atol=1e-6)
+
+
+def preset(name: str) -> Transformer:
+    """A preset at the paper's CodeParrot shape but for the width, weights drawn."""
+    model = Transformer(ModelConfig(**{**SMALL, "width": 96, "depth": 2}, **PRESETS[name]))
+    initialize(model, 0)
+    return model
+
+
+def describe(model: Transformer) -> dict[str, tuple[tuple[int, ...], float]]:
+    """name -> (shape, standard deviation for a matrix and the value for a vector)."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.ndim == 2 or (parameter == parameter[0]).all()
+        found[name] = (tuple(parameter.shape), parameter.std().item() if parameter.ndim == 2 else parameter[0].item())
+    return found
+
+
+def test_preset_paper_is_the_papers_description_parameter_by_parameter() -> None:
+    """Appendix B and D, CodeParrot: no norm but QK-norm, beta 0.3 fixed, ReLU, learned positions, untied, all N(0, 0.02), x 50."""
+    model, expected = preset("paper"), {}
+    for i in range(2):
+        for name in ("query", "key", "value", "output"):
+            expected[f"blocks.{i}.attention.{name}.weight"] = ((96, 96), 0.02)
+        expected[f"blocks.{i}.attention.query_norm.weight"] = expected[f"blocks.{i}.attention.key_norm.weight"] = ((24,), 1.0)
+        expected[f"blocks.{i}.mlp.up.weight"], expected[f"blocks.{i}.mlp.down.weight"] = ((384, 96), 0.02), ((96, 384), 0.02)
+    expected |= dict.fromkeys(("embedding.weight", "unembedding.weight"), ((97, 96), 0.02))
+    expected["position_embedding.weight"] = ((32, 96), 0.02)
+    found = describe(model)
+    assert found.keys() == expected.keys()
+    for name, (shape, value) in expected.items():
+        assert found[name] == (shape, pytest.approx(value, rel=0.05)), name
+    config, block = model.config, model.blocks[0]
+    assert (config.embedding_multiplier, block.attention_gain, block.mlp_gain, block.mlp_input_scale) == (50, 0.3, 0.3, 1.0)
+    assert config.warnings() == []
+
+
+def test_preset_released_code_is_what_the_authors_script_builds() -> None:
+    """simplified_transformers' op.yaml: a LayerNorm before the first attention and at the end, tied, beta 0.2, biases on Q and K alone."""
+    model, expected = preset("released_code"), {}
+    for i in range(2):
+        for name in ("query", "key", "value", "output"):
+            expected[f"blocks.{i}.attention.{name}.weight"] = ((96, 96), 0.02)
+        expected |= {f"blocks.{i}.attention.{name}.bias": ((96,), 0.0) for name in ("query", "key")}
+        expected[f"blocks.{i}.attention.query_norm.weight"] = expected[f"blocks.{i}.attention.key_norm.weight"] = ((24,), 1.0)
+        expected[f"blocks.{i}.mlp.up.weight"], expected[f"blocks.{i}.mlp.down.weight"] = ((384, 96), 0.02), ((96, 384), 0.02)
+    for norm in ("blocks.0.attention_norm", "final_norm"):
+        expected |= {f"{norm}.weight": ((96,), 1.0), f"{norm}.bias": ((96,), 0.0)}
+    expected |= {"embedding.weight": ((97, 96), 0.02), "position_embedding.weight": ((32, 96), 0.02)}
+    found = describe(model)
+    assert found.keys() == expected.keys()
+    for name, (shape, value) in expected.items():
+        assert found[name] == (shape, pytest.approx(value, rel=0.05, abs=1e-9)), name
+
+    # and its forward pass: the first block reads LN(x) in attention but adds to x itself
+    model.double()
+    tokens = tokens_of(model)
+    x = model.embedding.weight[tokens] + model.position_embedding.weight[:32]
+    for i, block in enumerate(model.blocks):
+        read = F.layer_norm(x, (96,)) if i == 0 else x
+        x = x + 0.2 * block.attention(read, read, None, None)
+        x = x + 0.2 * F.relu(x @ block.mlp.up.weight.T) @ block.mlp.down.weight.T
+    torch.testing.assert_close(model(tokens), F.layer_norm(x, (96,)) @ model.embedding.weight.T, rtol=0, atol=1e-7)
+
+
+def test_pre_norm_with_a_residual_gain() -> None:
+    """The comparison of appendix C: norms kept, a trainable gain of 0.1 on each branch, and no second scaling at init."""
+    model = make(residual_gain=0.1, residual_gain_form="scalar", width=192)
+    assert model.blocks[1].mlp_gain.tolist() == pytest.approx([0.1])
+    assert model.blocks[1].mlp.down.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert isinstance(model.blocks[1].mlp_norm, torch.nn.RMSNorm)
+
+
+def test_frozen_qk_gains_are_no_parameters() -> None:
+    for kind in ("rms_norm", "layer_norm"):
+        frozen, trained = (make(block="outlier_protected", qk_norm=kind, qk_norm_gains=g) for g in ("frozen", "trainable"))
+        assert not [n for n, _ in frozen.named_parameters() if "query_norm" in n or "key_norm" in n]
+        assert [n for n, _ in trained.named_parameters() if "query_norm" in n]
+        assert torch.equal(frozen(tokens_of(frozen)), trained(tokens_of(trained)))  # gains start at one
+
+
 @pytest.mark.parametrize(
-    "fields", [{}, {"block": "outlier_protected"}, {"positions": "learned", "activation": "relu", "qk_norm": "layer_norm"}]
+    ("fields", "reason"),
+    [
+        ({"qk_norm": "none"}, "entropy"),
+        ({"residual_gain": 1.0}, "weighted down"),
+        ({"activation": "swiglu"}, "outliers of its own"),
+    ],
+)
+def test_combinations_that_do_not_work_warn(fields: dict, reason: str) -> None:
+    (warning,) = ModelConfig(**SMALL, block="outlier_protected", **fields).warnings()
+    assert reason in warning
+    assert ModelConfig(**SMALL, **{**fields, "block": "pre_norm"}).warnings() == []
+    assert ModelConfig(**SMALL, block="outlier_protected", attention_softcap=30.0).warnings() == []
+
+
+def test_norm_places_that_cannot_be_are_refused() -> None:
+    for fields, reason in (
+        ({"block": "post_norm", "norm_places": ["mlp"]}, "norms elsewhere"),
+        ({"norm_places": ["mlp", "mlp"]}, "twice"),
+        ({"first_norm": True}, "already"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            ModelConfig(**SMALL, **fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"block": "outlier_protected"},
+        {"positions": "learned", "activation": "relu", "qk_norm": "layer_norm"},
+        {"block": "post_norm"},
+        {"block": "outlier_protected", "attention_softcap": 30.0},
+    ],
 )
 def test_no_token_sees_the_future(fields: dict) -> None:
     model = make(**fields)

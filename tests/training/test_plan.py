@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.activation_statistics import watch_residuals
 from model.config import SIZES, ModelConfig
 from model.errors import InputError
 from model.parametrization import initialize
@@ -146,7 +147,20 @@ def test_peak_of_a_forward_and_backward_pass(fields: dict[str, Any], checkpointi
     planned = recipe(micro_batch_size=8, activation_checkpointing=checkpointing)
     memory = predict(planned, config, parameters.tensor_sizes, 2 * parameters.total, world_size=1, accumulation=1, device="cpu")
     moments = [memory.phases["the loss"], memory.phases["the first gradients"], memory.phases["the last gradients"] - memory.buckets]
-    assert peak == pytest.approx(max(moments) - memory.weights - memory.optimizer, rel=0.06)
+    assert peak == pytest.approx(max(moments) - memory.weights - memory.optimizer - memory.statistics, rel=0.06)
+
+
+def test_outlier_statistics_are_counted() -> None:
+    config = network()
+    model = Transformer(config)
+    initialize(model, seed=0)
+    with watch_residuals(model) as moments:
+        model(torch.zeros(1, 64, dtype=torch.long))
+    held = sum(t.nbytes for m in moments.values() for t in (m.sums, m.gram, m.ratio_max))
+    case = recipe()
+    assert plan(case, config, 1, device="cpu").memory.statistics == held
+    silent = case.model_copy(update={"logging": case.logging.model_copy(update={"outliers_every": 0})})
+    assert plan(silent, config, 1, device="cpu").memory.statistics == 0
 
 
 DEEPSPEED: list[tuple[str, dict[str, Any]]] = [

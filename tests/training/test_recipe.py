@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from model.errors import InputError
+from training.plan import print_plan
 from training.recipe import Recipe, differences, dump_recipe, load_recipe, model_config
 
 MINIMAL = """
@@ -147,3 +148,37 @@ def test_every_field_says_what_it_is() -> None:
     schema = Recipe.model_json_schema()
     for name, section in schema["$defs"].items():
         assert section["description"], name
+
+
+def test_a_preset_fills_in_what_the_recipe_leaves_out(recipe: Path) -> None:
+    loaded = load_recipe(recipe, ["model.preset=paper", "model.residual_gain=0.1"])
+    model = loaded.recipe.model
+    assert (model.width, model.block, model.activation, model.residual_gain) == (128, "outlier_protected", "relu", 0.1)
+    assert loaded.provenance["model.width"] == "size nano"
+    assert loaded.provenance["model.activation"] == "preset paper"
+    assert loaded.provenance["model.residual_gain"] == "command line"
+    assert "activation: relu  # preset paper" in dump_recipe(loaded)
+    assert model_config(loaded.recipe, 300).embedding_multiplier == 50
+    assert "model.preset: 'papers' is not one of 'paper' or 'released_code'; did you mean paper?" in problems(recipe, "model.preset=papers")
+
+
+@pytest.mark.parametrize("kind", ["adafactor", "muon", "soap"])
+def test_optimizers_of_whole_matrices_are_refused_where_zero_cuts_them(recipe: Path, kind: str) -> None:
+    for stage in (1, 2, 3):
+        message = problems(recipe, f"optimizer.kind={kind}", f"deepspeed.zero_optimization.stage={stage}")
+        assert f"optimizer.kind: {kind} needs whole matrices, which ZeRO stage {stage} cuts" in message
+        assert "set deepspeed.zero_optimization.stage: 0" in message
+    assert load_recipe(recipe, [f"optimizer.kind={kind}", "deepspeed.zero_optimization.stage=0"]).recipe.optimizer.kind == kind
+    assert load_recipe(recipe, [f"optimizer.kind={kind}", "deepspeed={}"]).recipe.optimizer.kind == kind
+
+
+def test_an_optimizers_option_that_the_kind_does_not_have_is_refused(recipe: Path) -> None:
+    message = problems(recipe, "optimizer.momentum=0.9", "optimizer.precondition_frequency=5")
+    assert "optimizer.momentum: only muon has it, and optimizer.kind is adamw; leave it out" in message
+    assert "optimizer.precondition_frequency: only soap has it" in message
+
+
+def test_what_cannot_work_is_warned_of_before_the_run(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    print_plan(load_recipe(recipe, ["model.block=outlier_protected", "model.qk_norm=none"]), 1)
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert "nothing keeps attention's entropy up" in warning and "arXiv 2405.19279" in warning
