@@ -4,8 +4,9 @@
     torchrun --nproc_per_node 2 -m scripts.benchmark_sharpness ...
 
 One engine takes every kind of step on the same random tokens, in turn, round after round, so that a machine whose speed drifts
-treats them alike; nothing is logged or measured inside. On a CPU the peak is that of PyTorch's allocator above what is held between
-steps, to which weights, gradients' standing buffers and optimizer state are added; on a GPU it is what the allocator gave out.
+treats them alike; nothing is logged or measured inside. Time is the clock's on a GPU, and on a CPU the processor's, which other
+programs on the machine disturb less (waiting for other ranks is not in it). On a CPU the peak is that of PyTorch's allocator above
+what is held between steps, to which the planned weights and optimizer state are added; on a GPU it is what the allocator gave out.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ def benchmark(arguments: argparse.Namespace) -> None:
     times: dict[str, list[float]] = {name: [] for name in kinds}
     peaks: dict[str, int] = {}
 
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+
     def step() -> None:
         take_step(engine, batches, float(unit), 1, 1000, logged=False)
 
@@ -88,11 +91,11 @@ def benchmark(arguments: argparse.Namespace) -> None:
                 peaks[name] = peak_of(step, device, held.weights + held.optimizer)
                 continue
             dist.barrier()
-            started = time.perf_counter()
+            started = clock()
             step()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            times[name].append(time.perf_counter() - started)
+            times[name].append(clock() - started)
         if ranks.is_first:
             print(f"round {turn}/{arguments.rounds}", flush=True)
     if ranks.is_first:
@@ -109,7 +112,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
         for name, row in rows.items():
             print(f"{name:<32} time {row['time_over_adamw']:.3f} (theory {row['passes_in_theory']:.2f})  peak {row['peak_over_adamw']:.3f}")
         result = {
-            "what": "a step of each kind over AdamW's step in the same round, medians over rounds; peak memory over AdamW's",
+            "what": "a step over AdamW's in the same round, medians, by the clock on a GPU, in processor time on a CPU; and peak memory",
             "steps": rows,
             "recipe": arguments.recipe,
             "overrides": arguments.overrides,

@@ -44,9 +44,9 @@ def seen(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int,
 def test_steps_are_the_references(stage: int, ranks: int, seen: dict[int, dict[str, Any]]) -> None:
     """Three clipped steps of every kind, fp32: weights to 1e-5 of float64's after moves of 3e-2, gradient norms to 1e-6."""
     cases = {name: case for name, case in seen[ranks].items() if "difference" in case and name.endswith(f"-{stage}")}
-    assert len(cases) == (6 if ranks == 2 else 2)
+    assert len(cases) == {1: 2, 2: 6, 3: 1}[ranks]
     for name, case in cases.items():
-        assert case["difference"] < 1e-5, name
+        assert case["difference"] < 1e-5, name  # 2e-7 was seen
         assert case["norm"] < 1e-6, name
 
 
@@ -107,9 +107,9 @@ def test_off_is_the_baseline(name: str, seen: dict[int, dict[str, Any]]) -> None
     assert seen[2][f"{name}-plain"] == [True, True]
 
 
-@pytest.mark.parametrize("name", ["fp32-0", "fp32-3", "bf16-2-fp32"])
-def test_dropout_is_replayed(name: str, seen: dict[int, dict[str, Any]]) -> None:
-    first, second = seen[2][f"{name}-dropout"]
+def test_dropout_is_replayed(seen: dict[int, dict[str, Any]]) -> None:
+    """With hardly any perturbation both passes have the same gradient, though each layer's half is dropped."""
+    first, second = seen[2]["dropout"]
     assert second == pytest.approx(first, rel=1e-4)
 
 
@@ -163,11 +163,11 @@ def test_a_run_killed_between_the_passes_goes_on_as_if_it_had_not_been(launch: L
 
 
 @pytest.mark.parametrize("kind", ["none", "sam", "functional_sam"])
-@pytest.mark.parametrize("sharding", ["fp32-0", "fp32-2", "bf16-2"])
+@pytest.mark.parametrize("sharding", ["fp32-0", "fp32-2"])
 def test_the_planned_memory_is_what_a_step_takes(sharding: str, kind: str, seen: dict[int, dict[str, Any]]) -> None:
     """The allocator's record of a logged step with two micro-batches; Functional-SAM takes at most 1.15 of a plain step."""
     measured = seen[1][f"memory-{sharding}-{kind}"]
-    assert measured["seen"] == pytest.approx(measured["planned"], rel=0.03 if sharding.startswith("fp32") else 0.1)
+    assert measured["seen"] == pytest.approx(measured["planned"], rel=0.03)
     if kind == "functional_sam":
         assert measured["seen"] < 1.15 * seen[1][f"memory-{sharding}-none"]["seen"]
 
