@@ -295,8 +295,11 @@ def peak_memory(path: str, ranks: Ranks, device: torch.device, *options: str) ->
     mine = [Batch(tokens, tokens, None)] * 2
     take_step(engine, mine, 512.0, 0, 100, False)
     take_step(engine, mine, 512.0, 1, 100, True)
+    thresholds = gc.get_threshold()
+    gc.set_threshold(20)  # tensors in reference cycles would be there until Python's collector happens to run
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         take_step(engine, mine, 512.0, 2, 100, True)
+    gc.set_threshold(*thresholds)
     events: list[Any] = profiler.profiler.kineto_results.events()
     now = peak = 0
     for _, change in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
