@@ -7,10 +7,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
+from analysis.decoders import Pretrained, find_decoder
+from analysis.outlier_neurons import Thresholds
+from analysis.quantization import RECIPES
 from analysis.runs import Run, find_run
 from model.errors import InputError
+
+Found = TypeVar("Found", Run, Run | Pretrained)
 
 EXAMPLES = """
 A run is a run folder (runs/NAME), a folder that DeepSpeed saved into, or one checkpoint folder. Results are JSON, named after
@@ -19,6 +26,8 @@ the verb, that says what each number is, and pictures; they go to --out, or to t
   python -m analysis report runs/quickstart_pre_norm runs/quickstart_outlier_protected
   python -m analysis trajectory runs/X --out maps
   python -m analysis outliers runs/X/checkpoints/step-00001000 --data my_text.txt
+  python -m analysis outliers folder/of/a/hugging/face/model --data my_text.txt
+  python -m analysis quantization runs/X runs/Y --out int8
 """
 
 
@@ -27,7 +36,7 @@ def trajectory(arguments: argparse.Namespace) -> None:
     from analysis.output import write_json
     from analysis.trajectory import analyze_trajectory, describe
 
-    for run, out in places(arguments):
+    for run, out in places(arguments, find_run):
         result = analyze_trajectory(run, arguments.memory_megabytes, not arguments.skip_checksums)
         print(describe(result))
         print(f"  {write_json(out / 'trajectory.json', result)}\n  {pictures.trajectory_picture(result, out / 'trajectory.png')}")
@@ -38,10 +47,25 @@ def outliers(arguments: argparse.Namespace) -> None:
     from analysis.outliers import analyze_outliers, describe
     from analysis.output import write_json
 
-    for run, out in places(arguments):
-        result = analyze_outliers(run, arguments.tokens, arguments.data, not arguments.skip_checksums)
+    thresholds = Thresholds(**{name: getattr(arguments, name) for name in vars(Thresholds())})
+    for source, out in places(arguments, find_decoder):
+        result = analyze_outliers(source, arguments.tokens, arguments.data, thresholds, arguments.top, not arguments.skip_checksums)
         print(describe(result))
         print(f"  {write_json(out / 'outliers.json', result)}\n  {pictures.outliers_picture(result, out / 'outliers.png')}")
+
+
+def quantization(arguments: argparse.Namespace) -> None:
+    from analysis import pictures
+    from analysis.output import write_json
+    from analysis.quantization import Options, analyze_quantization, describe
+
+    names = ("recipes", "tokens", "data", "calibration", "seeds", "calibration_batches", "percentile")
+    options = Options(**{name: getattr(arguments, name) for name in names})
+    sources = [find_decoder(path) for path in arguments.runs]
+    out = Path(arguments.out) if arguments.out else sources[0].default_report()
+    result = analyze_quantization(sources, options, not arguments.skip_checksums)
+    print(describe(result))
+    print(f"  {write_json(out / 'quantization.json', result)}\n  {pictures.quantization_picture(result, out / 'quantization.png')}")
 
 
 def curvature(arguments: argparse.Namespace) -> None:
@@ -49,7 +73,7 @@ def curvature(arguments: argparse.Namespace) -> None:
     from analysis.curvature import analyze_curvature, describe
     from analysis.output import write_json
 
-    for run, out in places(arguments):
+    for run, out in places(arguments, find_run):
         result = analyze_curvature(run, arguments.tokens, arguments.steps, arguments.probes, arguments.data, not arguments.skip_checksums)
         print(describe(result))
         print(f"  {write_json(out / 'curvature.json', result)}\n  {pictures.curvature_picture(result, out / 'curvature.png')}")
@@ -65,14 +89,15 @@ def report(arguments: argparse.Namespace) -> None:
 VERBS = {
     "trajectory": (trajectory, "maps, angles and lengths of the path through weight space"),
     "outliers": (outliers, "kurtosis and max-median ratio of the residual stream, layer by layer"),
+    "quantization": (quantization, "perplexity before and after int8 and int4, several checkpoints side by side"),
     "curvature": (curvature, "eigenvalues of the loss's Hessian and Gauss-Newton matrix at the last checkpoint"),
     "report": (report, "one self-contained HTML page that compares runs"),
 }
 
 
-def places(arguments: argparse.Namespace) -> list[tuple[Run, Path]]:
-    """Each run, and where its results go: below --out, a folder a run when there are several."""
-    runs = [find_run(path) for path in arguments.runs]
+def places(arguments: argparse.Namespace, find: Callable[[str], Found]) -> list[tuple[Found, Path]]:
+    """What each path names, and where its results go: below --out, a folder a run when there are several."""
+    runs = [find(path) for path in arguments.runs]
     if arguments.out is None:
         return [(run, run.default_report()) for run in runs]
     if len(runs) == 1:
@@ -80,6 +105,13 @@ def places(arguments: argparse.Namespace) -> list[tuple[Run, Path]]:
     names = [run.name.replace("/", "-") for run in runs]
     unique = [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names, 1)]
     return [(run, Path(arguments.out) / name) for run, name in zip(runs, unique, strict=True)]
+
+
+PATHS = {
+    "": "a run folder, a DeepSpeed folder or a checkpoint folder",
+    "outliers": "a run folder, a DeepSpeed folder, a checkpoint folder, or a Hugging Face decoder (folder or GGUF file)",
+    "quantization": "a run folder (its last checkpoint), a checkpoint folder, or a Hugging Face decoder (folder or GGUF file)",
+}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -91,7 +123,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=EXAMPLES, formatter_class=formatter
         )
         verb.set_defaults(function=function)
-        verb.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help="a run folder, a DeepSpeed folder or a checkpoint folder")
+        verb.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help=PATHS.get(name, PATHS[""]))
         verb.add_argument("--out", metavar="DIR", help="where results go; default: report/ of the run")
         verb.add_argument("--skip-checksums", action="store_true", help="do not compare the files with manifest.json's checksums first")
         if name == "trajectory":
@@ -99,6 +131,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if name == "outliers":
             verb.add_argument("--tokens", type=int, default=8192, metavar="N", help="how many tokens to run through (default: 8192)")
             verb.add_argument("--data", nargs="+", metavar="FILE", help="text files; default: the run's validation split")
+            verb.add_argument("--top", type=int, default=5, metavar="K", help="how many neurons to name at each place (default: 5)")
+            for threshold, default in vars(Thresholds()).items():
+                verb.add_argument(
+                    f"--{threshold.replace('_', '-')}", type=float, default=default, metavar="X", help=f"default: {default:g}"
+                )
+        if name == "quantization":
+            verb.add_argument("--recipes", nargs="+", metavar="RECIPE", default=list(RECIPES), help=", ".join(RECIPES))
+            verb.add_argument("--tokens", type=int, default=8192, metavar="N", help="how many tokens to measure on (default: 8192)")
+            verb.add_argument("--data", nargs="+", metavar="FILE", help="text to measure on; default: the run's validation split")
+            verb.add_argument("--calibration", nargs="+", metavar="FILE", help="text to calibrate on; default: the run's training split")
+            verb.add_argument("--seeds", type=int, default=3, metavar="N", help="calibrations of w8a8_static (default: 3)")
+            verb.add_argument(
+                "--calibration-batches", type=int, default=4, metavar="N", help="of 4096 tokens, for one calibration (default: 4)"
+            )
+            verb.add_argument("--percentile", type=float, default=99.999, metavar="P", help="of activations in a range (default: 99.999)")
         if name == "curvature":
             verb.add_argument("--tokens", type=int, default=2048, metavar="N", help="the loss is over so many tokens (default: 2048)")
             verb.add_argument("--steps", type=int, default=20, metavar="N", help="products of each Lanczos run (default: 20)")

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis.outliers import build_model, file_tokens, validation_tokens
+from analysis.decoders import build_model
 from analysis.runs import Run
+from analysis.tokens import check_vocabulary, held_out_tokens
 from model.errors import InputError
 from model.linear_cross_entropy import FrozenHead
 from model.parametrization import owned_parameters
@@ -155,10 +156,8 @@ def analyze_curvature(
     checkpoint = run.open(verify)[-1]
     model = build_model(checkpoint)
     config = model.config
-    read = file_tokens(run, data, tokens, config.sequence_length) if data else validation_tokens(run, tokens, config.sequence_length)
-    sequences, source = read
-    if sequences.max() >= config.vocab_size:
-        raise InputError(f"{source}: token {int(sequences.max())} is outside the model's vocabulary of {config.vocab_size}")
+    sequences, source = held_out_tokens(run, data, tokens, config.sequence_length)
+    check_vocabulary(sequences, config.vocab_size, source)
     return {
         "format": 1,
         "verb": "curvature",

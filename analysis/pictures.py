@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -78,17 +79,21 @@ def trajectory_picture(result: dict[str, Any], path: Path) -> Path:
 
 
 def outliers_picture(result: dict[str, Any], path: Path) -> Path:
-    """Kurtosis - 1 and max-median ratio by layer over training."""
+    """By layer at the last checkpoint: kurtosis and the neurons that carry most; below it, over training where there is more than one."""
+    several = len(result["steps"]) > 1
     with mpl.rc_context(_STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+        figure, axes = plt.subplots(1 + several, 2, figsize=(12, 4.2 * (1 + several)), layout="constrained", squeeze=False)
         figure.suptitle(
             f"{result['run']}: outlier features in the residual stream, {result['tokens']:,} tokens", x=0.01, ha="left", fontsize=12
         )
-        _by_layer(axes[0], result, "kurtosis_minus_one")
-        axes[0].set(title=f"Kurtosis − 1 of channel RMS (0 to {result['width'] - 1})")
-        _by_layer(axes[1], result, "max_median_ratio_mean")
-        axes[1].set(title="Largest over median activation, mean over positions")
-        axes[1].legend(fontsize=8, ncols=2)
+        _kurtosis_across_layers(axes[0, 0], result)
+        _neurons_across_layers(axes[0, 1], result)
+        if several:
+            _by_layer(axes[1, 0], result, "kurtosis_minus_one")
+            axes[1, 0].set(title=f"Kurtosis − 1 of channel RMS over training (0 to {result['width'] - 1})")
+            _by_layer(axes[1, 1], result, "max_median_ratio_mean")
+            axes[1, 1].set(title="Largest over median activation, mean over positions")
+            axes[1, 1].legend(fontsize=8, ncols=2)
         return _save(figure, path)
 
 
@@ -123,6 +128,40 @@ def overview_picture(runs: list[dict[str, Any]], path: Path) -> Path:
         return _save(figure, path)
 
 
+def quantization_picture(result: dict[str, Any], path: Path) -> Path:
+    """What each recipe adds to the perplexity, one group of bars a checkpoint."""
+    checkpoints, recipes = result["checkpoints"], result["options"]["recipes"]
+    with mpl.rc_context(_STYLE):
+        figure, axis = plt.subplots(figsize=(max(6.5, 1.5 + 1.9 * len(checkpoints)), 4.4), layout="constrained")
+        width = 0.8 / len(recipes)
+        for i, recipe in enumerate(recipes):
+            found = [checkpoint["recipes"][recipe] for checkpoint in checkpoints]
+            heights = _floats([one.get("perplexity_increase") for one in found])
+            spreads = np.nan_to_num(_floats([one.get("spread") for one in found]))
+            at = np.arange(len(checkpoints)) + (i - (len(recipes) - 1) / 2) * width
+            colour = RUN_COLOURS[i % len(RUN_COLOURS)]
+            axis.bar(at, heights, 0.9 * width, yerr=spreads if spreads.any() else None, color=colour, label=recipe, capsize=2)
+            for x, height, spread in zip(at, heights, spreads, strict=True):
+                text = "-" if np.isnan(height) else f"{height:+.2g}" if abs(height) < 100 else f"+{short(height)}"
+                place = 0.0 if np.isnan(height) else max(height + spread, 0.0)
+                axis.annotate(text, (x, place), (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=7)
+        axis.axhline(0, color="#444444", lw=1)
+        axis.set_yscale("symlog", linthresh=0.1)
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: short(y)))
+        labels = []
+        for checkpoint in checkpoints:
+            before = checkpoint["before"]
+            labels.append(
+                f"{checkpoint['name']}\nperplexity {before['perplexity']:.4g}, kurtosis {_value(before['kurtosis']['largest_layer'])}"
+            )
+        axis.set_xticks(range(len(checkpoints)), labels)
+        axis.grid(axis="x", visible=False)
+        axis.set(title="What quantisation adds to the perplexity", ylabel="perplexity after − before   (linear below 0.1)")
+        axis.margins(y=0.12)
+        axis.legend(ncols=2, fontsize=8)
+        return _save(figure, path)
+
+
 def _losses(axis: Axes, runs: list[dict[str, Any]]) -> None:
     for i, run in enumerate(runs):
         colour = RUN_COLOURS[i % len(RUN_COLOURS)]
@@ -151,6 +190,49 @@ def _by_layer(axis: Axes, result: dict[str, Any], measure: str) -> None:
         axis.plot(result["steps"], values, "--" if place == "unembedding" else "-", marker="o", ms=2.5, color=colour, label=place)
     _step_axis(axis)
     _log_axis(axis)
+
+
+def _place_axis(axis: Axes, places: list[str]) -> None:
+    """Places from left to right: layers by number, then the unembedding's input."""
+    shown = [i for i in range(len(places)) if i % max(1, len(places) // 12) == 0 and i < len(places) - 1] + [len(places) - 1]
+    axis.set_xticks(shown, [places[i].removeprefix("layer ").replace("unembedding", "out") for i in shown])
+    axis.set_xlabel("layer whose input it is   (out: the unembedding's)")
+
+
+def _kurtosis_across_layers(axis: Axes, result: dict[str, Any]) -> None:
+    """Kurtosis - 1 at each place, at the last checkpoint and, thin, at up to four before it."""
+    places, checkpoints = result["places"], result["checkpoints"]
+    chosen = sorted({round(i * (len(checkpoints) - 1) / 4) for i in range(5)})
+    for i in chosen:
+        values = _floats([checkpoints[i]["places"][place]["kurtosis_minus_one"] for place in places])
+        last = i == len(checkpoints) - 1
+        colour = RUN_COLOURS[0] if last else layer_colour(i / max(1, len(checkpoints) - 1))
+        label = f"step {result['steps'][i]}" if len(checkpoints) > 1 else None
+        axis.plot(range(len(places)), values, "o-" if last else "-", ms=4, lw=1.6 if last else 0.9, color=colour, label=label)
+    axis.set(title=f"Kurtosis − 1 of channel RMS (0 to {result['width'] - 1})")
+    _log_axis(axis)
+    _place_axis(axis, places)
+    if len(checkpoints) > 1:
+        axis.legend(fontsize=8)
+
+
+def _neurons_across_layers(axis: Axes, result: dict[str, Any]) -> None:
+    """The top neurons' share of each place's energy at the last checkpoint; the largest few named."""
+    places, neurons = result["places"], result["checkpoints"][-1]["neurons"]
+    points = [(i, neuron) for i, place in enumerate(places) for neuron in neurons[place]]
+    often = Counter(neuron["neuron"] for _, neuron in points).most_common(len(RUN_COLOURS))
+    for colour, (number, times) in zip(RUN_COLOURS, often, strict=False):
+        own = [(i, neuron["share"]) for i, neuron in points if neuron["neuron"] == number]
+        axis.plot(*zip(*own, strict=True), "o", ms=5, color=colour, label=f"neuron {number}, in {times}", zorder=3)
+    others = [(i, neuron["share"]) for i, neuron in points if neuron["neuron"] not in dict(often)]
+    if others:
+        axis.plot(*zip(*others, strict=True), "o", ms=3, color="#bbbbbb", label="others")
+    axis.axhline(1 / result["width"], color="#888888", lw=1, ls=":")
+    axis.set(title="Share of the energy of the largest neurons (dotted: all alike)")
+    _log_axis(axis)
+    _place_axis(axis, places)
+    if points:
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _groups(axis: Axes, result: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -85,6 +86,13 @@ class ActivationMoments:
         return {key: value if math.isfinite(value) else None for key, value in values.items()}
 
 
+def add_to(moments: dict[str, ActivationMoments], place: str, x: Tensor) -> None:
+    """Add x (..., d) to the moments of its place, which begin with it."""
+    if place not in moments:
+        moments[place] = ActivationMoments(x.shape[-1], x.device)
+    moments[place].add(x)
+
+
 @contextmanager
 def watch_residuals(model: Transformer) -> Iterator[dict[str, ActivationMoments]]:
     """Within it, each forward pass adds to the moments of every place: `layer 0` .. and `unembedding`.
@@ -92,13 +100,7 @@ def watch_residuals(model: Transformer) -> Iterator[dict[str, ActivationMoments]
     The model calls between its blocks, outside what activation checkpointing runs a second time and torch.compile takes over.
     """
     moments: dict[str, ActivationMoments] = {}
-
-    def look(place: str, x: Tensor) -> None:
-        if place not in moments:
-            moments[place] = ActivationMoments(x.shape[-1], x.device)
-        moments[place].add(x)
-
-    model.watch = look
+    model.watch = partial(add_to, moments)
     try:
         yield moments
     finally:

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from analysis.outliers import analyze_outliers, build_model, measure, validation_tokens
+from analysis.decoders import build_model, run_decoder, watch
+from analysis.outliers import analyze_outliers, measure
 from analysis.runs import find_run
 from analysis.shards import open_checkpoint
+from analysis.tokens import validation_tokens
+from model.activation_statistics import ActivationMoments, add_to, watch_residuals
 from model.errors import InputError
+from tests.analysis.conftest import CONFIG
+
+
+def test_places_are_those_of_training(run_folder):
+    """Hooks on any decoder's modules see what training's own watch sees."""
+    model = build_model(open_checkpoint(run_folder / "checkpoints" / "step-00000020")).cpu().eval()
+    tokens = torch.randint(0, CONFIG.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+    moments: dict[str, ActivationMoments] = {}
+    with torch.no_grad(), watch_residuals(model) as expected, watch(run_decoder(model), partial(add_to, moments)):
+        model(tokens)
+    model(tokens)  # watching has ended
+    assert list(moments) == ["layer 0", "layer 1", "unembedding"]
+    for place, sums in expected.items():
+        assert moments[place].measures() == sums.measures() and sums.sums[0] == 32
 
 
 def test_every_token_but_the_first_is_a_target_once(run_folder):
@@ -35,11 +53,12 @@ def test_a_run_is_measured_at_every_step_and_its_loss_is_the_models(run_folder):
     with torch.no_grad():
         expected = model(tokens[:, :-1], tokens[:, 1:]).item() / tokens[:, 1:].numel()
     assert result["checkpoints"][1]["loss"] == pytest.approx(expected, rel=1e-6)
-    one_batch, many = measure(model, tokens, 10**6), measure(model, tokens, 16)
+    one_batch, many = (measure(run_decoder(model), tokens, batch_tokens=size) for size in (10**6, 16))
     for place in one_batch["places"]:
         for key, value in one_batch["places"][place].items():
             assert many["places"][place][key] == pytest.approx(value, rel=1e-5), (place, key)
     assert result["definitions"].keys() >= result["checkpoints"][0]["places"]["layer 0"].keys()
+    assert result["definitions"].keys() >= result["checkpoints"][0].keys() - {"step", "precision", "places"}
 
 
 def test_own_text_with_the_runs_tokenizer(run_folder, tmp_path):

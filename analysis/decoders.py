@@ -1,0 +1,260 @@
+"""A decoder as the analyses see it, whoever made it: ours from a checkpoint, or one of Hugging Face's from a local folder.
+
+    source = find_decoder("runs/X")          # a Run; or, for a folder with config.json or a GGUF file, a Pretrained
+    decoder = open_decoder(source)
+    decoder.logits(tokens)
+    with watch(decoder, look): ...           # look(place, x) at the residual stream entering each layer, and the unembedding
+    groups = projection_groups(decoder, tokens)
+
+Nothing here names a family of models: the layers are the one list of modules that is as long as the configuration says, and
+what a linear map is for follows from the order in which it is called.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from analysis.runs import Run, find_run, read_json
+from analysis.shards import Checkpoint
+from model.config import ModelConfig
+from model.errors import InputError
+from model.transformer import Transformer
+
+LONGEST_SEQUENCE = 1024  # of a Hugging Face model, whose configuration may allow sequences that no machine here would hold
+
+
+@dataclass
+class Decoder:
+    """One network, in float32, in evaluation mode. `copy.deepcopy` copies all of it, weights included.
+
+    Attributes:
+        network: tokens (batch, length) int64 -> logits, or an object that has them.
+        layers: the decoder layers, in order.
+        unembedding: the linear map to logits.
+        sequence_length: the longest sequence to run.
+    """
+
+    network: nn.Module
+    layers: nn.ModuleList
+    unembedding: nn.Linear
+    width: int
+    vocab_size: int
+    sequence_length: int
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """tokens (batch, length) -> logits (batch, length, vocab_size)."""
+        output = self.network(tokens.to(self.device))
+        return output if isinstance(output, Tensor) else output.logits
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def name(self, module: nn.Module) -> str:
+        """Where a module is in the network, such as `blocks.3.mlp.up`."""
+        return next(name for name, candidate in self.network.named_modules() if candidate is module)
+
+
+@dataclass
+class Pretrained:
+    """A Hugging Face decoder on disk: a folder with config.json and weights, or a GGUF file."""
+
+    path: Path
+    folder: Path
+    gguf: str | None  # the file's name in the folder
+
+    @property
+    def name(self) -> str:
+        return Path(self.gguf).stem if self.gguf else self.path.resolve().name
+
+    def default_report(self) -> Path:
+        """Where results go unless told otherwise."""
+        return self.folder / "report"
+
+    def encoder(self) -> Callable[[str], list[int]]:
+        """What turns text into this model's tokens. Raises InputError when the folder holds no tokenizer."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True, **self._from())
+        except Exception as error:  # each family fails in its own way
+            raise InputError(f"{self.path}: no tokenizer that can be read here: {_one_line(error)}") from None
+        return lambda text: tokenizer.encode(text, add_special_tokens=False)
+
+    def load(self) -> Decoder:
+        """The network with its weights. Raises InputError when it is not a causal language model, or of an unknown build."""
+        quieten_torchao()
+        from transformers import AutoModelForCausalLM
+
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                str(self.folder),
+                local_files_only=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+                **self._from(),
+            )
+        except Exception as error:
+            raise InputError(f"{self.path}: not a decoder that transformers can load: {_one_line(error)}") from None
+        model.config.use_cache = False
+        decoder = huggingface_decoder(model, str(self.path))
+        decoder.network.to("cuda" if torch.cuda.is_available() else "cpu")
+        return decoder
+
+    def _from(self) -> dict[str, Any]:
+        return {"gguf_file": self.gguf} if self.gguf else {}
+
+
+def quieten_torchao() -> None:
+    """To be called before the first import of torchao (transformers' models do it): it warns of GPU kernels that a CPU has no use for."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def find_decoder(path: str | Path) -> Run | Pretrained:
+    """What lies at a path: a run or checkpoint of ours, or a Hugging Face decoder.
+
+    Raises:
+        InputError: nothing there that is a model.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".gguf":
+        return Pretrained(path, path.parent, path.name)
+    if (path / "config.json").is_file():
+        return Pretrained(path, path, None)
+    files = sorted(path.glob("*.gguf")) if path.is_dir() else []
+    if len(files) > 1:
+        raise InputError(f"{path}: {len(files)} GGUF files here; name one of them: {', '.join(file.name for file in files)}")
+    return Pretrained(path, path, files[0].name) if files else find_run(path)
+
+
+def open_decoder(source: Run | Pretrained, verify: bool = True) -> Decoder:
+    """The decoder of a source; of a run, its last checkpoint."""
+    if isinstance(source, Pretrained):
+        return source.load()
+    return run_decoder(build_model(source.open(verify)[-1]))
+
+
+def build_model(checkpoint: Checkpoint) -> Transformer:
+    """The network of model_config.json, filled from the shards, float32, on the GPU where there is one."""
+    path = checkpoint.path / "model_config.json"
+    if not path.exists():
+        raise InputError(f"{path}: missing, so the network cannot be built; this verb reads checkpoints that train.py wrote")
+    try:
+        config = ModelConfig(**read_json(path))
+    except TypeError as error:
+        raise InputError(f"{path}: not a model configuration: {error}") from None
+    model = Transformer(config)
+    checkpoint.load_into(model)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def run_decoder(model: Transformer) -> Decoder:
+    """Our own `Transformer` as a Decoder."""
+    config = model.config
+    return Decoder(model.eval(), model.blocks, model.unembedding, config.width, config.vocab_size, config.sequence_length)
+
+
+def huggingface_decoder(model: Any, name: str) -> Decoder:
+    """A transformers causal language model as a Decoder. GPT-2's transposed `Conv1D` become `nn.Linear`.
+
+    Raises:
+        InputError: its layers cannot be told from its configuration.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    for parent in list(model.modules()):
+        for child_name, child in list(parent.named_children()):
+            if isinstance(child, Conv1D):
+                linear = nn.Linear(*child.weight.shape, bias=child.bias is not None, device=child.weight.device, dtype=child.weight.dtype)
+                linear.weight, linear.bias = nn.Parameter(child.weight.detach().T.contiguous()), child.bias
+                setattr(parent, child_name, linear)
+    config = model.config.get_text_config()
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers]
+    unembedding = model.get_output_embeddings()
+    if len(lists) != 1 or not isinstance(unembedding, nn.Linear):
+        raise InputError(
+            f"{name}: its decoder layers cannot be told: {len(lists)} lists of {config.num_hidden_layers} modules, "
+            f"and an output embedding of type {type(unembedding).__name__}; expected one list and a Linear"
+        )
+    length = min(config.max_position_embeddings, LONGEST_SEQUENCE)
+    return Decoder(model.eval(), lists[0], unembedding, config.hidden_size, unembedding.out_features, length)
+
+
+@contextmanager
+def watch(decoder: Decoder, look: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Within it, each forward pass calls look(place, x (batch, length, width)) for `layer 0`, `layer 1`, .. and `unembedding`.
+
+    `layer i` is the residual stream that enters decoder layer i, before any norm; `unembedding` is what the unembedding reads.
+    """
+
+    def hook(place: str) -> Callable[..., None]:
+        return lambda module, args, kwargs: look(place, args[0] if args else kwargs["hidden_states"])
+
+    modules = {**{f"layer {i}": layer for i, layer in enumerate(decoder.layers)}, "unembedding": decoder.unembedding}
+    handles = [module.register_forward_pre_hook(hook(place), with_kwargs=True) for place, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Projections(NamedTuple):
+    """The linear maps of one layer, by what they are for."""
+
+    attention_inputs: list[nn.Linear]  # query, key, value
+    attention_output: list[nn.Linear]
+    mlp_expansion: list[nn.Linear]  # and the gate
+    mlp_contraction: list[nn.Linear]
+
+
+@torch.no_grad()
+def projection_groups(decoder: Decoder, name: str) -> list[Projections]:
+    """What each linear map of each layer is for, from one forward pass over two tokens.
+
+    Maps that read the same tensor, one after the other, belong together. The last to be called contracts the MLP, the ones
+    before it expand it, before those comes attention's output, and everything earlier reads into attention.
+
+    Raises:
+        InputError: a layer is not made of such maps (experts, for example).
+    """
+    calls: list[list[tuple[nn.Linear, Tensor]]] = [[] for _ in decoder.layers]
+
+    def note(module: nn.Linear, layer: int) -> Any:
+        return module.register_forward_pre_hook(lambda _, args: calls[layer].append((module, args[0])))
+
+    linears = [(module, i) for i, layer in enumerate(decoder.layers) for module in layer.modules() if isinstance(module, nn.Linear)]
+    handles = [note(module, i) for module, i in linears]
+    try:
+        decoder.logits(torch.zeros(1, 2, dtype=torch.int64))
+    finally:
+        for handle in handles:
+            handle.remove()
+    result = []
+    for i, called in enumerate(calls):
+        groups: list[list[nn.Linear]] = []
+        before = None
+        for module, x in called:
+            if x is not before:
+                groups.append([])
+            groups[-1].append(module)
+            before = x
+        if len(groups) < 4 or len({id(module) for module, _ in called}) != len(called):
+            raise InputError(f"{name}: layer {i} is not attention and one MLP made of linear maps, so its inputs cannot be told apart")
+        *attention, output, expansion, contraction = groups
+        result.append(Projections([module for group in attention for module in group], output, expansion, contraction))
+    return result
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
