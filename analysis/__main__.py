@@ -68,6 +68,17 @@ def quantization(arguments: argparse.Namespace) -> None:
     print(f"  {write_json(out / 'quantization.json', result)}\n  {pictures.quantization_picture(result, out / 'quantization.png')}")
 
 
+def curvature(arguments: argparse.Namespace) -> None:
+    from analysis import pictures
+    from analysis.curvature import analyze_curvature, describe
+    from analysis.output import write_json
+
+    for run, out in places(arguments, find_run):
+        result = analyze_curvature(run, arguments.tokens, arguments.steps, arguments.probes, arguments.data, not arguments.skip_checksums)
+        print(describe(result))
+        print(f"  {write_json(out / 'curvature.json', result)}\n  {pictures.curvature_picture(result, out / 'curvature.png')}")
+
+
 def report(arguments: argparse.Namespace) -> None:
     from analysis.report import write_report
 
@@ -79,6 +90,7 @@ VERBS = {
     "trajectory": (trajectory, "maps, angles and lengths of the path through weight space"),
     "outliers": (outliers, "kurtosis and max-median ratio of the residual stream, layer by layer"),
     "quantization": (quantization, "perplexity before and after int8 and int4, several checkpoints side by side"),
+    "curvature": (curvature, "eigenvalues of the loss's Hessian and Gauss-Newton matrix at the last checkpoint"),
     "report": (report, "one self-contained HTML page that compares runs"),
 }
 
@@ -134,6 +146,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                 "--calibration-batches", type=int, default=4, metavar="N", help="of 4096 tokens, for one calibration (default: 4)"
             )
             verb.add_argument("--percentile", type=float, default=99.999, metavar="P", help="of activations in a range (default: 99.999)")
+        if name == "curvature":
+            verb.add_argument("--tokens", type=int, default=2048, metavar="N", help="the loss is over so many tokens (default: 2048)")
+            verb.add_argument("--steps", type=int, default=20, metavar="N", help="products of each Lanczos run (default: 20)")
+            verb.add_argument("--probes", type=int, default=2, metavar="N", help="random starts for density and trace (default: 2)")
+            verb.add_argument("--data", nargs="+", metavar="FILE", help="text files; default: the run's validation split")
     return parser.parse_args(arguments)
 
 

@@ -304,3 +304,28 @@ def _save(figure: Figure, path: Path) -> Path:
     figure.savefig(buffer, format="png")
     plt.close(figure)
     return write_whole(path, buffer.getvalue())
+
+
+def curvature_picture(result: dict[str, Any], path: Path) -> Path:
+    """The density of the Hessian's eigenvalues, and the largest eigenvalue of each part."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+        figure.suptitle(f"{result['run']}: curvature at step {result['step']}, {result['tokens']:,} tokens", x=0.01, ha="left", fontsize=12)
+        nodes, weights = np.asarray(result["density"]["nodes"]), np.asarray(result["density"]["weights"])
+        low, high = nodes.min(), max(nodes.max(), result["hessian"]["top"][0])
+        grid, width = np.linspace(low - 0.05 * (high - low), high + 0.05 * (high - low), 600), 0.01 * (high - low) or 1.0
+        bumps = np.exp(-0.5 * ((grid[:, None] - nodes) / width) ** 2) / (width * np.sqrt(2 * np.pi))
+        density = bumps @ weights
+        axes[0].semilogy(grid, np.maximum(density, density.max() * 1e-9), color=RUN_COLOURS[0])
+        axes[0].axvline(result["gauss_newton"]["top"][0], color=RUN_COLOURS[1], lw=1, ls=":")
+        axes[0].set(title="Density of the Hessian's eigenvalues", xlabel="eigenvalue   (dotted: largest of Gauss-Newton)")
+        names = list(result["parts"])
+        places = np.arange(len(names))[::-1]
+        for shift, (matrix, label) in enumerate((("hessian", "Hessian"), ("gauss_newton", "Gauss-Newton"))):
+            values = [result["parts"][name][matrix] for name in names]
+            axes[1].barh(places + 0.18 - 0.36 * shift, values, height=0.34, color=RUN_COLOURS[shift], label=label)
+        axes[1].set_yticks(places, names)
+        axes[1].set(title="Largest eigenvalue of each part alone")
+        axes[1].legend(fontsize=8)
+        axes[1].grid(axis="y", visible=False)
+        return _save(figure, path)

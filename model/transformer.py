@@ -13,8 +13,19 @@ from model.attention import Embedding, Linear, make_norm, rotary_tables
 from model.blocks import Block
 from model.config import ModelConfig
 from model.errors import InputError
+from model.linear_cross_entropy import IGNORED_TARGET as IGNORED_TARGET
+from model.linear_cross_entropy import FrozenHead, linear_product
 
-IGNORED_TARGET = -100  # a target with this value is not predicted and not counted
+
+class Unembedding(Linear):
+    """The map from hidden states to logits; or, with the loss's derivative at the logits given, what gives its gradient."""
+
+    def forward(self, hidden: Tensor, frozen: FrozenHead | None = None) -> Tensor:
+        """hidden (batch, length, width) -> logits (batch, length, vocabulary), or with `frozen` a scalar: see `linear_product`.
+
+        Both happen here, and not outside, since ZeRO-3 gathers a weight for the time of its module's forward and backward.
+        """
+        return super().forward(hidden) if frozen is None else linear_product(hidden, self.weight, frozen)
 
 
 class Transformer(nn.Module):
@@ -30,17 +41,20 @@ class Transformer(nn.Module):
         self.position_embedding = Embedding(config.sequence_length, config.width) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config, first=i == 0) for i in range(config.depth))
         self.final_norm = make_norm(config.norm if config.final_norm else "none", config.width, config)
-        self.unembedding = Linear(config.width, config.vocab_size, bias=False)
+        self.unembedding = Unembedding(config.width, config.vocab_size, bias=False)
         if config.tied_embeddings:
             self.unembedding.weight = self.embedding.weight
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, document_ids: Tensor | None = None, frozen: FrozenHead | None = None
+    ) -> Tensor:
         """Logits, or the summed loss.
 
         Args:
             tokens: (batch, length), int64.
             targets: (batch, length), int64; `IGNORED_TARGET` where nothing is to be predicted.
             document_ids: (batch, length), int: attention stays within equal ids.
+            frozen: the loss's derivative at the logits, taken at other weights; what is returned is then `linear_product`.
 
         Returns:
             Without targets: logits (batch, length, vocab_size) in the model's dtype. With targets: the sum (not the mean) over
@@ -49,6 +63,16 @@ class Transformer(nn.Module):
         Raises:
             InputError: the sequence is longer than the model accepts.
         """
+        hidden = self.hidden_states(tokens, document_ids)
+        if frozen is not None:
+            return self.unembedding(hidden, frozen)
+        logits = self.unembedding(hidden)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET, reduction="sum")
+
+    def hidden_states(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """What the unembedding is given, (batch, length, width); arguments as in `forward`."""
         length = tokens.shape[1]
         if length > self.config.sequence_length:
             raise InputError(
@@ -74,10 +98,7 @@ class Transformer(nn.Module):
         x = self.final_norm(x)
         if self.watch is not None:
             self.watch("unembedding", x)
-        logits = self.unembedding(x)
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET, reduction="sum")
+        return x
 
 
 def document_mask(document_ids: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,19 +1,33 @@
-"""The only file that touches DeepSpeed's insides: build a model born sharded, run micro-batches, step, save, load.
+"""The only file that touches DeepSpeed's insides: build a model born sharded, run micro-batches, perturb, step, save, load.
 
 What it relies on beyond DeepSpeed's documentation is listed here and fenced by tests/distributed:
   * `deepspeed.ops.__compatible_ops__`: an entry set to False keeps the shared-memory collectives from being compiled;
-  * `engine.optimizer.overflow`, `_global_grad_norm` and `engine.skipped_steps`: whether the last step was applied.
+  * `engine.optimizer.overflow`, `_global_grad_norm` and `engine.skipped_steps`: whether the last step was applied;
+  * DeepSpeed's optimizers end every step by calling `step()` of the optimizer they were given, with the reduced gradient of each
+    master tensor in its `.grad`, clipped to their `clip_grad`; then they write masters to forward weights and empty their gradient
+    buffers, all of them. `Engine.take_gradient` puts another `step` in the place of that one to read a gradient;
+  * `_hp_optimizer_states_linked` (ZeRO-1, 2 and BF16_Optimizer): the first such call would link an optimizer state that is not
+    there yet, so the flag is put back;
+and, in training/master_weights.py, which belongs to this file:
+  * the masters and forward weights: `single_partition_of_fp32_groups` and `parallel_partitioned_bit16_groups` (ZeRO-1, 2),
+    `fp32_groups_flat_partition` and `bf16_partitioned_groups` (BF16_Optimizer), `fp32_partitioned_groups_flat` and
+    `fp16_partitioned_groups_flat` (ZeRO-3), `fp32_groups` and `fp16_groups` (FP16_UnfusedOptimizer: bf16 without ZeRO);
+  * from one to the other: `update_lp_params()`; at ZeRO-3 `_partition_all_parameters`, `_reassign_or_swap_out_partitioned_parameters`,
+    `persistent_parameters` and `invalidate_secondary_tensor`, in the order of its own step;
+  * which element is whose: `round_robin_bit16_groups` and `round_robin_bit16_offsets` (ZeRO-1, 2), `bf16_groups` (BF16_Optimizer),
+    `fp16_groups`, `partition_numel()`, `ds_numel`, `ds_shape` (ZeRO-3).
 """
 
 from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import logging
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +37,7 @@ import torch
 from pydantic import ValidationError
 
 from model.config import ModelConfig
+from model.linear_cross_entropy import FrozenHead
 from model.parametrization import initialize
 from model.transformer import Transformer
 from training.data import Batch
@@ -38,6 +53,8 @@ import deepspeed  # noqa: E402
 import deepspeed.comm  # noqa: E402
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
+
+from training.master_weights import MasterWeights, Vector  # noqa: E402
 
 warnings.filterwarnings("ignore", message=".*is deprecated. Please use .*_single", category=FutureWarning)  # DeepSpeed's own calls
 
@@ -124,6 +141,27 @@ def _first_non_finite_output(model: torch.nn.Module) -> Iterator[list[str]]:
             handle.remove()
 
 
+@contextmanager
+def _added_in_float32(model: torch.nn.Module, added: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Parameters give way to float32 tensors, parameter + added, through which their gradients flow; until the backward pass is
+    over, since activation checkpointing looks for them there again."""
+    sums: dict[int, torch.Tensor] = {id(p): p.float() + added[name] for name, p in model.named_parameters() if name in added}
+    replaced = []
+    for module in model.modules():
+        for leaf, parameter in list(module._parameters.items()):
+            if parameter is not None and id(parameter) in sums:
+                replaced.append((module, leaf))
+                # under another name DeepSpeed still finds the parameter, whose gradient it sums over ranks without ZeRO
+                module._parameters[f"{leaf} in bf16"] = module._parameters.pop(leaf)
+                setattr(module, leaf, sums[id(parameter)])
+    try:
+        yield
+    finally:
+        for module, leaf in replaced:
+            delattr(module, leaf)
+            module._parameters[leaf] = module._parameters.pop(f"{leaf} in bf16")
+
+
 class Engine:
     """A model, its optimizer and DeepSpeed around both."""
 
@@ -142,45 +180,188 @@ class Engine:
         offloaded = bool(recipe.deepspeed.get("zero_optimization", {}).get("offload_optimizer"))
         fused = device.type == "cuda" and not offloaded
         max_norm = recipe.training.gradient_clipping if _unguarded(recipe) else None
-        base_optimizer = make_optimizer(model, recipe.optimizer, fused, sharded=self.stage > 0, max_norm=max_norm)
-        self.deepspeed, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=base_optimizer, config=config)
-        if isinstance(base_optimizer, JointOptimizer):
-            base_optimizer.ready = True
+        base = make_optimizer(model, recipe.optimizer, fused, sharded=self.stage > 0, max_norm=max_norm)
+        self.deepspeed, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=base, config=config)
+        if isinstance(base, JointOptimizer):
+            base.ready = True
         self.optimizer: Any = optimizer  # DeepSpeed's wrapper, typed as something without parameter groups
         self.model = model
+        self._base = base
+        self._perturbed = False
+        self._added: dict[str, torch.Tensor] | None = None  # the perturbation where it is not in the forward weights
 
     def _gather(self, parameter: torch.nn.Parameter) -> AbstractContextManager:
         """A context in which a ZeRO-3 parameter is whole; what rank 0 writes there is kept."""
         return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if self.stage == 3 else nullcontext()
 
-    def accumulate(self, batch: Batch, scale: float) -> torch.Tensor:
+    def accumulate(self, batch: Batch, scale: float, frozen: FrozenHead | None = None) -> torch.Tensor:
         """Forward and backward of one micro-batch; gradients of `scale` x summed loss add up until `step`.
 
         Returns the summed loss (float32 scalar, detached). The gradient that `step` applies is the sum over ranks and
         micro-batches of `scale` x d(summed loss): with `scale` = 1 / (valid tokens of the step over all ranks) it is the mean
-        over tokens, however they fall into micro-batches.
+        over tokens, however they fall into micro-batches. With `frozen` the loss's derivative at the logits is that one, and what
+        is returned is 0 (model/linear_cross_entropy.py).
         """
-        loss = self.deepspeed(*self._on_device(batch))
-        # DeepSpeed averages over ranks and over micro-batches; undo both to get the sum
-        self.deepspeed.backward(loss * (scale * self.ranks.world_size * self.accumulation))
+        loss = self._forward_backward(batch, scale, frozen)
         if not self.deepspeed.is_gradient_accumulation_boundary():
             self.deepspeed.step()  # DeepSpeed counts micro-batches by these calls; only the one at the boundary changes weights
+        return loss
+
+    def _forward_backward(self, batch: Batch, scale: float, frozen: FrozenHead | None) -> torch.Tensor:
+        with _added_in_float32(self.model, self._added) if self._added else nullcontext():
+            loss = self.deepspeed(*self._on_device(batch), **({"frozen": frozen} if frozen else {}))
+            # DeepSpeed averages over ranks and over micro-batches; undo both to get the sum
+            self.deepspeed.backward(loss * (scale * self.ranks.world_size * self.accumulation))
         return loss.detach()
 
-    def step(self, learning_rate: float) -> StepResult:
-        """Clip, and apply the optimizer with this learning rate; a step with non-finite gradients is skipped."""
+    def step(self, learning_rate: float, gradient: Vector | None = None) -> StepResult:
+        """Clip, and apply the optimizer with this learning rate; a step with non-finite gradients is skipped.
+
+        Within `perturbed` the gradients are those at the perturbed weights, and the update is applied to the masters. The
+        gradient before clipping is written into `gradient` if one is given.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        if self._perturbed and self.masters.aliased:
+            self._restore()
         skipped_before = self.deepspeed.skipped_steps
-        self.deepspeed.step()
+        if gradient is None:
+            self.deepspeed.step()
+        else:
+            self._step_with_a_copy(gradient)
+        applied = self.deepspeed.skipped_steps == skipped_before
+        if applied:
+            self._perturbed, self._added = False, None  # DeepSpeed has written the new masters to the forward weights
         norm = self.deepspeed.get_global_grad_norm()
         norm = float(norm) if norm is not None else math.nan
-        return StepResult(norm if norm >= 0 else math.inf, self.deepspeed.skipped_steps == skipped_before)
+        return StepResult(norm if norm >= 0 else math.inf, applied)
+
+    def _step_with_a_copy(self, gradient: Vector) -> None:
+        step = self._base.step
+
+        def copy_and_step(closure: None = None) -> None:
+            self.masters.copy_gradients(gradient)
+            step()
+
+        self._base.step = copy_and_step  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            self.deepspeed.step()
+        finally:
+            del self._base.step
+        clipping = getattr(self.optimizer, "clip_grad", 0.0)  # of DeepSpeed's optimizers, which clip before; ours does within
+        if clipping > 0:
+            self.masters.scale(gradient, max(1.0, (float(self.deepspeed.get_global_grad_norm() or 0.0) + 1e-6) / clipping))
+
+    @functools.cached_property
+    def masters(self) -> MasterWeights:
+        """The vector space of this rank's master weights."""
+        return MasterWeights(self.optimizer, self._base, self.model, self.device)
+
+    def gradient(
+        self, batches: Sequence[Batch], scale: float, frozen: Sequence[FrozenHead] | None = None
+    ) -> tuple[Vector | None, torch.Tensor]:
+        """The gradient of `scale` x summed loss over all ranks' batches at the weights that the forward pass now has.
+
+        Unclipped, in the masters' layout, or None where it is not finite, on every rank alike; and the summed loss of this rank's
+        batches. Nothing else changes: neither weights and optimizer nor the gradients that the next step sees. Must not stand
+        between the micro-batches of a step. Every rank calls it, with equally many batches.
+        """
+        losses = torch.zeros((), device=self.device)
+        try:
+            for number, batch in enumerate(batches):
+                self.deepspeed.set_gradient_accumulation_boundary(number == len(batches) - 1)
+                losses += self._forward_backward(batch, scale, frozen[number] if frozen else None)
+            gradient = self._take_gradient()
+        finally:
+            self.deepspeed.set_gradient_accumulation_boundary(None)  # from here on DeepSpeed counts by itself again
+        return gradient, losses
+
+    def _take_gradient(self) -> Vector | None:
+        """The gradient that DeepSpeed's optimizer would apply now; its buffers are then empty, as after a step."""
+        optimizer, gradient = self.optimizer, self.masters.zeros()
+        meanwhile = {"overflow": False, "clip_grad": 0.0, "_hp_optimizer_states_linked": True}
+        kept = {name: getattr(optimizer, name) for name in meanwhile if hasattr(optimizer, name)}
+        vars(optimizer).update({name: meanwhile[name] for name in kept})
+        self._base.step = lambda closure=None: self.masters.copy_gradients(gradient)  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            optimizer.step()
+            finite = not optimizer.overflow
+        finally:
+            del self._base.step
+            vars(optimizer).update(kept)
+            optimizer.zero_grad()
+        if self.masters.aliased:  # DeepSpeed has no optimizer of its own here that would look
+            finite = math.isfinite(self.masters.norm(gradient))
+        if self._perturbed and self.masters.aliased:
+            self._restore()
+        elif finite:
+            self._perturbed, self._added = False, None  # DeepSpeed has written the masters to the forward weights
+        return gradient if finite else None
+
+    @contextmanager
+    def perturbed(self, vector: Vector, in_float32: bool = False) -> Iterator[None]:
+        """Within, the forward pass runs on master weights + vector; masters, optimizer and counters are as they were.
+
+        In bf16 the sum is rounded. With `in_float32` the forward weights stay, and every forward and backward pass within is taken
+        in float32, on forward weights + vector, of which every rank then holds a whole copy in bf16; not at ZeRO-3, nor compiled.
+
+        It lasts until a gradient is taken, a step is applied, or the end, however that is reached: from then on the forward
+        weights are the masters. Every rank enters and leaves together.
+        """
+        if self._perturbed:
+            raise RuntimeError("the weights are perturbed already")
+        self._perturbed = True
+        try:
+            if in_float32:
+                self._added = self.masters.whole(vector)
+            else:
+                self.masters.push(vector)
+            del vector  # a caller that does not keep it gets its memory back
+            yield
+        finally:
+            if self._perturbed:
+                self._restore()
+
+    def _restore(self) -> None:
+        if self._added is None:
+            self.masters.push()
+        self._perturbed, self._added = False, None
+
+    def realised(self, before: list[torch.Tensor], like: Vector) -> Vector:
+        """By how much the weights that the forward pass now has differ from `before`, copies of `masters.forward`."""
+        if self._added is not None:
+            moved = self.masters.zeros()
+            for segment in self.masters.segments:
+                flat = self._added[self.masters.names[segment.tensor]].flatten()
+                self.masters.part(moved, segment).copy_(flat[segment.offset : segment.offset + segment.length])
+            return moved
+        return [
+            weight.detach().to(part.device, torch.float32).view_as(part).sub(old.to(part.device).view_as(part))
+            for weight, old, part in zip(self.masters.forward, before, like, strict=True)
+        ]
+
+    @contextmanager
+    def kept_heads(self, logits: bool) -> Iterator[list[torch.Tensor]]:
+        """Collect what the unembedding is given, or the logits that it makes, of every forward pass within; detached."""
+        kept: list[torch.Tensor] = []
+        hook = self.model.unembedding.register_forward_hook(
+            lambda module, inputs, output: kept.append((output if logits else inputs[0]).detach())
+        )
+        try:
+            yield kept
+        finally:
+            hook.remove()
+
+    def unembedding_weight(self) -> torch.Tensor:
+        """A copy of the whole unembedding matrix as the forward pass has it, (vocabulary, width). Every rank calls it."""
+        weight = self.model.unembedding.weight
+        with deepspeed.zero.GatheredParameters([weight]) if self.stage == 3 else nullcontext():
+            return weight.detach().clone()
 
     @torch.no_grad()
-    def summed_loss(self, batch: Batch) -> torch.Tensor:
+    def summed_loss(self, batch: Batch, training: bool = False) -> torch.Tensor:
         """Summed loss of a batch (float32 scalar) without gradients. Every rank must call it equally often."""
-        self.deepspeed.eval()
+        self.deepspeed.train(training)
         loss = self.deepspeed(*self._on_device(batch))
         self.deepspeed.train()
         return loss
@@ -214,7 +395,9 @@ class Engine:
         return self.deepspeed.skipped_steps
 
     def save(self, folder: Path, tag: str) -> None:
-        """DeepSpeed's files below folder/tag. Raises OSError or RuntimeError when the disk refuses."""
+        """DeepSpeed's files below folder/tag. Raises OSError or RuntimeError when the disk refuses, or the weights are perturbed."""
+        if self._perturbed:
+            raise RuntimeError("a checkpoint would hold perturbed weights: save outside `perturbed`")
         self.deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False)
 
     def load(self, folder: Path, tag: str) -> None:

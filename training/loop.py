@@ -15,14 +15,16 @@ from model.activation_statistics import watch_residuals
 from model.errors import InputError
 from model.transformer import IGNORED_TARGET
 from training import checkpoint
+from training.curvature import Curvature
 from training.data import Batch, PreparedData, Sequences, open_prepared, prepare, require_step, step_rows
 from training.distributed import Ranks, discover, raise_together, reduce_moments, sum_over_ranks
 from training.engine import Engine, start_distributed
 from training.metrics import MFU_DEFINITION, Metrics, PeakMemory, duration, peak_flops
 from training.optimizers import describe_groups, learning_rate
-from training.plan import accumulation_steps, plan
+from training.plan import accumulation_steps, passes, plan
 from training.recipe import LoadedRecipe, Recipe, model_config, zero_stage
 from training.run_folder import check_run_folder, describe_environment, open_run_folder, write_json
+from training.sharpness_aware import Outcome, take_step
 
 
 def train(loaded: LoadedRecipe) -> None:
@@ -91,7 +93,8 @@ def train(loaded: LoadedRecipe) -> None:
     if recipe.checkpoint.first and start_step == 0:
         checkpoint.save(engine, run, step=0, tokens=0)
 
-    skipped_in_a_row = 0
+    curvature = Curvature(engine, data, recipe) if recipe.evaluation.curvature_every else None
+    skipped_in_a_row, warned = 0, False
     clock, clock_tokens = time.perf_counter(), 0
     for step in range(start_step, last_step):
         rows = step_rows(
@@ -100,41 +103,46 @@ def train(loaded: LoadedRecipe) -> None:
         batches = [sequences.rows(numbers) for numbers in rows]
         valid_tokens = _valid_tokens(batches, training.tokens_per_step, recipe.data.document_masks, device)
         measured = recipe.logging.outliers_every > 0 and (step % recipe.logging.outliers_every == 0 or step + 1 == last_step)
-        loss_sum = torch.zeros((), device=device)
-        with watch_residuals(engine.model) if measured else nullcontext({}) as moments:
-            for batch in batches:
-                loss_sum += engine.accumulate(batch, scale=1.0 / valid_tokens)
-        rate = learning_rate(recipe.optimizer, step, total_steps)
-        result = engine.step(rate)
         done, tokens = step + 1, (step + 1) * training.tokens_per_step
+        logged = done % recipe.logging.every == 0 or done == last_step or step == start_step
+        watch = watch_residuals(engine.model) if measured else nullcontext()
+        outcome = take_step(engine, batches, valid_tokens, step, total_steps, logged, watch)
+        result = outcome.result
         clock_tokens += training.tokens_per_step
 
         skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
         if not result.applied:
-            _report_skip(engine, batches, metrics, done, tokens, skipped_in_a_row, training.max_skipped_steps)
+            _report_skip(engine, batches, outcome, metrics, done, tokens, skipped_in_a_row, training.max_skipped_steps)
 
-        if done % recipe.logging.every == 0 or done == last_step or step == start_step:
-            (loss,) = sum_over_ranks(loss_sum, device=device)
+        if logged:
+            loss, loss_tokens = sum_over_ranks(outcome.loss_sum, outcome.loss_tokens, device=device)
             elapsed = time.perf_counter() - clock
             tokens_per_second = clock_tokens / elapsed
             values = {
                 "step": done,
                 "tokens": tokens,
-                "loss": loss / valid_tokens,
-                "learning_rate": rate,
+                "loss": loss / max(loss_tokens, 1),
+                "learning_rate": learning_rate(recipe.optimizer, step, total_steps),
                 "grad_norm": result.grad_norm,
                 "tokens_per_second": tokens_per_second,
-                "mfu": tokens_per_second * predicted.flops_per_token / (ranks.world_size * peak) if peak else None,
+                "mfu": tokens_per_second * predicted.flops_per_token * passes(recipe, step, total_steps) / (ranks.world_size * peak)
+                if peak
+                else None,
                 "skipped_steps": engine.skipped_steps,
                 "peak_memory_bytes": memory.bytes(),
+                **outcome.values,
             }
             metrics.record(values)
             metrics.progress(done, values)
+            if outcome.buried and not warned:
+                warned = True
+                metrics.say(f"step {done}: {outcome.buried}")
             clock, clock_tokens = time.perf_counter(), 0
 
-        if measured:  # the weights before this step, on its tokens
-            reduce_moments(moments)
-            metrics.record_activations(step, step * training.tokens_per_step, {place: m.measures() for place, m in moments.items()})
+        if outcome.watched is not None:  # the weights before this step, on its tokens
+            reduce_moments(outcome.watched)
+            measures = {place: moments.measures() for place, moments in outcome.watched.items()}
+            metrics.record_activations(step, step * training.tokens_per_step, measures)
 
         aside = time.perf_counter()
         if done % recipe.evaluation.every == 0 or done == total_steps:
@@ -143,6 +151,9 @@ def train(loaded: LoadedRecipe) -> None:
             metrics.say(
                 f"step {done}/{last_step}  validation loss {validation_loss:.4f}  (a unigram model: {data.validation_unigram_loss:.4f})"
             )
+        if curvature is not None and done % (recipe.evaluation.curvature_every or 1) == 0:
+            rate = learning_rate(recipe.optimizer, step, total_steps)
+            metrics.record({"step": done, "tokens": tokens, **curvature.measure(rate)})
         if done % recipe.checkpoint.every == 0 or done == last_step:
             folder = checkpoint.save(engine, run, done, tokens)
             metrics.say(f"step {done}/{last_step}  saved {folder}")
@@ -219,9 +230,16 @@ def _valid_tokens(batches: list[Batch], tokens_per_step: int, document_masks: bo
     return max(valid, 1.0)
 
 
-def _report_skip(engine: Engine, batches: list[Batch], metrics: Metrics, done: int, tokens: int, in_a_row: int, limit: int) -> None:
+def _report_skip(
+    engine: Engine, batches: list[Batch], outcome: Outcome, metrics: Metrics, done: int, tokens: int, in_a_row: int, limit: int
+) -> None:
     """Say that a step was skipped, where its non-finite gradients come from, and stop when there are too many in a row."""
-    metrics.say(f"step {done}: skipped, gradients are not finite ({in_a_row} in a row): {engine.name_non_finite(batches)}")
+    where = (
+        "only those at the perturbed weights, so optimizer.sharpness.radius is too large"
+        if outcome.ascent_was_finite
+        else engine.name_non_finite(batches)
+    )
+    metrics.say(f"step {done}: skipped, gradients are not finite ({in_a_row} in a row): {where}")
     metrics.record({"step": done, "tokens": tokens, "skipped_steps": engine.skipped_steps})
     if in_a_row >= limit:
         metrics.close()

@@ -13,6 +13,7 @@ from typing import Any
 
 from model.config import ModelConfig
 from model.errors import InputError
+from model.linear_cross_entropy import CHUNK_ELEMENTS
 from training.recipe import Recipe, zero_stage
 
 # DeepSpeed's defaults (runtime/zero/config.py, runtime/engine.py), in elements
@@ -100,6 +101,14 @@ def predict(
     # X^T X and the sums beside it at each place (model/activation_statistics.py)
     statistics = (config.depth + 1) * (4 * config.width**2 + 8 * (config.width + 4)) if recipe.logging.outliers_every else 0
     fixed = states.weights + states.optimizer + statistics
+    phases = {
+        "the loss": fixed + states.at_loss + kept + logits,
+        "the first gradients": fixed + states.at_first_gradients + kept + behind,
+        "the last gradients": fixed + states.at_last_gradients + inside,
+        "the optimizer's step": fixed + states.at_step,
+    }
+    if recipe.optimizer.sharpness_aware != "none":
+        phases = _two_passes(recipe, config, phases, tensor_sizes, world_size, accumulation, fixed, kept, inside, states)
     return Memory(
         weights=states.weights,
         gradients=states.gradients,
@@ -110,13 +119,46 @@ def predict(
         step=states.step,
         statistics=statistics,
         host=states.host,
-        phases={
-            "the loss": fixed + states.at_loss + kept + logits,
-            "the first gradients": fixed + states.at_first_gradients + kept + behind,
-            "the last gradients": fixed + states.at_last_gradients + inside,
-            "the optimizer's step": fixed + states.at_step,
-        },
+        phases=phases,
     )
+
+
+def _two_passes(
+    recipe: Recipe,
+    config: ModelConfig,
+    phases: dict[str, int],
+    tensor_sizes: list[int],
+    world_size: int,
+    accumulation: int,
+    fixed: int,
+    kept: int,
+    inside: int,
+    states: _States,
+) -> dict[str, int]:
+    """The moments of a sharpness-aware step (training/sharpness_aware.py), from those of a plain one: `phases`."""
+    stage, low = zero_stage(recipe), recipe.training.precision == "bf16"
+    count, compute = sum(tensor_sizes), 2 if low else 4
+    share = count if stage == 0 else math.ceil(count / world_size)
+    offloaded = _offloaded(recipe.deepspeed.get("zero_optimization", {}), "offload_optimizer")
+    vectors = 0 if offloaded else (8 + compute) * share  # the perturbation, masters + perturbation, forward weights as they were
+    weights = 4 * count if stage == 0 and not low else 0  # there the masters wait beside the perturbed weights
+    tokens = recipe.training.micro_batch_size * recipe.training.sequence_length
+    heads = head = products = 0
+    if recipe.optimizer.sharpness_aware == "functional_sam":
+        stored = recipe.optimizer.sharpness.store_logits
+        heads = accumulation * tokens * compute * (config.vocab_size if stored else config.width)
+        head = 0 if stored else compute * config.vocab_size * config.width  # the unperturbed unembedding
+        # a chunk's logits twice in float32, and in bf16; or once and its part of the unembedding's gradient; that gradient's sum so far
+        chunk, matrix = min(tokens * config.vocab_size, CHUNK_ELEMENTS), config.vocab_size * config.width
+        products = 4 * matrix + max((10 if low else 8) * chunk, 4 * chunk + compute * matrix)
+        second = {
+            "the second loss": fixed + weights + states.at_loss + kept + heads + head + products,
+            "the second last gradients": fixed + weights + states.at_last_gradients + inside + heads + head,
+        }
+    else:
+        second = {f"the second {moment.removeprefix('the ')}": size + weights for moment, size in list(phases.items())[:3]}
+    first = {moment: size + (heads if moment != "the optimizer's step" else heads + head) for moment, size in phases.items()}
+    return {**first, "the perturbation": fixed + states.at_loss + vectors + heads + head, **second}
 
 
 def activation_bytes(config: ModelConfig, sequence_length: int, compute: int, masked: bool, fused_norm: bool) -> tuple[int, int]:

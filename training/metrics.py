@@ -26,7 +26,7 @@ PEAK_FLOPS = {
 }
 MFU_DEFINITION = (
     "MFU = tokens/s x (6 N_matmul + 12 depth width length) / (GPUs x dense bf16 peak); "
-    "N_matmul counts every matrix but the embedding look-up"
+    "N_matmul counts every matrix but the embedding look-up; sharpness-aware steps count their passes"
 )
 
 

@@ -77,7 +77,8 @@ class Plan:
 
     @property
     def flops(self) -> int:
-        return self.flops_per_token * self.tokens
+        more = sum(passes(self.recipe, step, self.steps) - 1 for step in range(self.steps))
+        return self.flops_per_token * (self.tokens + round(more * self.batch.tokens_per_step))
 
 
 def accumulation_steps(recipe: Recipe, world_size: int) -> int:
@@ -91,6 +92,7 @@ def accumulation_steps(recipe: Recipe, world_size: int) -> int:
     unit = per_rank * training.micro_batch_size
     accumulation, rest = divmod(training.tokens_per_step, unit)
     if rest == 0:
+        _check_ascent(recipe, accumulation)
         return accumulation
     nearest = " or ".join(f"{count * unit} (accumulation {count})" for count in (accumulation, accumulation + 1) if count)
     advice = f"nearest valid: {nearest}"
@@ -100,6 +102,17 @@ def accumulation_steps(recipe: Recipe, world_size: int) -> int:
         advice += f"; or keep it with training.micro_batch_size {smaller}"
     equation = f"{_many(world_size, 'rank')} x {training.micro_batch_size} micro-batch x {training.sequence_length} length"
     raise InputError(f"training.tokens_per_step: {training.tokens_per_step} does not divide by {equation} = {unit}; {advice}")
+
+
+def _check_ascent(recipe: Recipe, accumulation: int) -> None:
+    """The ascent direction is taken from whole micro-batches: as many of them as the recipe's fraction says, or InputError."""
+    wanted = recipe.optimizer.sharpness.ascent_fraction * accumulation
+    if recipe.optimizer.sharpness_aware != "none" and (round(wanted) < 1 or abs(wanted - round(wanted)) > 1e-6):
+        raise InputError(
+            f"optimizer.sharpness.ascent_fraction: {recipe.optimizer.sharpness.ascent_fraction} of {_many(accumulation, 'micro-batch')} "
+            f"of a rank is no whole number of them; valid: {', '.join(f'{n / accumulation:.6g}' for n in range(1, accumulation + 1)[:8])}, "
+            "or lower training.micro_batch_size"
+        )
 
 
 def count_parameters(config: ModelConfig) -> Parameters:
@@ -144,6 +157,21 @@ def flops_per_token(config: ModelConfig, parameters: Parameters, sequence_length
     """Of training, by `FLOPS_CONVENTION`: the forward pass once and the backward pass twice."""
     assert config.head_dim is not None
     return 6 * parameters.matmul + 12 * config.depth * config.heads * config.head_dim * sequence_length
+
+
+def passes(recipe: Recipe, step: int, total_steps: int) -> float:
+    """Work of step `step` (0-based) as a multiple of a plain step's forward and backward pass; of every so many steps, their mean.
+
+    A sharpness-aware step takes `ascent_fraction` of a pass more, and functional_sam a forward pass, a third, over the rest of the
+    batch if that is perturbed too. (The second pass rebuilds the first one's logits and leaves out its own.)
+    """
+    optimizer, options = recipe.optimizer, recipe.optimizer.sharpness
+    if optimizer.sharpness_aware == "none" or options.radius == 0 or step < round(options.start_fraction * total_steps):
+        return 1.0
+    more = options.ascent_fraction
+    if optimizer.sharpness_aware == "functional_sam" and options.rest == "perturbed":
+        more += (1 - options.ascent_fraction) / 3
+    return 1.0 + more / options.every
 
 
 def plan(recipe: Recipe, config: ModelConfig, world_size: int, data: dict[str, Any] | None = None, device: str | None = None) -> Plan:
@@ -218,7 +246,7 @@ def format_plan(plan: Plan) -> str:
             *_memory_lines(plan),
             *(f"    at {phase:<24}{_mebibytes(size)}" for phase, size in memory.phases.items()),
             "",
-            f"FLOPs {plan.flops_per_token:.4g} a token, {plan.flops:.4g} in all",
+            f"FLOPs {plan.flops_per_token:.4g} a token and pass, {plan.flops:.4g} in all{_passes_note(plan)}",
             *(f"    {line}" for line in FLOPS_CONVENTION),
             f"time {_duration(plan.flops / batch.ranks / 1e14)} at 100 TFLOP/s sustained on each rank, in proportion at other speeds",
             f"data {_data_note(plan)}",
@@ -277,6 +305,14 @@ def _memory_lines(plan: Plan) -> list[str]:
     return [f"    {name:<20}{_mebibytes(value)}   {note}".rstrip() for name, value, note in rows]
 
 
+def _passes_note(plan: Plan) -> str:
+    last = passes(plan.recipe, plan.steps, plan.steps)
+    if last == 1:
+        return ""
+    first = round(plan.recipe.optimizer.sharpness.start_fraction * plan.steps)
+    return f": {last:.4g} passes a step ({plan.recipe.optimizer.sharpness_aware})" + (f" from step {first}" if first else "")
+
+
 def _data_note(plan: Plan) -> str:
     size = plan.tokens * (2 if plan.model.vocab_size <= 2**16 else 4)
     note = f"{plan.tokens} tokens, {size / 1e9:.3g} GB as shards if none is read twice"
@@ -290,7 +326,7 @@ def _mebibytes(count: int) -> str:
 
 
 def _many(count: int, thing: str) -> str:
-    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}{'es' if thing.endswith('ch') else 's'}"
 
 
 def _duration(seconds: float) -> str:

@@ -168,6 +168,44 @@ class TrainingSection(Section):
     max_skipped_steps: int = Field(default=5, ge=1, description="Stop after so many steps in a row with non-finite gradients.")
 
 
+class SharpnessSection(Section):
+    """How `sharpness_aware` perturbs the weights: training/sharpness_aware.py has the equations."""
+
+    radius: float = Field(default=0.05, ge=0, description="Norm of the perturbation (the papers' rho); 0: none.")
+    schedule: Literal["constant", "learning_rate", "linear_increase"] = Field(
+        default="constant", description="The radius over the steps: constant, in proportion to the learning rate, or up from 0."
+    )
+    start_fraction: float = Field(default=0.0, ge=0, lt=1, description="Share of the steps that are plain before the first perturbed one.")
+    every: int = Field(default=1, ge=1, description="Perturb every so many steps; the steps between are plain.")
+    norm_scope: Literal["global", "tensor", "tensor_width"] = Field(
+        default="global", description="What the radius is the norm of: all weights, or each tensor, equal or in proportion to its width."
+    )
+    ascent_fraction: float = Field(
+        default=1.0, gt=0, le=1, description="Share of the step's micro-batches that the direction is taken from; the update uses all."
+    )
+    rest: Literal["perturbed", "plain"] = Field(
+        default="perturbed", description="The micro-batches outside ascent_fraction: also taken at the perturbed weights, or as they are."
+    )
+    precondition: bool = Field(default=False, description="Divide the direction by the optimizer's second moment.")
+    precondition_exponent: float = Field(default=0.5, ge=0, le=1, description="Power of the second moment: 0.5 is Adam's own.")
+    precondition_epsilon: float = Field(default=1e-8, gt=0, description="Added to that power.")
+    second_moment: Literal["previous", "updated"] = Field(
+        default="previous", description="The second moment as the last step left it, or with this gradient taken in."
+    )
+    store_logits: bool = Field(
+        default=False, description="functional_sam: keep the first pass's logits instead of rebuilding them from the hidden states."
+    )
+    float32_second_pass: bool = Field(
+        default=False, description="precision bf16, ZeRO 0 to 2: the perturbed pass in float32, since bf16 rounds the perturbation away."
+    )
+    split_every: int | None = Field(
+        default=None, ge=1, description="Steps between measurements of what acts through the logits and what through the function."
+    )
+    cosine_warning: float = Field(
+        default=0.5, ge=0, le=1, description="Warn once when the realised perturbation's cosine with the intended one is below this."
+    )
+
+
 class OptimizerSection(Section):
     """The base optimizer and its schedule."""
 
@@ -187,6 +225,10 @@ class OptimizerSection(Section):
     warmup_fraction: float = Field(default=0.05, ge=0, le=1, description="Share of the steps in linear warm-up.")
     decay_fraction: float = Field(default=0.2, ge=0, le=1, description="warmup_stable_decay: share of the steps in the final linear decay.")
     final_learning_rate_fraction: float = Field(default=0.1, ge=0, le=1, description="Last learning rate as a share of the peak.")
+    sharpness_aware: Literal["none", "sam", "functional_sam"] = Field(
+        default="none", description="Take the gradient at perturbed weights: SAM, or Functional-SAM (docs/functional_sam.md)."
+    )
+    sharpness: SharpnessSection = SharpnessSection()
 
 
 class EvaluationSection(Section):
@@ -194,6 +236,12 @@ class EvaluationSection(Section):
 
     every: int = Field(default=250, ge=1, description="Steps between evaluations; the last step is always evaluated.")
     tokens: int = Field(default=1_048_576, ge=1, description="Validation tokens an evaluation reads, at most.")
+    curvature_every: int | None = Field(
+        default=None, ge=1, description="Steps between measurements of the loss's curvature, on one validation micro-batch a rank."
+    )
+    curvature_iterations: int = Field(
+        default=5, ge=1, description="Hessian products of each power iteration, which start where the last ended."
+    )
 
 
 class CheckpointSection(Section):
@@ -513,7 +561,7 @@ def _cross_field_problems(recipe: Recipe) -> list[str]:
         problems.append("data.tokenizer.path: required with kind pretrained: a local folder or a hub name")
     if any(not 0 <= beta < 1 for beta in recipe.optimizer.betas):
         problems.append(f"optimizer.betas: expected two numbers in [0, 1), found {list(recipe.optimizer.betas)}")
-    return problems + _optimizer_problems(recipe) + _deepspeed_problems(recipe)
+    return problems + _optimizer_problems(recipe) + _sharpness_problems(recipe) + _deepspeed_problems(recipe)
 
 
 def _optimizer_problems(recipe: Recipe) -> list[str]:
@@ -528,6 +576,49 @@ def _optimizer_problems(recipe: Recipe) -> list[str]:
             f"optimizer.kind: {optimizer.kind} needs whole matrices, which ZeRO stage {stage} cuts into flat shards; "
             "set deepspeed.zero_optimization.stage: 0, or use adamw"
         )
+    return problems
+
+
+# Optimizers that keep a second moment of each weight, as `exp_avg_sq`
+_WITH_SECOND_MOMENT = ("adamw",)
+
+
+def _sharpness_problems(recipe: Recipe) -> list[str]:
+    optimizer, options = recipe.optimizer, recipe.optimizer.sharpness
+    problems = []
+    if recipe.evaluation.curvature_every and recipe.training.precision != "fp32":
+        problems.append(
+            "evaluation.curvature_every: bf16 rounds away what it looks at; use training.precision fp32, or, on the checkpoints, "
+            "python -m analysis curvature"
+        )
+    if optimizer.sharpness_aware == "none":
+        return problems
+    if options.precondition and optimizer.kind not in _WITH_SECOND_MOMENT:
+        problems.append(
+            f"optimizer.sharpness.precondition: needs an optimizer with a second moment ({', '.join(_WITH_SECOND_MOMENT)}); "
+            f"{optimizer.kind} has none"
+        )
+    if options.split_every is not None and options.ascent_fraction < 1:
+        problems.append("optimizer.sharpness.split_every: compares gradients of the same tokens, so ascent_fraction has to be 1")
+    if options.store_logits and optimizer.sharpness_aware != "functional_sam" and options.split_every is None:
+        problems.append("optimizer.sharpness.store_logits: only functional_sam needs the first pass's logits")
+    if options.float32_second_pass:
+        key, training = "optimizer.sharpness.float32_second_pass", recipe.training
+        if training.precision == "fp32":
+            problems.append(f"{key}: training.precision is fp32 already; leave it out")
+        elif training.compile:
+            problems.append(f"{key}: compiled blocks (training.compile) run in bf16 alone; switch one of the two off")
+        elif zero_stage(recipe) == 3:
+            problems.append(f"{key}: needs whole weights, which ZeRO stage 3 does not hold; use a lower stage, or training.precision fp32")
+    if recipe.deepspeed.get("torch_autocast"):
+        problems.append("deepspeed.torch_autocast: its weights cannot be perturbed (optimizer.sharpness_aware); use training.precision")
+    zero = recipe.deepspeed.get("zero_optimization")
+    for key in ("offload_optimizer", "offload_param"):
+        section = zero.get(key) if isinstance(zero, dict) else None
+        if isinstance(section, dict) and section.get("device") == "nvme":
+            problems.append(
+                f"deepspeed.zero_optimization.{key}.device: weights on nvme cannot be perturbed (optimizer.sharpness_aware); use cpu"
+            )
     return problems
 
 

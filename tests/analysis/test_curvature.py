@@ -1,0 +1,140 @@
+"""Curvature of a small network against its exact Hessian and Gauss-Newton matrix, in float64."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call, grad, hessian, jacrev
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from analysis.__main__ import main
+from analysis.curvature import PART_STEPS, Surface, lanczos, measure, parts_of
+from model.config import ModelConfig
+from model.parametrization import initialize
+from model.transformer import Transformer
+
+
+@pytest.fixture(scope="module")
+def network() -> tuple[Transformer, Tensor]:
+    model = Transformer(ModelConfig(width=8, depth=2, heads=2, vocab_size=17, sequence_length=9, mlp_width=12, init_std=0.4))
+    initialize(model, seed=1)
+    return model, torch.randint(17, (5, 10), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def exact(network: tuple[Transformer, Tensor]) -> dict[str, Tensor]:
+    """Both matrices by automatic differentiation."""
+    model, sequences = network
+    wide = Transformer(model.config).double()
+    wide.load_state_dict(model.state_dict())
+    surface = Surface(wide, sequences)
+    shapes = dict(zip(surface.names, [p.shape for p in surface.parameters], strict=True))
+    flat = torch.cat([p.detach().flatten() for p in surface.parameters])
+    targets = sequences[:, 1:].flatten()
+
+    def logits(w: Tensor) -> Tensor:
+        named = {n: part.view(shapes[n]) for n, part in zip(surface.names, w.split(surface.sizes), strict=True)}
+        return functional_call(wide, named, (sequences[:, :-1],), tie_weights=True).flatten(0, 1)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        full = jacrev(grad(lambda w: F.cross_entropy(logits(w), targets)), chunk_size=64)(flat)
+        jacobian = jacrev(lambda w: logits(w).flatten(), chunk_size=64)(flat)
+        z = logits(flat).detach().flatten()
+    curved = hessian(lambda z: F.cross_entropy(z.view(len(targets), -1), targets))(z)
+    return {"hessian": full, "gauss_newton": jacobian.T @ curved @ jacobian}
+
+
+@pytest.fixture(scope="module")
+def result(network: tuple[Transformer, Tensor]) -> dict[str, Any]:
+    return measure(*network, steps=30, probes=8)
+
+
+@pytest.mark.parametrize("name", ["hessian", "gauss_newton"])
+def test_products_are_the_matrices(name: str, network: tuple[Transformer, Tensor], exact: dict[str, Tensor]) -> None:
+    surface = Surface(*network)
+    before = [p.detach().clone() for p in surface.parameters]
+    v = torch.randn(sum(surface.sizes), generator=torch.Generator().manual_seed(3))
+    expected = exact[name] @ v.double()
+    assert float((getattr(surface, name)(v).double() - expected).norm() / expected.norm()) < 2e-3
+    assert all(torch.equal(p, b) for p, b in zip(surface.parameters, before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["hessian", "gauss_newton"])
+def test_eigenvalues_are_the_matrices(name: str, result: dict[str, Any], exact: dict[str, Tensor]) -> None:
+    values = torch.linalg.eigvalsh(exact[name])
+    assert result[name]["top"][:2] == pytest.approx(values.flip(0)[:2].tolist(), rel=2e-3)
+    if name == "hessian":
+        assert result[name]["bottom"] == pytest.approx(values[0].item(), rel=2e-2)
+
+
+def test_trace_and_density(result: dict[str, Any], exact: dict[str, Tensor]) -> None:
+    """Within four standard errors of the exact trace, and those are what random unit vectors give: the density has mass 1 and that
+    trace as its mean. n v^T H v of a unit v has variance 2 ||H||_F^2 n / (n + 2) - 2 trace^2 / (n + 2)."""
+    matrix = exact["hessian"]
+    trace, n = float(matrix.trace()), len(matrix)
+    deviation = ((2 * n * float(matrix.square().sum()) - 2 * trace**2) / (n + 2)) ** 0.5
+    assert abs(result["trace"]["value"] - trace) < 4 * deviation / 8**0.5
+    assert result["trace"]["standard_error"] == pytest.approx(deviation / 8**0.5, rel=0.8)
+    density = result["density"]
+    assert sum(density["weights"]) == pytest.approx(1, abs=1e-6)
+    mean = sum(n * w for n, w in zip(density["nodes"], density["weights"], strict=True))
+    assert mean * result["weights"] == pytest.approx(result["trace"]["value"], rel=1e-6)
+    values = torch.linalg.eigvalsh(exact["hessian"])
+    share = sum(w for n, w in zip(density["nodes"], density["weights"], strict=True) if n > 0.1 * float(values[-1]))
+    assert share == pytest.approx(float((values > 0.1 * values[-1]).double().mean()), abs=0.02)
+
+
+def test_parts_are_diagonal_blocks(network: tuple[Transformer, Tensor], result: dict[str, Any], exact: dict[str, Tensor]) -> None:
+    surface = Surface(*network)
+    parts = parts_of(surface.names)
+    assert list(result["parts"]) == ["layer 0", "layer 1", "query", "key", "value", "embedding"]
+    for part, chosen in parts.items():
+        there = surface.mask(chosen).bool()
+        assert 0 < int(there.sum()) < len(there)
+        for name in ("hessian", "gauss_newton"):
+            top = float(torch.linalg.eigvalsh(exact[name][there][:, there])[-1])
+            assert result["parts"][part][name] == pytest.approx(top, rel=0.1), (part, name)  # eight products
+            assert result["parts"][part][name] < top * 1.003
+    assert PART_STEPS == 8
+
+
+def test_along_the_gradient(network: tuple[Transformer, Tensor], result: dict[str, Any], exact: dict[str, Tensor]) -> None:
+    g = Surface(*network).gradient().double()
+    for name, matrix in exact.items():
+        assert result["gradient_direction"][name] == pytest.approx(float(g @ matrix @ g / (g @ g)), rel=5e-3)
+
+
+def test_lanczos_stops_at_the_end_of_the_space() -> None:
+    """A matrix with three distinct eigenvalues is done after three products, without ghosts."""
+    matrix = torch.diag(torch.tensor([3.0, 3.0, 1.0, 1.0, -2.0, -2.0], dtype=torch.float64))
+    values, weights, residuals = lanczos(lambda v: matrix @ v, torch.ones(6, dtype=torch.float64), 6)
+    assert values.tolist() == pytest.approx([-2, 1, 3])
+    assert weights.tolist() == pytest.approx([1 / 3] * 3)
+    assert residuals.max() < 1e-6
+
+
+def test_the_verb(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["curvature", str(run_folder), "--steps", "4", "--probes", "1", "--tokens", "64"]) == 0
+    written = json.loads((run_folder / "report" / "curvature.json").read_text())
+    assert written["step"] == 20 and written["tokens"] == 64 and written["trace"]["standard_error"] is None
+    assert set(written) - {"format", "verb", "run", "path", "step", "definitions", "data"} >= {
+        "hessian",
+        "gauss_newton",
+        "density",
+        "parts",
+    }
+    assert (run_folder / "report" / "curvature.png").stat().st_size > 10_000
+    assert "largest eigenvalue" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--tokens", "--steps", "--probes"])
+def test_numbers_that_make_no_sense(option: str, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["curvature", str(run_folder), option, "0"]) == 2
+    assert f"{option} 0: expected at least" in capsys.readouterr().err
+    assert not (run_folder / "report").exists()
