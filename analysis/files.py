@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -90,18 +91,59 @@ _STAND_INS = [
 
 
 def load_file(path: Path) -> dict[str, Any]:
-    """The dictionary of a torch file, its tensors memory-mapped. Runs no code from the file."""
+    """The dictionary of a torch file, its tensors memory-mapped (read whole in torch's format before 1.6). Runs no code from the file."""
+    with open(path, "rb") as file:
+        zipped = file.read(2) == b"PK"
+    if zipped:
+        _check_stored(path)
     try:
         with torch.serialization.safe_globals(_STAND_INS):  # pyright: ignore[reportArgumentType]
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a damaged file can fail anywhere inside torch
         text = " ".join(str(error).split())
         if match := re.search(r"GLOBAL ([\w.]+)", text):
             raise InputError(f"{path}: refused: it asks to run {match[1]}, which no checkpoint has need of") from None
         raise InputError(f"{path}: truncated or damaged ({path.stat().st_size} bytes): {text[:200]}") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path}: not a DeepSpeed checkpoint: it holds a {type(content).__name__}")
+        raise InputError(f"{path}: not a checkpoint: it holds a {type(content).__name__}, expected a dictionary")
+    _check_claims(path, content)
     return content
+
+
+def _check_stored(path: Path) -> None:
+    """torch never compresses, so a record that is compressed, or records that overlap, would unpack into more than the file holds.
+
+    Raises:
+        InputError: a zip bomb, or no zip file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise InputError(f"{path}: truncated or damaged ({path.stat().st_size} bytes): {error}") from None
+    packed = next((record.filename for record in records if record.compress_type != zipfile.ZIP_STORED), None)
+    if packed is not None:
+        raise InputError(f"{path}: refused: {packed} is compressed, which torch never does; unpacked it may fill the memory")
+    total = sum(record.file_size for record in records)
+    if total > path.stat().st_size:
+        raise InputError(f"{path}: refused: its records claim {total} bytes, and the file has {path.stat().st_size}")
+
+
+def _check_claims(path: Path, value: Any, name: str = "") -> None:
+    """Every tensor's elements must lie in the file: one that claims more (a stride of 0 repeats an element) would fill the memory.
+
+    Raises:
+        InputError: naming the tensor.
+    """
+    if isinstance(value, torch.Tensor):
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise InputError(f"{path}: refused: {name} claims shape {tuple(value.shape)}, more than the file holds")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_claims(path, item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple) and not all(isinstance(item, int | float | str) for item in value):
+        for i, item in enumerate(value):
+            _check_claims(path, item, f"{name}[{i}]")
 
 
 def some(names: list[str]) -> str:
