@@ -13,12 +13,13 @@ from analysis.runs import Run, find_run
 from model.errors import InputError
 
 EXAMPLES = """
-A run is a run folder (runs/NAME), a folder that DeepSpeed saved into, or one checkpoint folder. Results are JSON, named after
+A run is a run folder (runs/NAME), a folder of checkpoints, or one checkpoint. Results are JSON, named after
 the verb, that says what each number is, and pictures; they go to --out, or to the run's report/.
 
   python -m analysis report runs/quickstart_pre_norm runs/quickstart_outlier_protected
   python -m analysis trajectory runs/X --out maps
   python -m analysis outliers runs/X/checkpoints/step-00001000 --data my_text.txt
+  python -m analysis export runs/X --out exported
 """
 
 
@@ -51,11 +52,28 @@ def report(arguments: argparse.Namespace) -> None:
         print(path)
 
 
+def export(arguments: argparse.Namespace) -> None:
+    from analysis.export import export as export_checkpoint
+
+    if arguments.out is None:
+        raise InputError("export needs --out: a file that ends in .safetensors, or a folder")
+    out, compare, verify = Path(arguments.out), not arguments.skip_comparison, not arguments.skip_checksums
+    print(export_checkpoint(only_one(arguments), out, arguments.precision, arguments.shard_gigabytes, compare, verify))
+
+
 VERBS = {
     "trajectory": (trajectory, "maps, angles and lengths of the path through weight space"),
     "outliers": (outliers, "kurtosis and max-median ratio of the residual stream, layer by layer"),
     "report": (report, "one self-contained HTML page that compares runs"),
+    "export": (export, "a checkpoint as one safetensors file or a Hugging Face folder"),
 }
+
+
+def only_one(arguments: argparse.Namespace) -> Run:
+    """The one checkpoint or run that this verb works on."""
+    if len(arguments.runs) > 1:
+        raise InputError(f"{arguments.verb} takes one checkpoint or run, found {len(arguments.runs)}")
+    return find_run(arguments.runs[0])
 
 
 def places(arguments: argparse.Namespace) -> list[tuple[Run, Path]]:
@@ -82,6 +100,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         verb.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help="a run folder, a DeepSpeed folder or a checkpoint folder")
         verb.add_argument("--out", metavar="DIR", help="where results go; default: report/ of the run")
         verb.add_argument("--skip-checksums", action="store_true", help="do not compare the files with manifest.json's checksums first")
+        if name == "export":
+            verb.add_argument(
+                "--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the written weights (default: fp32)"
+            )
+            verb.add_argument("--shard-gigabytes", type=float, default=5, metavar="GB", help="size of a folder's files (default: 5)")
+            verb.add_argument("--skip-comparison", action="store_true", help="do not load both models to compare their logits")
         if name == "trajectory":
             verb.add_argument("--memory-megabytes", type=float, default=32, metavar="MB", help="bounds the working memory (default: 32)")
         if name == "outliers":

@@ -16,7 +16,7 @@ _MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.p
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 
 
-def is_checkpoint(folder: Path) -> bool:
+def is_deepspeed(folder: Path) -> bool:
     """Whether DeepSpeed's files lie in this folder."""
     return folder.is_dir() and any(folder.glob("*_states.pt"))
 

@@ -16,16 +16,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 from analysis.checkpoint import AdamSettings, Checkpoint, Kind, Segment
-from analysis.files import is_checkpoint
+from analysis.files import is_deepspeed
 from analysis.formats.deepspeed import DeepSpeedCheckpoint
+from analysis.formats.tensor_files import TensorFiles, is_tensor_file
 from model.errors import InputError
 
 __all__ = ["FORMATS", "AdamSettings", "Checkpoint", "Kind", "Segment", "is_checkpoint", "open_checkpoint"]
 
 # (does a path look like this format?, what opens it): the first that fits
 FORMATS: list[tuple[Callable[[Path], bool], Callable[[Path], Checkpoint]]] = [
-    (is_checkpoint, DeepSpeedCheckpoint),
+    (is_deepspeed, DeepSpeedCheckpoint),
+    (is_tensor_file, TensorFiles),
 ]
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether the path itself looks like one checkpoint of some format."""
+    return any(matches(path) for matches, _ in FORMATS)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from analysis.checkpoint import AdamSettings, Checkpoint, Kind, Segment, precision_of
+from analysis.checkpoint import Checkpoint, Kind, Segment, precision_of
 from analysis.files import checkpoint_files, load_file, some
 from model.errors import InputError
 
