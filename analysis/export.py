@@ -88,9 +88,8 @@ def _folder(run: Run, checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, 
             "export to a file instead: --out NAME.safetensors"
         )
     parts = _shards([*checkpoint.shapes, *checkpoint.buffers], checkpoint, dtype, shard_gigabytes)
-    names = (
-        ["model.safetensors"] if len(parts) == 1 else [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
-    )
+    count = len(parts)
+    names = ["model.safetensors"] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     for name, part in zip(names, parts, strict=True):
         write_safetensors(folder / name, checkpoint, part, dtype, prefix)
     if len(parts) > 1:
@@ -100,9 +99,8 @@ def _folder(run: Run, checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, 
             "weight_map": {prefix + tensor: name for name, part in zip(names, parts, strict=True) for tensor in part},
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    count = sum(map(len, parts))
     compared = compare_tensors(checkpoint, [folder / name for name in names], dtype, prefix)
-    lines = [f"{count} tensors in {len(parts)} file{'s' * (len(parts) > 1)}; read back: {compared}"]
+    lines = [f"{sum(map(len, parts))} tensors in {count} file{'s' * (count > 1)}; read back: {compared}"]
     if (source / "model_config.json").exists():
         lines += _burnish_files(run, source, folder, dtype)
     else:
@@ -210,11 +208,9 @@ def compare_tensors(checkpoint: Checkpoint, files: Sequence[Path], dtype: torch.
                 largest = max(largest, float(((piece.float() - exact).abs() / exact.abs().clamp(min=torch.finfo(stored).tiny)).max()))
             start += piece.numel()
     assert not written
-    return (
-        "equal, bit for bit"
-        if dtype == torch.float32
-        else f"equal to the rounded weights; rounding changed an element by at most {largest:.2g} of it"
-    )
+    if dtype == torch.float32:
+        return "equal, bit for bit"
+    return f"equal to the rounded weights; rounding changed an element by at most {largest:.2g} of it"
 
 
 # ---- a Burnish network as a transformers model -----------------------------------------------------------------------
@@ -284,7 +280,7 @@ def _compare_models(checkpoint: Checkpoint, folder: Path) -> list[str]:
 
     import model.huggingface  # noqa: F401  # makes the class known to transformers
 
-    exported = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32).eval()
+    exported: Any = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32).eval()
     vocabulary = int(exported.config.get_text_config().vocab_size)
     length = min(64, int(getattr(exported.config, "max_position_embeddings", 64) or 64))
     tokens = torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(0))

@@ -41,9 +41,6 @@ def as_transformers(processor: Any) -> PreTrainedTokenizerFast:
 def first_difference(tokenizer: PreTrainedTokenizerFast, processor: Any, samples: int = 400) -> str | None:
     """A text that the two encode differently, or that comes back altered; None when there is none among the samples."""
     generator = random.Random(0)
-    ordinary = [
-        i for i in range(processor.vocab_size()) if not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i))
-    ]
     texts = [
         "",
         " ",
@@ -53,6 +50,8 @@ def first_difference(tokenizer: PreTrainedTokenizerFast, processor: Any, samples
         "a\u0301 \u00a0 \ufeff",
         "\x00\x01",
     ]
+    reserved = (processor.is_control, processor.is_unknown, processor.is_byte)
+    ordinary = [i for i in range(processor.vocab_size()) if not any(is_reserved(i) for is_reserved in reserved)]
     for _ in range(samples):
         chosen = generator.choices(ordinary, k=generator.randint(1, 40))
         texts.append("".join(processor.id_to_piece(i) for i in chosen).replace(SPACE_MARK, " "))
