@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import re
 import zipfile
 from pathlib import Path
@@ -91,7 +92,19 @@ _STAND_INS = [
 
 
 def load_file(path: Path) -> dict[str, Any]:
-    """The dictionary of a torch file, its tensors memory-mapped (read whole in torch's format before 1.6). Runs no code from the file."""
+    """The dictionary of a torch file, as `load_tensor_or_dict` reads it."""
+    content = load_tensor_or_dict(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a checkpoint: it holds a {type(content).__name__}, expected a dictionary")
+    return content
+
+
+def load_tensor_or_dict(path: Path) -> Any:
+    """What a torch file holds, its tensors memory-mapped (read whole in torch's format before 1.6). Runs no code from the file.
+
+    Raises:
+        InputError: truncated, damaged, or asking for more memory than it has bytes, or for anything but tensors and plain values.
+    """
     with open(path, "rb") as file:
         zipped = file.read(2) == b"PK"
     if zipped:
@@ -104,8 +117,6 @@ def load_file(path: Path) -> dict[str, Any]:
         if match := re.search(r"GLOBAL ([\w.]+)", text):
             raise InputError(f"{path}: refused: it asks to run {match[1]}, which no checkpoint has need of") from None
         raise InputError(f"{path}: truncated or damaged ({path.stat().st_size} bytes): {text[:200]}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: not a checkpoint: it holds a {type(content).__name__}, expected a dictionary")
     _check_claims(path, content)
     return content
 
@@ -144,6 +155,19 @@ def _check_claims(path: Path, value: Any, name: str = "") -> None:
     elif isinstance(value, list | tuple) and not all(isinstance(item, int | float | str) for item in value):
         for i, item in enumerate(value):
             _check_claims(path, item, f"{name}[{i}]")
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """A file as memory that is read when it is touched. Writing to it changes no file."""
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def mapped_tensor(mapped: mmap.mmap, start: int, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+    """A tensor at a byte offset of a mapped file; it need not be aligned."""
+    if shape.numel() == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(mapped, dtype=dtype, count=shape.numel(), offset=start).view(shape)
 
 
 def some(names: list[str]) -> str:

@@ -18,13 +18,17 @@ from pathlib import Path
 from analysis.checkpoint import AdamSettings, Checkpoint, Kind, Segment
 from analysis.files import is_deepspeed
 from analysis.formats.deepspeed import DeepSpeedCheckpoint
+from analysis.formats.distributed import DistributedCheckpoint, is_distributed
 from analysis.formats.tensor_files import TensorFiles, is_tensor_file
+from analysis.formats.universal import UniversalCheckpoint, is_universal
 from model.errors import InputError
 
 __all__ = ["FORMATS", "AdamSettings", "Checkpoint", "Kind", "Segment", "is_checkpoint", "open_checkpoint"]
 
 # (does a path look like this format?, what opens it): the first that fits
 FORMATS: list[tuple[Callable[[Path], bool], Callable[[Path], Checkpoint]]] = [
+    (is_universal, UniversalCheckpoint),
+    (is_distributed, DistributedCheckpoint),
     (is_deepspeed, DeepSpeedCheckpoint),
     (is_tensor_file, TensorFiles),
 ]

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from analysis.checkpoint import Checkpoint, Kind, Segment, precision_of
+from analysis.checkpoint import AdamSettings, Checkpoint, Kind, Segment, precision_of
 from analysis.files import checkpoint_files, load_file, some
 from model.errors import InputError
 
@@ -49,6 +49,8 @@ class DeepSpeedCheckpoint(Checkpoint):
         self._fragments: dict[str, list[Segment]] = {}  # frozen parameters of ZeRO 3
         self._moments: dict[str, dict[str, Tensor]] = {}  # ZeRO 0: name -> Adam state
         self._moments_missing: str | None = None  # why there are none
+        self._adam: dict[str, Any] = {}  # ZeRO 0: the optimizer's state_dict, and each parameter's number in it
+        self._numbers: dict[str, int] = {}
 
         first = self._load(model_files[0])
         for key in ("module", "buffer_names", "global_steps"):
@@ -90,6 +92,19 @@ class DeepSpeedCheckpoint(Checkpoint):
             return self._fragments[name]
         return [Segment(0, self._whole[name].reshape(-1))]
 
+    def adam_settings(self, name: str) -> AdamSettings:
+        name = self.owner(name)
+        if name in self._pieces:
+            piece = self._pieces[name][0]
+            base, number = self._base_state(piece.rank), piece.group
+        elif name in self._moments:
+            base, number = self._adam, self._numbers[name]
+        else:
+            raise InputError(f"{self.path}: no Adam state for {name!r}: {'it is frozen' if name in self.frozen else self._moments_missing}")
+        if not isinstance(base, dict):
+            raise InputError(f"{self.path}: an elastic checkpoint, which does not hold the optimizer's settings")
+        return adam_settings(base, number, self.path)
+
     # ---- the index -----------------------------------------------------------------------------------------------
 
     def _layout(self, first: dict[str, Any], model_files: list[Path]) -> tuple[int, int]:
@@ -130,11 +145,16 @@ class DeepSpeedCheckpoint(Checkpoint):
         if kind == "weight":
             groups = state.get("fp32_flat_groups") or state.get("single_partition_of_fp32_groups") or []
             return [group.detach() for group in groups]
-        base = state.get("optimizer_state_dict") or state.get("base_optimizer_state")
-        states = base if isinstance(base, list) else [(base or {}).get("state", {}).get(i, {}) for i in range(len(self._groups(rank)))]
+        base = self._base_state(rank)
+        states = base if isinstance(base, list) else [base.get("state", {}).get(i, {}) for i in range(len(self._groups(rank)))]
         if not all(kind in group for group in states):
             raise InputError(f"{self._optimizer_files[rank]}: no {kind}: the optimizer is not Adam, or has not taken a step yet")
         return [group[kind] for group in states]
+
+    def _base_state(self, rank: int) -> Any:
+        """A rank's state_dict of the optimizer inside DeepSpeed's: one state a group; a list in the elastic form."""
+        state = self._optimizer_state(rank)
+        return state.get("optimizer_state_dict") or state.get("base_optimizer_state") or {}
 
     def _view(self, piece: _Piece, kind: Kind) -> Tensor:
         group = self._groups(piece.rank, kind)[piece.group]
@@ -216,7 +236,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         self._whole = {name: value.detach() for name, value in first["module"].items() if name not in self.buffers}
         self._join_tied_copies()
         optimizer = first.get("optimizer") or {}
-        adam = optimizer.get("optimizer_state_dict") or optimizer
+        adam = self._adam = optimizer.get("optimizer_state_dict") or optimizer
         groups = [list(group["params"]) for group in adam.get("param_groups", [])]
         masters = optimizer.get("fp32_groups")
         names = _names_of_groups(self._whole, adam.get("param_groups", []), masters, adam.get("state", {}))
@@ -234,7 +254,7 @@ class DeepSpeedCheckpoint(Checkpoint):
                 for name, number in zip(group_names, group, strict=True):
                     state = adam["state"].get(number, {})
                     if "exp_avg" in state:
-                        self._moments[name] = state
+                        self._moments[name], self._numbers[name] = state, number
         self.precision = precision_of(self._whole[name] for name in trained or self._whole)
 
     def _join_tied_copies(self) -> None:
@@ -251,6 +271,18 @@ class DeepSpeedCheckpoint(Checkpoint):
         shapes = {**self._shapes, **{name: value.shape for name, value in self._whole.items()}}
         order = {name: i for i, name in enumerate(module)}
         return {name: shapes[name] for name in sorted(shapes, key=lambda name: order.get(name, len(order)))}
+
+
+def adam_settings(state: dict[str, Any], number: int, path: Path) -> AdamSettings:
+    """The settings of parameter `number` in the state_dict of a torch optimizer. Raises InputError when it is not Adam's."""
+    group = next((group for group in state.get("param_groups", []) if number in group["params"]), None)
+    own = state.get("state", {}).get(number, {})
+    if group is None or not {"lr", "betas", "eps"} <= group.keys() or "exp_avg" not in own:
+        raise InputError(f"{path}: the optimizer is not Adam, or has not taken a step yet")
+    step = own.get("step", group.get("step"))  # fused Adam of DeepSpeed keeps it in the group
+    if step is None:
+        raise InputError(f"{path}: the optimizer does not say how many steps it took, so its moments cannot be unbiased")
+    return AdamSettings(int(step), float(group["lr"]), (*map(float, group["betas"]),), float(group["eps"]), float(group["weight_decay"]))
 
 
 def _chunks(numel: int, chunk: int, world_size: int) -> list[tuple[int, int]]:

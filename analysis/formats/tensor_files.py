@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from analysis.checkpoint import Checkpoint, Kind, Segment, precision_of
-from analysis.files import load_file, some
+from analysis.files import load_file, map_file, mapped_tensor, some
 from model.errors import InputError
 
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -126,12 +126,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if 8 + length + end != size:
         kind = "truncated" if size < 8 + length + end else "damaged"
         raise InputError(f"{path}: {kind}: {size} bytes, and its header describes {8 + length + end}")
-    mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-    tensors = {}
-    for begin, stop, name, dtype, shape in entries:
-        data = mapped[8 + length + begin : 8 + length + stop]
-        aligned = data.data_ptr() % dtype.itemsize == 0 and data.storage_offset() % dtype.itemsize == 0
-        tensors[name] = (data if aligned else data.clone()).view(dtype).view(shape)
+    mapped = map_file(path)
+    tensors = {name: mapped_tensor(mapped, 8 + length + begin, dtype, shape) for begin, _, name, dtype, shape in entries}
     return {name: tensors[name] for name in header}, metadata
 
 

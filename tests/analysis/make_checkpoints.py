@@ -38,7 +38,7 @@ LAYOUTS = {
     "stage2-alignment": {"zero_optimization": {"stage": 2, "parameter_alignment": True}},
     "stage3-fp32": {"zero_optimization": {"stage": 3}},
     "stage3-bf16": {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}},
-    "stage3-sub-groups": {"zero_optimization": {"stage": 3, "sub_group_size": 100}},
+    "stage3-sub-groups": {"zero_optimization": {"stage": 3, "sub_group_size": 40}},
 }
 
 
