@@ -52,6 +52,22 @@ def report(arguments: argparse.Namespace) -> None:
         print(path)
 
 
+def inspect(arguments: argparse.Namespace) -> None:
+    from analysis.inspection import describe
+    from analysis.inspection import inspect as inspect_run
+    from analysis.output import write_json
+
+    damaged = []
+    for run, out in places(arguments):
+        result = inspect_run(run, not arguments.skip_checksums)
+        print(describe(result))
+        if arguments.out is not None:
+            print(f"  {write_json(out / 'inspect.json', result)}")
+        damaged += [found["path"] for found in result["checkpoints"] if found["problem"]]
+    if damaged:
+        raise InputError(f"{len(damaged)} of the checkpoints cannot be trusted, as said above: {', '.join(damaged[:4])}")
+
+
 def export(arguments: argparse.Namespace) -> None:
     from analysis.export import export as export_checkpoint
 
@@ -65,6 +81,7 @@ VERBS = {
     "trajectory": (trajectory, "maps, angles and lengths of the path through weight space"),
     "outliers": (outliers, "kurtosis and max-median ratio of the residual stream, layer by layer"),
     "report": (report, "one self-contained HTML page that compares runs"),
+    "inspect": (inspect, "what a checkpoint holds, what is damaged and what is missing"),
     "export": (export, "a checkpoint as one safetensors file or a Hugging Face folder"),
 }
 

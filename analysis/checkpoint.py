@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from analysis.files import read_manifest, some
+from analysis.files import check_crc, read_manifest, some
 from model.errors import InputError
 
 Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
@@ -186,7 +186,7 @@ class Checkpoint:
                     buffer.copy_(self.buffers[name])
 
     def verify(self) -> None:
-        """Compare every file with the checksum the manifest recorded; without a manifest there is nothing to compare.
+        """Compare every file with the checksum that the manifest recorded; without a manifest there is nothing to compare.
 
         Raises:
             InputError: a file was altered.
@@ -199,6 +199,17 @@ class Checkpoint:
                     f"{self.path / name}: altered since it was saved: sha256 {found[:12]}..., and manifest.json expects "
                     f"{recorded['sha256'][:12]}...; restore the file or leave this checkpoint out"
                 )
+
+    def check_contents(self) -> None:
+        """Read everything and compare it with what the files themselves say: the CRC-32 in torch's, copies with their originals.
+
+        A safetensors file carries no checksum.
+
+        Raises:
+            InputError: a file was altered.
+        """
+        for path in self.files():
+            check_crc(path)
 
 
 def step_of_name(path: Path) -> int:

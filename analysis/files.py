@@ -76,18 +76,25 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 class _Opaque:
-    """Stands for a DeepSpeed object in a checkpoint that the reader has no use for."""
+    """Stands for an object in a checkpoint that the reader has no use for: DeepSpeed's, or Megatron's arguments."""
 
     def __init__(self, *arguments: Any) -> None:
         pass
 
+    def __setstate__(self, state: Any) -> None:
+        pass
 
-# The only classes outside torch that DeepSpeed's own state refers to. Anything else in a pickle is refused.
+
+# The only classes outside torch that DeepSpeed's own state and Megatron's refer to. Anything else in a pickle is refused.
 _STAND_INS = [
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (_Opaque, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (_Opaque, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     (_Opaque, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (_Opaque, "argparse.Namespace"),
+    (_Opaque, "_io.BytesIO"),  # TransformerEngine's _extra_state
+    (int, "megatron.core.enums.ModelType"),
+    (int, "megatron.core.transformer.enums.AttnBackend"),
 ]
 
 
@@ -138,6 +145,19 @@ def _check_stored(path: Path) -> None:
     total = sum(record.file_size for record in records)
     if total > path.stat().st_size:
         raise InputError(f"{path}: refused: its records claim {total} bytes, and the file has {path.stat().st_size}")
+
+
+def check_crc(path: Path) -> None:
+    """Read a torch file whole and compare each record with its CRC-32. Raises InputError; a file of another kind passes."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            altered = archive.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise InputError(f"{path}: truncated or damaged: {error}") from None
+    if altered is not None:
+        raise InputError(f"{path}: altered since it was saved: the CRC-32 of {altered} does not fit; restore the file")
 
 
 def _check_claims(path: Path, value: Any, name: str = "") -> None:

@@ -20,6 +20,7 @@ from analysis.files import is_deepspeed
 from analysis.formats.deepspeed import DeepSpeedCheckpoint
 from analysis.formats.distributed import DistributedCheckpoint, is_distributed
 from analysis.formats.tensor_files import TensorFiles, is_tensor_file
+from analysis.formats.tensor_parallel import TensorParallelCheckpoint, is_tensor_parallel
 from analysis.formats.universal import UniversalCheckpoint, is_universal
 from model.errors import InputError
 
@@ -29,6 +30,7 @@ __all__ = ["FORMATS", "AdamSettings", "Checkpoint", "Kind", "Segment", "is_check
 FORMATS: list[tuple[Callable[[Path], bool], Callable[[Path], Checkpoint]]] = [
     (is_universal, UniversalCheckpoint),
     (is_distributed, DistributedCheckpoint),
+    (is_tensor_parallel, TensorParallelCheckpoint),
     (is_deepspeed, DeepSpeedCheckpoint),
     (is_tensor_file, TensorFiles),
 ]

@@ -75,6 +75,7 @@ class DeepSpeedCheckpoint(Checkpoint):
             self._index_stage_0(first)
         if self.zero_stage > 0:
             self.precision = precision_of(self._groups(0))
+            self._check_one_step(model_files)
         self.format = f"DeepSpeed ZeRO-{self.zero_stage}"
         self.shapes = self._ordered_shapes(module)
 
@@ -129,6 +130,25 @@ class DeepSpeedCheckpoint(Checkpoint):
         if not first.get("param_shapes"):
             raise InputError(f"{model_files[0]}: param_shapes is missing, so the shards cannot be named")
         return stage, world_size
+
+    def _check_one_step(self, model_files: list[Path]) -> None:
+        """Files of another step among these would be silently wrong weights."""
+        if self.zero_stage == 3:
+            for file in model_files:
+                if (step := self._load(file).get("global_steps")) != self.step:
+                    raise InputError(f"{file}: of step {step}, among files of step {self.step}; files of two checkpoints are mixed")
+        taken: dict[int, int] = {}  # rank -> steps its optimizer took
+        for rank in self._optimizer_files:
+            base = self._base_state(rank)
+            state = next(iter(base.get("state", {}).values()), {}) if isinstance(base, dict) else {}
+            if "step" in state:
+                taken[rank] = int(state["step"])
+        odd = next((rank for rank, steps in taken.items() if steps != max(taken.values())), None)
+        if odd is not None:
+            raise InputError(
+                f"{self._optimizer_files[odd]}: its optimizer took {taken[odd]} steps, another rank's {max(taken.values())}; "
+                "files of two checkpoints are mixed"
+            )
 
     def _any_optimizer_file(self) -> Path:
         return next(iter(self._optimizer_files.values()))
@@ -282,7 +302,8 @@ def adam_settings(state: dict[str, Any], number: int, path: Path) -> AdamSetting
     step = own.get("step", group.get("step"))  # fused Adam of DeepSpeed keeps it in the group
     if step is None:
         raise InputError(f"{path}: the optimizer does not say how many steps it took, so its moments cannot be unbiased")
-    return AdamSettings(int(step), float(group["lr"]), (*map(float, group["betas"]),), float(group["eps"]), float(group["weight_decay"]))
+    betas = (float(group["betas"][0]), float(group["betas"][1]))
+    return AdamSettings(int(step), float(group["lr"]), betas, float(group["eps"]), float(group.get("weight_decay", 0.0)))
 
 
 def _chunks(numel: int, chunk: int, world_size: int) -> list[tuple[int, int]]:

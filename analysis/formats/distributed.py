@@ -12,7 +12,7 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -131,14 +131,20 @@ class DistributedCheckpoint(Checkpoint):
             if file.stat().st_size < end:
                 raise InputError(f"{file}: truncated: {file.stat().st_size} bytes, and .metadata expects {end}")
 
+    def _window(self, where: Any) -> tuple[mmap.mmap, memoryview]:
+        """The mapped file that a block is in, and the block's byte range of it."""
+        if where.relative_path not in self._maps:
+            self._maps[where.relative_path] = map_file(self.path / where.relative_path)
+        mapped = self._maps[where.relative_path]
+        return mapped, memoryview(mapped)[where.offset : where.offset + where.length]
+
     def _block(self, where: Any, sizes: torch.Size, dtype: torch.dtype, name: str) -> Tensor:
         """The block stored at a byte range, mapped."""
         file = self.path / where.relative_path
-        mapped = self._maps.setdefault(where.relative_path, map_file(file))
-        window = memoryview(mapped)[where.offset : where.offset + where.length]
+        mapped, window = self._window(where)
         try:
-            described = torch.load(_Window(window), map_location="meta", weights_only=True)
-            with zipfile.ZipFile(_Window(window)) as archive:
+            described = torch.load(cast(IO[bytes], _Window(window)), map_location="meta", weights_only=True)
+            with zipfile.ZipFile(cast(IO[bytes], _Window(window))) as archive:
                 (record,) = [record for record in archive.infolist() if re.fullmatch(r"[^/]+/data/\d+", record.filename)]
             header = window[record.header_offset : record.header_offset + 30]
             skipped = 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")  # names, and padding
@@ -150,6 +156,14 @@ class DistributedCheckpoint(Checkpoint):
         if (described.shape, described.dtype) != (sizes, dtype) or not fits or record.compress_type != zipfile.ZIP_STORED:
             raise InputError(f"{file}: the block of {name} is {tuple(described.shape)} of {described.dtype}, expected {tuple(sizes)}")
         return mapped_tensor(mapped, where.offset + start, dtype, sizes)
+
+    def check_contents(self) -> None:
+        super().check_contents()
+        for name, blocks in self._blocks.items():
+            for _, _, where in blocks:
+                with zipfile.ZipFile(cast(IO[bytes], _Window(self._window(where)[1]))) as archive:
+                    if archive.testzip() is not None:
+                        raise InputError(f"{self.path / where.relative_path}: the block of {name} was altered: its CRC-32 does not fit")
 
     def _segments(self, name: str, kind: Kind) -> list[Segment]:
         if (name, kind) not in self._stored:

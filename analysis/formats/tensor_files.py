@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ class TensorFiles(Checkpoint):
             self._tensors = {name.removeprefix(BURNISH_PREFIX): tensor for name, tensor in self._tensors.items()}
             metadata = {key.removeprefix(BURNISH_PREFIX): value.removeprefix(BURNISH_PREFIX) for key, value in metadata.items()}
         self.aliases = {alias: owner for alias, owner in metadata.items() if owner in self._tensors and alias not in self._tensors}
+        if config.get("tie_word_embeddings"):
+            self.aliases |= _tied_head(self._tensors.keys() | self.aliases.keys())
         self._join_tied_copies()
         self.step = int(metadata["step"]) if metadata.get("step", "").isdigit() else self.step
         # Whole numbers and booleans are buffers (a mask, a position), as are rotary tables and what the file calls so.
@@ -161,6 +164,14 @@ def _files_of(path: Path) -> tuple[list[Path], set[str] | None]:
         if not (path / name).is_file():
             raise InputError(f"{path / name}: missing; {index.name} lists it")
     return [path / name for name in sorted(set(weight_map.values()))], set(weight_map)
+
+
+def _tied_head(names: set[str]) -> dict[str, str]:
+    """The head that transformers leaves out of the file when it is the embedding: {its name: the embedding's}."""
+    embeddings = [name for name in names if re.search(r"(embed_tokens|embed_in|wte|word_embeddings)\.weight$", name)]
+    if len(embeddings) != 1 or any(re.search(r"lm_head|embed_out|unembedding", name) for name in names):
+        return {}
+    return {"lm_head.weight": embeddings[0]}
 
 
 def _config(path: Path) -> dict[str, Any]:

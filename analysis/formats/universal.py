@@ -74,8 +74,8 @@ class UniversalCheckpoint(Checkpoint):
         if isinstance(config, dict) and config.get("zero_optimization", {}).get("round_robin_gradients"):
             self._compare_with_used()
 
-    def verify(self) -> None:
-        super().verify()
+    def check_contents(self) -> None:
+        super().check_contents()
         self._compare_with_used()
 
     def _file(self, name: str, kind: Kind) -> Path:
@@ -94,7 +94,7 @@ class UniversalCheckpoint(Checkpoint):
             raise InputError(f"{file}: missing")
         content = self._load(file)
         value = content["param"] if isinstance(content, dict) else content
-        if value.numel() != self.shapes.get(name, value.shape).numel():
+        if name in self.shapes and value.numel() != self.shapes[name].numel():
             raise InputError(f"{file}: {value.numel()} elements, and {name} has shape {tuple(self.shapes[name])}")
         return value.detach()
 
