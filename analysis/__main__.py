@@ -25,13 +25,22 @@ the verb, that says what each number is, and pictures; they go to --out, or to t
 
 def trajectory(arguments: argparse.Namespace) -> None:
     from analysis import pictures
+    from analysis.fused import parse_heads
     from analysis.output import write_json
+    from analysis.ranks import join_ranks
     from analysis.trajectory import analyze_trajectory, describe
 
+    ranks, heads = join_ranks(), parse_heads(arguments.heads)
     for run, out in places(arguments):
-        result = analyze_trajectory(run, arguments.memory_megabytes, not arguments.skip_checksums)
-        print(describe(result))
-        print(f"  {write_json(out / 'trajectory.json', result)}\n  {pictures.trajectory_picture(result, out / 'trajectory.png')}")
+        keep = out / "grams.safetensors"
+        result = analyze_trajectory(
+            run, arguments.memory_megabytes, not arguments.skip_checksums, True, keep, ranks, arguments.every, heads
+        )
+        if ranks.is_first:
+            print(describe(result))
+            print(
+                f"  {write_json(out / 'trajectory.json', result)}\n  {pictures.trajectory_picture(result, out / 'trajectory.png')}\n  {keep}"
+            )
 
 
 def outliers(arguments: argparse.Namespace) -> None:
@@ -125,6 +134,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             verb.add_argument("--skip-comparison", action="store_true", help="do not load both models to compare their logits")
         if name == "trajectory":
             verb.add_argument("--memory-megabytes", type=float, default=32, metavar="MB", help="bounds the working memory (default: 32)")
+            verb.add_argument("--every", type=int, metavar="STEPS", help="only checkpoints at multiples of this many steps")
+            verb.add_argument("--heads", metavar="H[,KV]", help="attention heads, to take fused query, key and value apart")
         if name == "outliers":
             verb.add_argument("--tokens", type=int, default=8192, metavar="N", help="how many tokens to run through (default: 8192)")
             verb.add_argument("--data", nargs="+", metavar="FILE", help="text files; default: the run's validation split")

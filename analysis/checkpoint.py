@@ -48,7 +48,7 @@ class Checkpoint:
 
     Attributes:
         path: the folder or file.
-        format: how it is stored, in words: "DeepSpeed ZeRO-2", "safetensors", ...
+        format: how it is stored, in words: "DeepSpeed ZeRO 2", "safetensors", ...
         step: optimizer steps taken when it was saved; where the files do not say, the number at the end of its name, else 0.
         zero_stage: 0 to 3 for DeepSpeed's own files, else None.
         world_size: data-parallel ranks that wrote it; 1 where that left no trace.

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from analysis.output import short
 from analysis.runs import Run
 from analysis.shards import Checkpoint, open_checkpoint
@@ -83,10 +81,8 @@ def _has_moments(checkpoint: Checkpoint) -> bool:
 
 def _finite(checkpoint: Checkpoint, name: str, piece: int = 1 << 22) -> bool:
     """Whether all values are finite, `piece` elements at a time."""
-    for _, values in checkpoint.segments(name):
-        if not all(bool(torch.isfinite(part.float()).all()) for part in values.split(piece)):
-            return False
-    return True
+    pieces = (part for _, values in checkpoint.segments(name) for part in values.split(piece))
+    return all(bool(part.float().isfinite().all()) for part in pieces)
 
 
 def describe(result: dict[str, Any]) -> str:

@@ -76,7 +76,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         if self.zero_stage > 0:
             self.precision = precision_of(self._groups(0))
             self._check_one_step(model_files)
-        self.format = f"DeepSpeed ZeRO-{self.zero_stage}"
+        self.format = f"DeepSpeed ZeRO {self.zero_stage}"
         self.shapes = self._ordered_shapes(module)
 
     # ---- values --------------------------------------------------------------------------------------------------

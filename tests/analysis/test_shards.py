@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from analysis.grams import increment_grams
 from analysis.runs import find_run
 from analysis.shards import Checkpoint, open_checkpoint
-from analysis.trajectory import increment_grams
 from model.errors import InputError
 from model.transformer import Transformer
 from tests.analysis.conftest import CONFIG, LAYOUTS, ZOO
