@@ -38,9 +38,7 @@ def trajectory(arguments: argparse.Namespace) -> None:
         )
         if ranks.is_first:
             print(describe(result))
-            print(
-                f"  {write_json(out / 'trajectory.json', result)}\n  {pictures.trajectory_picture(result, out / 'trajectory.png')}\n  {keep}"
-            )
+            print(f"  {write_json(out / 'trajectory.json', result)}\n  {pictures.trajectory_picture(result, out / 'trajectory.png')}")
 
 
 def outliers(arguments: argparse.Namespace) -> None:
@@ -59,6 +57,25 @@ def report(arguments: argparse.Namespace) -> None:
 
     for path in write_report([find_run(path) for path in arguments.runs], arguments.out, not arguments.skip_checksums):
         print(path)
+
+
+def step(arguments: argparse.Namespace) -> None:
+    from analysis.optimizer_step import analyze_step, describe
+    from analysis.output import write_json
+
+    for run, out in places(arguments):
+        result = analyze_step(run, not arguments.skip_checksums)
+        print(f"{describe(result)}\n  {write_json(out / 'step.json', result)}")
+
+
+def weights(arguments: argparse.Namespace) -> None:
+    from analysis.output import write_json
+    from analysis.weights import analyze_weights, describe
+
+    other = find_run(arguments.compare) if arguments.compare else None
+    for run, out in places(arguments):
+        result = analyze_weights(run, other, not arguments.skip_checksums)
+        print(f"{describe(result)}\n  {write_json(out / 'weights.json', result)}")
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -90,6 +107,8 @@ VERBS = {
     "trajectory": (trajectory, "maps, angles and lengths of the path through weight space"),
     "outliers": (outliers, "kurtosis and max-median ratio of the residual stream, layer by layer"),
     "report": (report, "one self-contained HTML page that compares runs"),
+    "step": (step, "the last optimizer step, rebuilt from one checkpoint's moments"),
+    "weights": (weights, "norms, ranks and spectra of the matrices, and how two checkpoints differ"),
     "inspect": (inspect, "what a checkpoint holds, what is damaged and what is missing"),
     "export": (export, "a checkpoint as one safetensors file or a Hugging Face folder"),
 }
@@ -126,6 +145,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         verb.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help="a run folder, a DeepSpeed folder or a checkpoint folder")
         verb.add_argument("--out", metavar="DIR", help="where results go; default: report/ of the run")
         verb.add_argument("--skip-checksums", action="store_true", help="do not compare the files with manifest.json's checksums first")
+        if name == "weights":
+            verb.add_argument("--compare", metavar="RUN_OR_CHECKPOINT", help="another checkpoint, to say how they differ")
         if name == "export":
             verb.add_argument(
                 "--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the written weights (default: fp32)"

@@ -156,7 +156,7 @@ def save_distributed(folder: Path, rank: int, world_size: int) -> None:
     }
     state = {"rows": {"exp_avg": rows * 2, "exp_avg_sq": rows * 3, "step": torch.tensor(5.0)}}
     whole = {"model": model, "optimizer": {"state": state, "param_groups": [{"lr": 0.1, "params": ["rows"]}]}, "step": 12}
-    dcp.save(whole, checkpoint_id=folder / "distributed" / "step-12")
+    dcp.save(whole, checkpoint_id=folder / "distributed" / "step-12")  # pyright: ignore[reportPrivateImportUsage]
     if rank == 0:
         torch.save(truth, folder / "distributed" / "truth.pt")
 
