@@ -1,4 +1,4 @@
-"""The last optimizer step, rebuilt from one checkpoint: Adam's moments say what it was, to the bit of float32.
+"""The last optimizer step, rebuilt from one checkpoint: Adam's moments say what it was, up to float32's rounding.
 
 With m, v the moments after step t, eta the learning rate, lambda the weight decay (AdamW, arXiv 1711.05101):
 
@@ -146,6 +146,7 @@ def analyze_step(run: Run, verify: bool = True, progress: bool = True, piece: in
                 bar.update(buffers.shape[1])
     if not all(math.isfinite(value) for total in sums.values() for value in total.sums.values()):
         raise InputError(f"{checkpoint.path}: weights or moments that are not finite, `python -m analysis inspect` names them")
+    layers = sorted({layer for name in trained if (layer := layer_of(name)) is not None})
     return {
         "format": 1,
         "verb": "step",
@@ -156,7 +157,7 @@ def analyze_step(run: Run, verify: bool = True, progress: bool = True, piece: in
         "learning_rates": sorted(rates),
         "learning_rate_from": "metrics.jsonl" if recorded is not None else "the optimizer's state",
         "network": _measure(sums, trained),
-        "layers": {str(i): _measure(sums, [n for n in trained if layer_of(n) == i]) for i in sorted({*map(layer_of, trained)} - {None})},
+        "layers": {str(layer): _measure(sums, [n for n in trained if layer_of(n) == layer]) for layer in layers},
         "kinds": {kind: _measure(sums, [n for n in trained if kind_of(n) == kind]) for kind in dict.fromkeys(map(kind_of, trained))},
         "tensors": {name: sums[name].measures() for name in trained},
     }
@@ -176,14 +177,14 @@ def describe(result: dict[str, Any]) -> str:
         f"{result['run']}: the step that ended at {result['step']}, rebuilt from Adam's moments; learning rate "
         f"{', '.join(f'{rate:.3g}' for rate in result['learning_rates'])} (from {result['learning_rate_from']})",
         f"  |u| / |theta| {network['relative_update']:.3g}, weight decay {network['decay_share']:.1%} of |u|",
-        f"  degrees from u to the weights {_text(network['angle_to_weights'])}, to the displacement {_text(network['angle_to_displacement'])}",
+        f"  degrees from u to the weights {_text(network['angle_to_weights'])}, "
+        f"to the displacement {_text(network['angle_to_displacement'])}",
         f"  sign-like coordinates {network['sign_like']:.1%}; mean squared gradient {network['curvature']:.3g}",
         "  kind                              |u|/|theta|   sign-like   log10 curvature, median",
     ]
     for kind, found in result["kinds"].items():
-        lines.append(
-            f"  {kind:32}  {found['relative_update'] or 0:11.3g}   {found['sign_like']:9.1%}   {found['curvature_percentiles'][2]:8.1f}"
-        )
+        median = found["curvature_percentiles"][2]
+        lines.append(f"  {kind:32}  {found['relative_update'] or 0:11.3g}   {found['sign_like']:9.1%}   {median:8.1f}")
     return "\n".join(lines)
 
 

@@ -2,7 +2,8 @@
 
 One matrix is in memory at a time. Small ones (shorter side up to `EXACT`) are taken apart exactly, by the eigenvalues of W W^T in
 float64. Larger ones by methods that only multiply with W: the largest singular values by a randomised range finder with power
-iterations (Halko, Martinsson and Tropp, arXiv 0909.4061), and the entropy by stochastic Lanczos quadrature (Ubaru, Chen and Saad 2017).
+iterations (Halko, Martinsson and Tropp, arXiv 0909.4061), and the entropy by stochastic Lanczos quadrature (Ubaru, Chen and Saad 2017)
+of what those leave.
 """
 
 from __future__ import annotations
@@ -52,8 +53,11 @@ def spectrum_of(matrix: Tensor, exact: int = EXACT, seed: int = 0) -> dict[str, 
         shares = eigenvalues / eigenvalues.sum()
         entropy = float(-(shares * shares.clamp(min=1e-300).log()).sum())
     else:
-        eigenvalues = largest_singular_values(matrix, SKETCH, seed).double().square()
-        entropy = entropy_by_lanczos(matrix, total, seed)
+        left, singular = largest_singular_values(matrix, SKETCH, seed)
+        eigenvalues = singular.double().square()
+        shares = eigenvalues / total
+        rest = entropy_by_lanczos(matrix - left @ (left.T @ matrix), total, left, 1.0 - float(shares.sum()), seed)
+        entropy = float(-(shares * shares.log()).sum()) + rest
     largest = float(eigenvalues[0])
     return {
         "spectral_norm": math.sqrt(largest),
@@ -65,44 +69,50 @@ def spectrum_of(matrix: Tensor, exact: int = EXACT, seed: int = 0) -> dict[str, 
     }
 
 
-def largest_singular_values(matrix: Tensor, count: int, seed: int = 0, iterations: int = 6) -> Tensor:
-    """The `count` largest singular values (count,), by a randomised range finder; matrix (rows <= columns)."""
+def largest_singular_values(matrix: Tensor, count: int, seed: int = 0, iterations: int = 6) -> tuple[Tensor, Tensor]:
+    """Left vectors (rows, count) and values (count,) of the largest singular values; matrix (rows <= columns)."""
     generator = torch.Generator().manual_seed(seed)
     sketch = min(count + 32, matrix.shape[0])
     basis = torch.linalg.qr(matrix @ torch.randn(matrix.shape[1], sketch, generator=generator)).Q
     for _ in range(iterations):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
-    return torch.linalg.svdvals(basis.T @ matrix)[:count]
+    vectors, values, _ = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return basis @ vectors[:, :count], values[:count]
 
 
-def entropy_by_lanczos(matrix: Tensor, total: float, seed: int = 0, probes: int = 8, depth: int = 48) -> float:
-    """-tr(A log A) for A = W W^T / |W|_F^2, by stochastic Lanczos quadrature with full reorthogonalisation; matrix (rows <= columns)."""
-    generator = torch.Generator().manual_seed(seed)
-    rows, estimate = matrix.shape[0], 0.0
+def entropy_by_lanczos(matrix: Tensor, total: float, left: Tensor, trace: float, seed: int = 0, probes: int = 8, depth: int = 48) -> float:
+    """-tr(A log A) of A = W W^T / total, by stochastic Lanczos quadrature; matrix W (rows <= columns).
+
+    `left` (rows, k) spans what was taken out of W and is known exactly (Hutch++, arXiv 2010.09649); A lives on the n = rows - k
+    dimensions beside it, and tr A = `trace`. So what is sampled is -tr(A log(A n / trace)), small where the spectrum is flat.
+    """
+    rows, left_over = matrix.shape[0], matrix.shape[0] - left.shape[1]
+    if trace <= 1e-9 or left_over < 1:
+        return 0.0
+    generator, scale, estimate = torch.Generator().manual_seed(seed), left_over / trace, 0.0
     for _ in range(probes):
-        q = torch.randint(2, (rows,), generator=generator).float() * 2 - 1
-        basis = [q / math.sqrt(rows)]
-        diagonal, beside = [], []
-        for step in range(min(depth, rows)):
+        q = torch.randn(rows, generator=generator)
+        q -= left @ (left.T @ q)
+        basis, diagonal, beside = [q / q.norm()], [], []
+        steps = min(depth, left_over)
+        for step in range(steps):
             w = (matrix @ (matrix.T @ basis[-1])) / total
             diagonal.append(float(w @ basis[-1]))
             stack = torch.stack(basis)
-            for _ in range(2):
+            for _ in range(2):  # full reorthogonalisation
                 w = w - stack.T @ (stack @ w)
             length = float(w.norm())
-            if length < 1e-12 or step + 1 == min(depth, rows):
+            if length < 1e-7 * trace or step + 1 == steps:
                 break
             beside.append(length)
             basis.append(w / length)
-        beside = beside[: len(diagonal) - 1]
         tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-        if beside:
-            off = torch.tensor(beside, dtype=torch.float64)
-            tridiagonal += torch.diag(off, 1) + torch.diag(off, -1)
+        off = torch.tensor(beside[: len(diagonal) - 1], dtype=torch.float64)
+        tridiagonal += torch.diag(off, 1) + torch.diag(off, -1)
         nodes, vectors = torch.linalg.eigh(tridiagonal)
         nodes = nodes.clamp(min=1e-300)
-        estimate += rows * float((vectors[0].square() * -(nodes * nodes.log())).sum()) / probes
-    return estimate
+        estimate -= left_over * float((vectors[0].square() * nodes * (nodes * scale).log()).sum()) / probes
+    return estimate + trace * math.log(scale)
 
 
 def hill_exponent(eigenvalues: Tensor, tail: int) -> float | None:

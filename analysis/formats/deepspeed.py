@@ -299,6 +299,8 @@ def adam_settings(state: dict[str, Any], number: int, path: Path) -> AdamSetting
     own = state.get("state", {}).get(number, {})
     if group is None or not {"lr", "betas", "eps"} <= group.keys() or "exp_avg" not in own:
         raise InputError(f"{path}: the optimizer is not Adam, or has not taken a step yet")
+    if group.get("decoupled_weight_decay") is False and group.get("weight_decay"):
+        raise InputError(f"{path}: the optimizer is Adam with weight decay in the gradient, which cannot be told apart in the moments")
     step = own.get("step", group.get("step"))  # fused Adam of DeepSpeed keeps it in the group
     if step is None:
         raise InputError(f"{path}: the optimizer does not say how many steps it took, so its moments cannot be unbiased")
