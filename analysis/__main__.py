@@ -154,7 +154,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             verb.add_argument("--shard-gigabytes", type=float, default=5, metavar="GB", help="size of a folder's files (default: 5)")
             verb.add_argument("--skip-comparison", action="store_true", help="do not load both models to compare their logits")
         if name == "trajectory":
-            verb.add_argument("--memory-megabytes", type=float, default=32, metavar="MB", help="bounds the working memory (default: 32)")
+            verb.add_argument("--memory-megabytes", type=float, default=4, metavar="MB", help="bounds the working memory (default: 4)")
             verb.add_argument("--every", type=int, metavar="STEPS", help="only checkpoints at multiples of this many steps")
             verb.add_argument("--heads", metavar="H[,KV]", help="attention heads, to take fused query, key and value apart")
         if name == "outliers":

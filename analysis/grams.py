@@ -58,7 +58,7 @@ class _Kept:
 
 def increment_grams(
     checkpoints: Sequence[Checkpoint],
-    memory_megabytes: float = 32,
+    memory_megabytes: float = 4,
     progress: bool = True,
     keep: Path | None = None,
     ranks: Ranks | None = None,

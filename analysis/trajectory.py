@@ -252,7 +252,7 @@ def kind_of(name: str) -> str:
 
 def analyze_trajectory(
     run: Run,
-    memory_megabytes: float = 32,
+    memory_megabytes: float = 4,
     verify: bool = True,
     progress: bool = True,
     keep: Path | None = None,

@@ -63,10 +63,8 @@ def write_checkpoint(folder: Path, shapes: dict[str, torch.Size], step: int, ran
         "ds_version": "0.19.8",
     }
     total = sum(shape.numel() for shape in shapes.values())
-    if stage == 3:
-        size = sum(math.ceil(shape.numel() / ranks) for shape in shapes.values())
-    else:
-        size = 2 * math.ceil(total / (2 * ranks))
+    chunks = sum(math.ceil(shape.numel() / ranks) for shape in shapes.values())
+    size = chunks if stage == 3 else 2 * math.ceil(total / (2 * ranks))
     for rank in range(ranks):
         if stage == 3 or rank == 0:
             prefix = f"zero_pp_rank_{rank}_" if stage == 3 else ""
@@ -123,17 +121,20 @@ def read_once(folder: Path) -> float:
     return time.perf_counter() - start
 
 
-def multiply(count: int, parameters: int, megabytes: float) -> float:
-    """Seconds of the float64 products of a pass: (K, c) times its transpose, as often as there are pieces."""
-    columns = int(megabytes * 2**20 / (8 * count))
-    rows, gram = torch.randn(count, columns, dtype=torch.float64), torch.zeros(count, count, dtype=torch.float64)
-    pieces = math.ceil(parameters / columns)
-    measured = min(pieces, 40)
-    gram.addmm_(rows, rows.T)
-    start = time.perf_counter()
-    for _ in range(measured):
+def multiply(count: int, parameters: int) -> float:
+    """Seconds of the float64 products of a pass, (K, c) times its transpose, at the piece size that suits this processor best."""
+    seconds = []
+    for megabytes in (1, 2, 4, 8):
+        columns = megabytes * 2**20 // (8 * count)
+        rows, gram = torch.randn(count, columns, dtype=torch.float64), torch.zeros(count, count, dtype=torch.float64)
+        pieces = math.ceil(parameters / columns)
+        measured = min(pieces, 200)
         gram.addmm_(rows, rows.T)
-    return (time.perf_counter() - start) * pieces / measured
+        start = time.perf_counter()
+        for _ in range(measured):
+            gram.addmm_(rows, rows.T)
+        seconds.append((time.perf_counter() - start) * pieces / measured)
+    return min(seconds)
 
 
 def peer(folder: Path, scratch: Path) -> float:
@@ -173,7 +174,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--stage", type=int, choices=(2, 3), default=3)
-    parser.add_argument("--memory-megabytes", type=float, default=32)
+    parser.add_argument("--memory-megabytes", type=float, default=4)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/burnish_benchmark_trajectory"), help="is emptied before and after")
     parser.add_argument("--without-peer", action="store_true")
     parser.add_argument("--out", type=Path, help="a JSON file")
@@ -186,7 +187,7 @@ def main() -> None:
         for step in range(count):
             write_checkpoint(folder / f"step{step}", shapes, step, arguments.ranks, arguments.stage)
         before = digest(folder)
-        seconds = {"read": read_once(folder), "multiply": multiply(count, parameters, arguments.memory_megabytes)}
+        seconds = {"read": read_once(folder), "multiply": multiply(count, parameters)}
         drop_caches(folder)
         with Memory() as memory:
             start = time.perf_counter()
