@@ -142,7 +142,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=EXAMPLES, formatter_class=formatter
         )
         verb.set_defaults(function=function)
-        verb.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help="a run folder, a DeepSpeed folder or a checkpoint folder")
+        verb.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help="a run folder, a folder of checkpoints, or one checkpoint")
         verb.add_argument("--out", metavar="DIR", help="where results go; default: report/ of the run")
         verb.add_argument("--skip-checksums", action="store_true", help="do not compare the files with manifest.json's checksums first")
         if name == "weights":

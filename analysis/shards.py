@@ -42,7 +42,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open one checkpoint: a folder or file of any format that README's table names.
+    """Open one checkpoint: a folder or file of any format in docs/analysis.md's table.
 
     For a folder with several inside use `analysis.runs.find_run`.
 

@@ -357,7 +357,8 @@ def describe(result: dict[str, Any]) -> str:
         f"{network['parameters']:,} parameters",
         f"  mean directional similarity  from the origin {_text(network['omega'])} (off-diagonal {_text(network['omega_off_diagonal'])})",
         f"                               from the start  {_text(network['omega_relative'])}"
-        f"   [straight line {line['omega_relative']:.0f}, random walk {walk['omega_relative']:.3f}, with many checkpoints 2/3]",
+        f"   [straight line {line['omega_relative']:.0f}, random walk {walk['omega_relative']:.3f}"
+        f"{', with many checkpoints 2/3' if result['evenly_spaced'] else ''}]",
     ]
     if not result["evenly_spaced"]:
         lines.append(
