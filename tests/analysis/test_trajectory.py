@@ -407,3 +407,18 @@ def test_the_rounding_error_of_an_angle_is_foretold(tmp_path, dtype, precision, 
     errors = np.array(result["network"]["consecutive_update_angle_errors"])
     assert (errors > 1).all()
     np.testing.assert_allclose(measured - errors, truth, atol=0.35)
+
+
+def test_memory_depends_on_the_flag_alone_and_files_stay_as_they_are(tmp_path):
+    """The benchmark, small: 4 checkpoints of 8M float32 parameters (128 MB) take a few megabytes."""
+    import json
+    import subprocess
+    import sys
+
+    out = tmp_path / "benchmark.json"
+    command = [sys.executable, "-m", "scripts.benchmark_trajectory", "--checkpoints", "4", "--parameters", "8e6", "--without-peer"]
+    command += ["--folder", str(tmp_path / "scratch"), "--out", str(out)]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2], capture_output=True, timeout=120)
+    result = json.loads(out.read_text())
+    assert result["anonymous_megabytes"] < 24
+    assert result["bytes_on_disk_unchanged"] is True
