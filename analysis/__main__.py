@@ -20,7 +20,7 @@ from model.errors import InputError
 Found = TypeVar("Found", Run, Run | Pretrained)
 
 EXAMPLES = """
-A run is a run folder (runs/NAME), a folder that DeepSpeed saved into, or one checkpoint folder. Results are JSON, named after
+A run is a run folder (runs/NAME), a folder of checkpoints, or one checkpoint. Results are JSON, named after
 the verb, that says what each number is, and pictures; they go to --out, or to the run's report/.
 
   python -m analysis report runs/quickstart_pre_norm runs/quickstart_outlier_protected
@@ -28,18 +28,26 @@ the verb, that says what each number is, and pictures; they go to --out, or to t
   python -m analysis outliers runs/X/checkpoints/step-00001000 --data my_text.txt
   python -m analysis outliers folder/of/a/hugging/face/model --data my_text.txt
   python -m analysis quantization runs/X runs/Y --out int8
+  python -m analysis export runs/X --out exported
 """
 
 
 def trajectory(arguments: argparse.Namespace) -> None:
     from analysis import pictures
+    from analysis.fused import parse_heads
     from analysis.output import write_json
+    from analysis.ranks import join_ranks
     from analysis.trajectory import analyze_trajectory, describe
 
+    ranks, heads = join_ranks(), parse_heads(arguments.heads)
     for run, out in places(arguments, find_run):
-        result = analyze_trajectory(run, arguments.memory_megabytes, not arguments.skip_checksums)
-        print(describe(result))
-        print(f"  {write_json(out / 'trajectory.json', result)}\n  {pictures.trajectory_picture(result, out / 'trajectory.png')}")
+        keep = out / "grams.safetensors"
+        result = analyze_trajectory(
+            run, arguments.memory_megabytes, not arguments.skip_checksums, True, keep, ranks, arguments.every, heads
+        )
+        if ranks.is_first:
+            print(describe(result))
+            print(f"  {write_json(out / 'trajectory.json', result)}\n  {pictures.trajectory_picture(result, out / 'trajectory.png')}")
 
 
 def outliers(arguments: argparse.Namespace) -> None:
@@ -86,13 +94,68 @@ def report(arguments: argparse.Namespace) -> None:
         print(path)
 
 
+def step(arguments: argparse.Namespace) -> None:
+    from analysis.optimizer_step import analyze_step, describe
+    from analysis.output import write_json
+
+    for run, out in places(arguments, find_run):
+        result = analyze_step(run, not arguments.skip_checksums)
+        print(f"{describe(result)}\n  {write_json(out / 'step.json', result)}")
+
+
+def weights(arguments: argparse.Namespace) -> None:
+    from analysis.output import write_json
+    from analysis.weights import analyze_weights, describe
+
+    other = find_run(arguments.compare) if arguments.compare else None
+    for run, out in places(arguments, find_run):
+        result = analyze_weights(run, other, not arguments.skip_checksums)
+        print(f"{describe(result)}\n  {write_json(out / 'weights.json', result)}")
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    from analysis.inspection import describe
+    from analysis.inspection import inspect as inspect_run
+    from analysis.output import write_json
+
+    damaged = []
+    for run, out in places(arguments, find_run):
+        result = inspect_run(run, not arguments.skip_checksums)
+        print(describe(result))
+        if arguments.out is not None:
+            print(f"  {write_json(out / 'inspect.json', result)}")
+        damaged += [found["path"] for found in result["checkpoints"] if found["problem"]]
+    if damaged:
+        raise InputError(f"{len(damaged)} of the checkpoints cannot be trusted, as said above: {', '.join(damaged[:4])}")
+
+
+def export(arguments: argparse.Namespace) -> None:
+    from analysis.export import export as export_checkpoint
+
+    if arguments.out is None:
+        raise InputError("export needs --out: a file that ends in .safetensors, or a folder")
+    out, compare, verify = Path(arguments.out), not arguments.skip_comparison, not arguments.skip_checksums
+    print(export_checkpoint(only_one(arguments), out, arguments.precision, arguments.shard_gigabytes, compare, verify))
+
+
 VERBS = {
     "trajectory": (trajectory, "maps, angles and lengths of the path through weight space"),
     "outliers": (outliers, "kurtosis and max-median ratio of the residual stream, layer by layer"),
     "quantization": (quantization, "perplexity before and after int8 and int4, several checkpoints side by side"),
     "curvature": (curvature, "eigenvalues of the loss's Hessian and Gauss-Newton matrix at the last checkpoint"),
     "report": (report, "one self-contained HTML page that compares runs"),
+    "step": (step, "the last optimizer step, rebuilt from one checkpoint's moments"),
+    "weights": (weights, "norms, ranks and spectra of the matrices, and how two checkpoints differ"),
+    "inspect": (inspect, "what a checkpoint holds, what is damaged and what is missing"),
+    "export": (export, "a checkpoint as one safetensors file or a Hugging Face folder"),
 }
+
+
+def only_one(arguments: argparse.Namespace) -> Run:
+    """The one checkpoint or run that this verb works on."""
+    if len(arguments.runs) > 1:
+        raise InputError(f"{arguments.verb} takes one checkpoint or run, found {len(arguments.runs)}")
+    return find_run(arguments.runs[0])
 
 
 def places(arguments: argparse.Namespace, find: Callable[[str], Found]) -> list[tuple[Found, Path]]:
@@ -108,7 +171,7 @@ def places(arguments: argparse.Namespace, find: Callable[[str], Found]) -> list[
 
 
 PATHS = {
-    "": "a run folder, a DeepSpeed folder or a checkpoint folder",
+    "": "a run folder, a folder of checkpoints, or one checkpoint",
     "outliers": "a run folder, a DeepSpeed folder, a checkpoint folder, or a Hugging Face decoder (folder or GGUF file)",
     "quantization": "a run folder (its last checkpoint), a checkpoint folder, or a Hugging Face decoder (folder or GGUF file)",
 }
@@ -126,8 +189,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         verb.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help=PATHS.get(name, PATHS[""]))
         verb.add_argument("--out", metavar="DIR", help="where results go; default: report/ of the run")
         verb.add_argument("--skip-checksums", action="store_true", help="do not compare the files with manifest.json's checksums first")
+        if name == "weights":
+            verb.add_argument("--compare", metavar="RUN_OR_CHECKPOINT", help="another checkpoint, to say how they differ")
+        if name == "export":
+            verb.add_argument(
+                "--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the written weights (default: fp32)"
+            )
+            verb.add_argument("--shard-gigabytes", type=float, default=5, metavar="GB", help="size of a folder's files (default: 5)")
+            verb.add_argument("--skip-comparison", action="store_true", help="do not load both models to compare their logits")
         if name == "trajectory":
-            verb.add_argument("--memory-megabytes", type=float, default=32, metavar="MB", help="bounds the working memory (default: 32)")
+            verb.add_argument("--memory-megabytes", type=float, default=4, metavar="MB", help="bounds the working memory (default: 4)")
+            verb.add_argument("--every", type=int, metavar="STEPS", help="only checkpoints at multiples of this many steps")
+            verb.add_argument("--heads", metavar="H[,KV]", help="attention heads, to take fused query, key and value apart")
         if name == "outliers":
             verb.add_argument("--tokens", type=int, default=8192, metavar="N", help="how many tokens to run through (default: 8192)")
             verb.add_argument("--data", nargs="+", metavar="FILE", help="text files; default: the run's validation split")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import mmap
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ _MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.p
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 
 
-def is_checkpoint(folder: Path) -> bool:
+def is_deepspeed(folder: Path) -> bool:
     """Whether DeepSpeed's files lie in this folder."""
     return folder.is_dir() and any(folder.glob("*_states.pt"))
 
@@ -74,34 +76,118 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 class _Opaque:
-    """Stands for a DeepSpeed object in a checkpoint that the reader has no use for."""
+    """Stands for an object in a checkpoint that the reader has no use for: DeepSpeed's, or Megatron's arguments."""
 
     def __init__(self, *arguments: Any) -> None:
         pass
 
+    def __setstate__(self, state: Any) -> None:
+        pass
 
-# The only classes outside torch that DeepSpeed's own state refers to. Anything else in a pickle is refused.
+
+# The only classes outside torch that DeepSpeed's own state and Megatron's refer to. Anything else in a pickle is refused.
 _STAND_INS = [
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (_Opaque, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (_Opaque, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     (_Opaque, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (_Opaque, "argparse.Namespace"),
+    (_Opaque, "_io.BytesIO"),  # TransformerEngine's _extra_state
+    (int, "megatron.core.enums.ModelType"),
+    (int, "megatron.core.transformer.enums.AttnBackend"),
 ]
 
 
 def load_file(path: Path) -> dict[str, Any]:
-    """The dictionary of a torch file, its tensors memory-mapped. Runs no code from the file."""
+    """The dictionary of a torch file, as `load_tensor_or_dict` reads it."""
+    content = load_tensor_or_dict(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a checkpoint: it holds a {type(content).__name__}, expected a dictionary")
+    return content
+
+
+def load_tensor_or_dict(path: Path) -> Any:
+    """What a torch file holds, its tensors memory-mapped (read whole in torch's format before 1.6). Runs no code from the file.
+
+    Raises:
+        InputError: truncated, damaged, or asking for more memory than it has bytes, or for anything but tensors and plain values.
+    """
+    with open(path, "rb") as file:
+        zipped = file.read(2) == b"PK"
+    if zipped:
+        _check_stored(path)
     try:
         with torch.serialization.safe_globals(_STAND_INS):  # pyright: ignore[reportArgumentType]
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a damaged file can fail anywhere inside torch
         text = " ".join(str(error).split())
         if match := re.search(r"GLOBAL ([\w.]+)", text):
             raise InputError(f"{path}: refused: it asks to run {match[1]}, which no checkpoint has need of") from None
         raise InputError(f"{path}: truncated or damaged ({path.stat().st_size} bytes): {text[:200]}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: not a DeepSpeed checkpoint: it holds a {type(content).__name__}")
+    _check_claims(path, content)
     return content
+
+
+def _check_stored(path: Path) -> None:
+    """torch never compresses, so a record that is compressed, or records that overlap, would unpack into more than the file holds.
+
+    Raises:
+        InputError: a zip bomb, or no zip file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise InputError(f"{path}: truncated or damaged ({path.stat().st_size} bytes): {error}") from None
+    packed = next((record.filename for record in records if record.compress_type != zipfile.ZIP_STORED), None)
+    if packed is not None:
+        raise InputError(f"{path}: refused: {packed} is compressed, which torch never does; unpacked it may fill the memory")
+    total = sum(record.file_size for record in records)
+    if total > path.stat().st_size:
+        raise InputError(f"{path}: refused: its records claim {total} bytes, and the file has {path.stat().st_size}")
+
+
+def check_crc(path: Path) -> None:
+    """Read a torch file whole and compare each record with its CRC-32. Raises InputError; a file of another kind passes."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            altered = archive.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise InputError(f"{path}: truncated or damaged: {error}") from None
+    if altered is not None:
+        raise InputError(f"{path}: altered since it was saved: the CRC-32 of {altered} does not fit; restore the file")
+
+
+def _check_claims(path: Path, value: Any, name: str = "") -> None:
+    """Every tensor's elements must lie in the file: one that claims more (a stride of 0 repeats an element) would fill the memory.
+
+    Raises:
+        InputError: naming the tensor.
+    """
+    if isinstance(value, torch.Tensor):
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise InputError(f"{path}: refused: {name} claims shape {tuple(value.shape)}, more than the file holds")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_claims(path, item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple) and not all(isinstance(item, int | float | str) for item in value):
+        for i, item in enumerate(value):
+            _check_claims(path, item, f"{name}[{i}]")
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """A file as memory that is read when it is touched. Writing to it changes no file."""
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def mapped_tensor(mapped: mmap.mmap, start: int, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+    """A tensor at a byte offset of a mapped file; it need not be aligned."""
+    if shape.numel() == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(mapped, dtype=dtype, count=shape.numel(), offset=start).view(shape)
 
 
 def some(names: list[str]) -> str:

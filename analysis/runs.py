@@ -8,16 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from analysis.files import is_checkpoint
-from analysis.shards import Checkpoint, open_checkpoint
+from analysis.checkpoint import Checkpoint, step_of_name
+from analysis.shards import is_checkpoint, open_checkpoint
 from model.errors import InputError
 
+SUFFIXES = "a file ending in .safetensors, .pt, .pth, .bin or .ckpt"
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
 @dataclass
 class Run:
-    """A run folder, a DeepSpeed save folder, or one checkpoint.
+    """A run folder, a folder of checkpoints, or one checkpoint.
 
     Attributes:
         path: what was named.
@@ -57,7 +58,7 @@ class Run:
 
 
 def find_run(path: str | Path) -> Run:
-    """What lies at a path: a run folder or a DeepSpeed save folder with all its checkpoints, or one checkpoint folder.
+    """What lies at a path: a run folder, a folder that holds checkpoints (of any format, a folder or file each), or one checkpoint.
 
     Raises:
         InputError: no such path, or no checkpoint there.
@@ -65,19 +66,22 @@ def find_run(path: str | Path) -> Run:
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
-    if not path.is_dir():
-        raise InputError(f"{path}: expected a run folder or a checkpoint folder, found a file")
     if is_checkpoint(path):
         parent = path.resolve().parent
         return Run(path, parent.parent if parent.name == "checkpoints" else None, [path])
+    if not path.is_dir():
+        raise InputError(f"{path}: found a file of an unknown kind; expected a run folder, a checkpoint folder, or {SUFFIXES}")
     if (path / "checkpoints").is_dir():
         steps = [(int(match[1]), p) for p in (path / "checkpoints").iterdir() if (match := _STEP_FOLDER.fullmatch(p.name))]
         if not steps:
             raise InputError(f"{path}: this run has no checkpoint yet")
         return Run(path, path, [p for _, p in sorted(steps)])
-    tags = [p for p in sorted(path.iterdir()) if not p.name.startswith(".") and is_checkpoint(p)]
+    inside = [p for p in sorted(path.iterdir()) if not p.name.startswith(".")]
+    # files count only where there are no folders: truth.pt beside DeepSpeed's tags is no checkpoint of the run
+    tags = [p for p in inside if p.is_dir() and is_checkpoint(p)] or [p for p in inside if is_checkpoint(p)]
+    tags.sort(key=step_of_name)
     if not tags:
-        raise InputError(f"{path}: no checkpoint here (expected a run folder, a step folder, or a folder that DeepSpeed saved into)")
+        raise InputError(f"{path}: no checkpoint here (expected a run folder, a checkpoint, or a folder of checkpoints)")
     return Run(path, path if (path / "metrics.jsonl").exists() else None, tags)
 
 

@@ -1,4 +1,4 @@
-"""Reads DeepSpeed checkpoints as they lie on disk: named float32 tensors from ZeRO shards, lazily and safely.
+"""Opens any checkpoint: named float32 tensors from the files as they lie, lazily and safely.
 
     checkpoint = open_checkpoint("runs/X/checkpoints/step-00001000")
     checkpoint.shapes                            # {name: shape}; a tied weight once, under its owner
@@ -7,440 +7,51 @@
     checkpoint.load_into(model)
 
 Files are memory-mapped, so opening costs milliseconds and no memory, and they are unpickled with `weights_only`, so a hostile
-file cannot run code. DeepSpeed itself is not needed.
-
-How the shards hold a parameter (DeepSpeed 0.19.8; `parameters.index` below is the only place that knows):
-  * ZeRO 1 and 2: each parameter group is one flat float32 vector, its parameters in the order of `param_shapes`, cut into
-    equal parts, one a rank. The trailing padding is left out, or kept as zeros (BF16_Optimizer).
-  * ZeRO 3: each parameter is cut into equal chunks of ceil(n / ranks), and a rank's flat vector holds its chunks one after
-    the other. The last chunks are padded with uninitialised memory, which must not be read.
-  * ZeRO 0: nothing is cut. In bf16 the float32 masters lie beside the weights, without names.
+file cannot run code. None of the libraries that wrote them is needed but torch.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Callable, Iterator
-from functools import cache
-from itertools import pairwise
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
 
-import torch
-from torch import Tensor, nn
-
-from analysis.files import checkpoint_files, load_file, read_manifest, some
+from analysis.checkpoint import AdamSettings, Checkpoint, Kind, Segment
+from analysis.files import is_deepspeed
+from analysis.formats.deepspeed import DeepSpeedCheckpoint
+from analysis.formats.distributed import DistributedCheckpoint, is_distributed
+from analysis.formats.tensor_files import TensorFiles, is_tensor_file
+from analysis.formats.tensor_parallel import TensorParallelCheckpoint, is_tensor_parallel
+from analysis.formats.universal import UniversalCheckpoint, is_universal
 from model.errors import InputError
 
-Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
+__all__ = ["FORMATS", "AdamSettings", "Checkpoint", "Kind", "Segment", "is_checkpoint", "open_checkpoint"]
 
-_PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
-class Segment(NamedTuple):
-    """A run of consecutive elements of a flattened parameter: where it begins, and a 1-D view of the file."""
-
-    offset: int
-    values: Tensor
-
-
-class _Piece(NamedTuple):
-    """Where a run of a flattened parameter lies: elements [offset, offset + length) are [start, start + length) of a shard's group."""
-
-    offset: int
-    length: int
-    rank: int
-    group: int
-    start: int
+# (does a path look like this format?, what opens it): the first that fits
+FORMATS: list[tuple[Callable[[Path], bool], Callable[[Path], Checkpoint]]] = [
+    (is_universal, UniversalCheckpoint),
+    (is_distributed, DistributedCheckpoint),
+    (is_tensor_parallel, TensorParallelCheckpoint),
+    (is_deepspeed, DeepSpeedCheckpoint),
+    (is_tensor_file, TensorFiles),
+]
 
 
-class Checkpoint:
-    """One checkpoint. Made by `open_checkpoint`.
-
-    Attributes:
-        path: the folder that holds the files.
-        step: optimizer steps taken when it was saved.
-        zero_stage: 0 to 3.
-        world_size: data-parallel ranks that wrote it.
-        precision: what the trained weights are read in: "fp32" (masters), or "bf16" or "fp16" where the file holds nothing better.
-        shapes: {name: shape} of every parameter, frozen ones too, in the order of the file; tied weights once.
-        frozen: names of the parameters that were not trained; they are kept in the precision of the forward pass.
-        aliases: {other name: name in `shapes`} of tied weights.
-        buffers: {name: tensor}, memory-mapped.
-        manifest: what manifest.json holds, or None where there is none.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.manifest = read_manifest(path)
-        model_files, optimizer_files = checkpoint_files(path)
-        self._load: Callable[[Path], dict[str, Any]] = cache(load_file)  # one mapping a file, gone with this object
-        self._optimizer_files = optimizer_files
-        self._shapes: dict[str, torch.Size] = {}  # of what is in pieces
-        self._whole: dict[str, Tensor] = {}  # parameters that one file holds entirely, in any dtype
-        self._pieces: dict[str, list[_Piece]] = {}
-        self._fragments: dict[str, list[Segment]] = {}  # frozen parameters of ZeRO 3
-        self._moments: dict[str, dict[str, Tensor]] = {}  # ZeRO 0: name -> Adam state
-        self._moments_missing: str | None = None  # why there are none
-
-        first = self._load(model_files[0])
-        for key in ("module", "buffer_names", "global_steps"):
-            if key not in first:
-                raise InputError(f"{model_files[0]}: not a DeepSpeed checkpoint: it has no {key!r}")
-        if first["module"] is None or first.get("mp_world_size", 1) != 1:
-            raise InputError(f"{path}: written with pipeline or tensor parallelism, which this reader does not take apart")
-        module = first["module"]
-        self.step = int(first["global_steps"])
-        self.buffers: dict[str, Tensor] = {name: module[name] for name in first["buffer_names"] if name in module}
-        self.aliases: dict[str, str] = dict(first.get("shared_params") or {})
-        self.frozen: frozenset[str] = frozenset()
-        self.precision = "fp32"
-        if optimizer_files:
-            self.zero_stage, self.world_size = self._layout(first, model_files)
-        else:
-            self.zero_stage, self.world_size = 0, int(first.get("dp_world_size") or 1)
-
-        if self.zero_stage == 3:
-            self._index_stage_3(first, model_files)
-        elif self.zero_stage > 0:
-            self._index_stages_1_and_2(first)
-        else:
-            self._index_stage_0(first)
-        if self.zero_stage > 0:
-            self.precision = _PRECISIONS.get(self._groups(0)[0].dtype, "fp32")
-        self.shapes = self._ordered_shapes(module)
-
-    def __repr__(self) -> str:
-        return f"Checkpoint({str(self.path)!r}, step={self.step}, zero_stage={self.zero_stage}, world_size={self.world_size})"
-
-    # ---- what is there -------------------------------------------------------------------------------------------
-
-    def names(self) -> list[str]:
-        """Names of the parameters, tied weights once."""
-        return list(self.shapes)
-
-    def owner(self, name: str) -> str:
-        """The name a parameter is stored under. Raises InputError when there is no such parameter."""
-        name = self.aliases.get(name, name)
-        if name not in self.shapes:
-            raise InputError(f"{self.path}: no parameter named {name!r}")
-        return name
-
-    # ---- values --------------------------------------------------------------------------------------------------
-
-    def segments(self, name: str, kind: Kind = "weight") -> list[Segment]:
-        """The flattened parameter as memory-mapped runs in ascending order, without padding: together they cover it once.
-
-        Args:
-            kind: "weight", or "exp_avg" or "exp_avg_sq" for Adam's moments.
-
-        Raises:
-            InputError: no such parameter; its moments are not in the files; a shard is shorter than the layout says.
-        """
-        name = self.owner(name)
-        if name in self._pieces:
-            return [Segment(piece.offset, self._view(piece, kind)) for piece in self._pieces[name]]
-        if kind != "weight":
-            if name not in self._moments:
-                reason = "it is frozen" if name in self.frozen else self._moments_missing
-                raise InputError(f"{self.path}: no Adam moments for {name!r}: {reason}")
-            return [Segment(0, self._moments[name][kind].reshape(-1))]
-        if name in self._fragments:
-            return self._fragments[name]
-        return [Segment(0, self._whole[name].reshape(-1))]
-
-    def read(self, name: str, start: int, out: Tensor, kind: Kind = "weight") -> None:
-        """Fill the 1-D tensor `out` with elements [start, start + len(out)) of the flattened parameter, cast to its dtype."""
-        stop, filled = start + out.numel(), 0
-        for offset, values in self.segments(name, kind):
-            first, last = max(start, offset), min(stop, offset + values.numel())
-            if first < last:
-                out[first - start : last - start].copy_(values[first - offset : last - offset])
-                filled += last - first
-        if filled != out.numel():
-            raise InputError(
-                f"{self.path}: {name!r} has no elements {start} to {stop}: its shape is {tuple(self.shapes[self.owner(name)])}"
-            )
-
-    def tensor(self, name: str, kind: Kind = "weight") -> Tensor:
-        """The whole parameter, float32, in its own memory."""
-        flat = torch.empty(self.shapes[self.owner(name)].numel(), dtype=torch.float32)
-        self.read(name, 0, flat, kind)
-        return flat.view(self.shapes[self.owner(name)])
-
-    def adam_moments(self, name: str) -> tuple[Tensor, Tensor]:
-        """First and second moment of a parameter (`exp_avg`, `exp_avg_sq`), float32, each of the parameter's shape."""
-        return self.tensor(name, "exp_avg"), self.tensor(name, "exp_avg_sq")
-
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, float32 tensor) of each parameter, one in memory at a time; tied weights once, buffers not."""
-        for name in self.shapes:
-            yield name, self.tensor(name)
-
-    def load_into(self, model: nn.Module) -> None:
-        """Fill a model's parameters and persistent buffers in place, cast to their dtype; tied ones once.
-
-        Raises:
-            InputError: names or shapes differ. Nothing is written then.
-        """
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        wanted = {name: self.aliases.get(name, name) for name in parameters}
-        missing = sorted(name for name, owner in wanted.items() if owner not in self.shapes)
-        unused = sorted(self.shapes.keys() - set(wanted.values()))
-        if missing or unused:
-            sides = [f"the model has {some(missing)} more"] * bool(missing) + [f"the checkpoint has {some(unused)} more"] * bool(unused)
-            raise InputError(f"{self.path}: these are not this model's weights: {'; '.join(sides)}")
-        for name, parameter in parameters.items():
-            if parameter.shape != self.shapes[wanted[name]]:
-                raise InputError(
-                    f"{self.path}: {name} has shape {tuple(self.shapes[wanted[name]])}, and the model expects {tuple(parameter.shape)}"
-                )
-        filled: set[int] = set()
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                if id(parameter) not in filled:
-                    filled.add(id(parameter))
-                    parameter.copy_(self.tensor(name))
-            for name, buffer in model.named_buffers():
-                if name in self.buffers:
-                    buffer.copy_(self.buffers[name])
-
-    def verify(self) -> None:
-        """Compare every file with the checksum the manifest recorded; without a manifest there is nothing to compare.
-
-        Raises:
-            InputError: a file was altered.
-        """
-        for name, recorded in (self.manifest or {}).get("files", {}).items():
-            with open(self.path / name, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != recorded["sha256"]:
-                raise InputError(
-                    f"{self.path / name}: altered since it was saved: sha256 {found[:12]}..., and manifest.json expects "
-                    f"{recorded['sha256'][:12]}...; restore the file or leave this checkpoint out"
-                )
-
-    # ---- the index -----------------------------------------------------------------------------------------------
-
-    def _layout(self, first: dict[str, Any], model_files: list[Path]) -> tuple[int, int]:
-        """(ZeRO stage, ranks), after checking that every rank's files are there and agree."""
-        state = self._optimizer_state(next(iter(self._optimizer_files)))
-        count = state.get("partition_count")
-        world_size = max(count) if isinstance(count, list) else count
-        if not isinstance(world_size, int):
-            raise InputError(f"{self._any_optimizer_file()}: not a ZeRO checkpoint: partition_count is {count!r}")
-        stage = int(state.get("zero_stage", 1))  # BF16_Optimizer, always stage 1, does not say
-        expected = [self._any_optimizer_file().name.replace("rank_0_mp", f"rank_{rank}_mp") for rank in range(world_size)]
-        present = {path.name for path in self._optimizer_files.values()}
-        if stage == 3:
-            expected += [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(world_size)]
-            present |= {path.name for path in model_files}
-        missing = [name for name in expected if name not in present]
-        if missing:
-            raise InputError(f"{self.path}: {world_size} ranks wrote this checkpoint; missing: {some(missing)}")
-        surplus = sorted(present - set(expected) - {path.name for path in model_files})
-        if surplus:
-            raise InputError(f"{self.path}: {world_size} ranks wrote this checkpoint; left over from another: {some(surplus)}")
-        if not first.get("param_shapes"):
-            raise InputError(f"{model_files[0]}: param_shapes is missing, so the shards cannot be named")
-        return stage, world_size
-
-    def _any_optimizer_file(self) -> Path:
-        return next(iter(self._optimizer_files.values()))
-
-    def _optimizer_state(self, rank: int) -> dict[str, Any]:
-        state = self._load(self._optimizer_files[rank]).get("optimizer_state_dict")
-        if not isinstance(state, dict):
-            raise InputError(f"{self._optimizer_files[rank]}: not a DeepSpeed checkpoint: it has no 'optimizer_state_dict'")
-        return state
-
-    def _groups(self, rank: int, kind: Kind = "weight") -> list[Tensor]:
-        """A rank's flat vectors, one a parameter group (ZeRO 3: a sub-group)."""
-        state = self._optimizer_state(rank)
-        if kind == "weight":
-            groups = state.get("fp32_flat_groups") or state.get("single_partition_of_fp32_groups") or []
-            return [group.detach() for group in groups]
-        base = state.get("optimizer_state_dict") or state.get("base_optimizer_state")
-        states = base if isinstance(base, list) else [(base or {}).get("state", {}).get(i, {}) for i in range(len(self._groups(rank)))]
-        if not all(kind in group for group in states):
-            raise InputError(f"{self._optimizer_files[rank]}: no {kind}: the optimizer is not Adam, or has not taken a step yet")
-        return [group[kind] for group in states]
-
-    def _view(self, piece: _Piece, kind: Kind) -> Tensor:
-        group = self._groups(piece.rank, kind)[piece.group]
-        if piece.start + piece.length > group.numel():
-            raise InputError(
-                f"{self._optimizer_files[piece.rank]}: {kind} of group {piece.group} has {group.numel()} elements, "
-                f"and the layout needs {piece.start + piece.length}"
-            )
-        return group[piece.start : piece.start + piece.length]
-
-    def _check_group_count(self, rank: int, expected: int) -> list[Tensor]:
-        groups = self._groups(rank)
-        if len(groups) != expected:
-            raise InputError(
-                f"{self._optimizer_files[rank]}: {len(groups)} groups of float32 weights, expected {expected} "
-                "(are they offloaded to NVMe? this reader takes them from the checkpoint files alone)"
-            )
-        return groups
-
-    def _index_stages_1_and_2(self, first: dict[str, Any]) -> None:
-        shapes_by_group = first["param_shapes"]
-        by_rank = [self._check_group_count(rank, len(shapes_by_group)) for rank in range(self.world_size)]
-        alignment = self._optimizer_state(0).get("param_alignment_paddings")
-        for group, shapes in enumerate(shapes_by_group):
-            # the ranks' parts joined are the group's flat vector
-            starts = [0]
-            for groups in by_rank:
-                starts.append(starts[-1] + groups[group].numel())
-            position = 0
-            for i, (name, shape) in enumerate(shapes.items()):
-                stop = position + shape.numel()
-                self._pieces[name] = [
-                    _Piece(max(position, low) - position, min(stop, high) - max(position, low), rank, group, max(position, low) - low)
-                    for rank, (low, high) in enumerate(pairwise(starts))
-                    if max(position, low) < min(stop, high)
-                ]
-                position = stop + (alignment[group][i] if alignment else 0)
-            if not position <= starts[-1] <= 2 * self.world_size * math.ceil(max(position, 1) / (2 * self.world_size)):
-                raise InputError(
-                    f"{self.path}: the shards hold {starts[-1]} elements for parameter group {group}, and its parameters have {position}"
-                )
-        # Stage 2 lists frozen parameters; stage 1 leaves them in the module alone.
-        fragments = first.get("frozen_param_fragments") or {}
-        known = self._pieces.keys() | self.aliases.keys() | set(first["buffer_names"])
-        self._whole = {name: fragments.get(name, value).detach() for name, value in first["module"].items() if name not in known}
-        self._join_tied_copies()
-        self.frozen = frozenset(self._whole)
-        self._shapes = {name: shape for shapes in shapes_by_group for name, shape in shapes.items()}
-
-    def _index_stage_3(self, first: dict[str, Any], model_files: list[Path]) -> None:
-        shapes_by_group = first["param_shapes"]
-        for rank in range(self.world_size):
-            groups = self._check_group_count(rank, len(shapes_by_group))
-            for group, shapes in enumerate(shapes_by_group):
-                needed = sum(math.ceil(shape.numel() / self.world_size) for shape in shapes.values())
-                if groups[group].numel() != needed:
-                    raise InputError(
-                        f"{self._optimizer_files[rank]}: group {group} has {groups[group].numel()} elements, its parameters need {needed}"
-                    )
-        for group, shapes in enumerate(shapes_by_group):
-            start = 0
-            for name, shape in shapes.items():
-                chunk = math.ceil(shape.numel() / self.world_size)
-                self._pieces[name] = [
-                    _Piece(rank * chunk, length, rank, group, start) for rank, length in _chunks(shape.numel(), chunk, self.world_size)
-                ]
-                start += chunk
-        frozen_shapes = first.get("frozen_param_shapes") or {}
-        for name, shape in frozen_shapes.items():
-            chunk = math.ceil(shape.numel() / self.world_size)
-            self._fragments[name] = [
-                Segment(rank * chunk, self._load(model_files[rank])["frozen_param_fragments"][name][:length])
-                for rank, length in _chunks(shape.numel(), chunk, self.world_size)
-            ]
-        self.frozen = frozenset(frozen_shapes)
-        self._shapes = {name: shape for shapes in [*shapes_by_group, frozen_shapes] for name, shape in shapes.items()}
-
-    def _index_stage_0(self, first: dict[str, Any]) -> None:
-        self._whole = {name: value.detach() for name, value in first["module"].items() if name not in self.buffers}
-        self._join_tied_copies()
-        optimizer = first.get("optimizer") or {}
-        adam = optimizer.get("optimizer_state_dict") or optimizer
-        groups = [list(group["params"]) for group in adam.get("param_groups", [])]
-        masters = optimizer.get("fp32_groups")
-        names = _names_of_groups(self._whole, adam.get("param_groups", []), masters, adam.get("state", {}))
-        if masters is not None and names is not None:
-            for group_names, group_masters in zip(names, masters, strict=True):
-                for name, master in zip(group_names, group_masters, strict=True):
-                    self._whole[name] = master.detach()
-        trained = {name for group in names or [] for name in group}
-        if names is None:
-            self._moments_missing = "without ZeRO DeepSpeed saves the optimizer's state without names, and here they do not follow"
-        else:
-            self.frozen = frozenset(self._whole.keys() - trained) if trained else frozenset()
-            self._moments_missing = "the optimizer is not Adam, or has not taken a step yet"
-            for group_names, group in zip(names, groups, strict=True):
-                for name, number in zip(group_names, group, strict=True):
-                    state = adam["state"].get(number, {})
-                    if "exp_avg" in state:
-                        self._moments[name] = state
-        read_in = {self._whole[name].dtype for name in trained or self._whole}
-        self.precision = next((name for dtype, name in _PRECISIONS.items() if dtype in read_in), "fp32")
-
-    def _join_tied_copies(self) -> None:
-        """Names of `_whole` that share one storage are one parameter: the first keeps it, the others become aliases."""
-        owners: dict[tuple[int, torch.Size], str] = {}
-        for name, value in list(self._whole.items()):
-            owner = owners.setdefault((value.data_ptr(), value.shape), name) if value.numel() else name
-            if owner != name:
-                self.aliases[name] = owner
-                del self._whole[name]
-
-    def _ordered_shapes(self, module: dict[str, Tensor]) -> dict[str, torch.Size]:
-        """Shapes of all parameters, in the module's order."""
-        shapes = {**self._shapes, **{name: value.shape for name, value in self._whole.items()}}
-        order = {name: i for i, name in enumerate(module)}
-        return {name: shapes[name] for name in sorted(shapes, key=lambda name: order.get(name, len(order)))}
+def is_checkpoint(path: Path) -> bool:
+    """Whether the path itself looks like one checkpoint of some format."""
+    return any(matches(path) for matches, _ in FORMATS)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open one checkpoint folder: of a run (checkpoints/step-...), or a DeepSpeed tag folder.
+    """Open one checkpoint: a folder or file of any format in docs/analysis.md's table.
 
-    For a run folder or a DeepSpeed save folder use `analysis.runs.find_checkpoints`, which lists what is inside.
+    For a folder with several inside use `analysis.runs.find_run`.
 
     Raises:
         InputError: nothing there, a file missing, truncated, damaged, or of a kind this reader does not know.
     """
+    path = Path(path)
+    opener = next((opener for matches, opener in FORMATS if matches(path)), DeepSpeedCheckpoint)
     try:
-        return Checkpoint(Path(path))
+        return opener(path)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise InputError(f"{path}: damaged, or of a kind this reader does not know: {type(error).__name__}: {error}") from error
-
-
-def _chunks(numel: int, chunk: int, world_size: int) -> list[tuple[int, int]]:
-    """(rank, elements that are not padding) of a ZeRO-3 parameter, for the ranks that hold any."""
-    lengths = [(rank, min(max(numel - rank * chunk, 0), chunk)) for rank in range(world_size)]
-    return [(rank, length) for rank, length in lengths if length]
-
-
-def _names_of_groups(
-    weights: dict[str, Tensor], groups: list[dict[str, Any]], masters: list[list[Tensor]] | None, state: dict[int, Any]
-) -> list[list[str]] | None:
-    """Which parameters an optimizer's groups hold, in order, where only numbers were saved; None when that cannot be told.
-
-    A group lists its parameters in the model's order, so each is the next name whose shape fits, and whose 16-bit weight is the
-    master rounded where there are masters. Were a parameter of another group, or of none, to fit as well, the answer would be a guess.
-    """
-    if not groups:
-        return None
-    if all("param_names" in group for group in groups):  # the optimizer was given names
-        named = [list(group["param_names"]) for group in groups]
-        return named if {name for group in named for name in group} <= weights.keys() else None
-
-    def same(a: Tensor, b: Tensor) -> bool:
-        """Whether nothing tells these two apart."""
-        return a.shape == b.shape and (masters is None or torch.equal(a, b))
-
-    left = dict(weights)
-    result: list[list[str]] = []
-    for number, group in enumerate(groups):
-        names: list[str] = []
-        candidates = iter(list(left.items()))
-        for i, parameter in enumerate(group["params"]):
-            if masters is not None:
-                master = masters[number][i]
-                match = next((n for n, w in candidates if w.shape == master.shape and torch.equal(master.to(w.dtype), w)), None)
-            else:
-                shape = state.get(parameter, {}).get("exp_avg", torch.empty(0)).shape
-                match = next((n for n, w in candidates if w.shape == shape), None)
-            if match is None:
-                return None
-            names.append(match)
-        for name in names:
-            del left[name]
-        result.append(names)
-    sets = [*result, list(left)]
-    unique = not any(same(weights[a], weights[b]) for i, one in enumerate(sets) for other in sets[i + 1 :] for a in one for b in other)
-    return result if unique else None

@@ -22,6 +22,10 @@ SCRIPT = Path(__file__).with_name("make_checkpoints.py")
 LAYOUTS = re.findall(r'^    "(stage[\w-]+)"', SCRIPT.read_text(), re.MULTILINE)
 
 
+WORLD_SIZES = {1: ["stage1-bf16-optimizer", "stage2-fp32", "stage3-bf16"], 2: LAYOUTS, 3: LAYOUTS, 4: ["stage2-bf16", "stage3-sub-groups"]}
+ZOO = [(world_size, layout) for world_size, layouts in WORLD_SIZES.items() for layout in layouts]
+
+
 def make(folder: Path, world_size: int) -> None:
     """Run the script on that many ranks, each guarded by a timeout."""
     with socket.socket() as probe:
@@ -32,7 +36,7 @@ def make(folder: Path, world_size: int) -> None:
     ranks = []
     for rank, log in enumerate(logs):
         with log.open("w") as file:
-            arguments = [*command, str(rank), str(world_size), str(port), *LAYOUTS]
+            arguments = [*command, str(rank), str(world_size), str(port), *WORLD_SIZES[world_size]]
             ranks.append(subprocess.Popen(arguments, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}))
     try:
         codes = [rank.wait(timeout=240) for rank in ranks]
@@ -46,11 +50,28 @@ def make(folder: Path, world_size: int) -> None:
 def deepspeed_checkpoints(tmp_path_factory) -> Path:
     """FOLDER/WORLD_SIZE/LAYOUT/: a DeepSpeed save folder with two steps, and truth-1.pt and truth-2.pt. Do not write into it."""
     folder = tmp_path_factory.mktemp("deepspeed")
-    for world_size in (2, 3):
+    for world_size in WORLD_SIZES:
         make(folder / str(world_size), world_size)
     return folder
 
 
+@pytest.fixture(scope="session")
+def universal_checkpoints(deepspeed_checkpoints: Path) -> Path:
+    """FOLDER/LAYOUT/: what DeepSpeed's own ds_to_universal makes of step 2 on two ranks."""
+    folder = deepspeed_checkpoints / "universal"
+    code = (
+        "import sys\nfrom types import SimpleNamespace\nfrom deepspeed.checkpoint.ds_to_universal import main\n"
+        "for layout in sys.argv[3:]:\n"
+        "    main(SimpleNamespace(input_folder=f'{sys.argv[1]}/{layout}/step-00000002', output_folder=f'{sys.argv[2]}/{layout}',\n"
+        "        num_extract_workers=1, num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True))"
+    )
+    command = [sys.executable, "-c", code, str(deepspeed_checkpoints / "2"), str(folder), *UNIVERSAL]
+    done = subprocess.run(command, env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+UNIVERSAL = ("stage1-bf16-optimizer", "stage2-bf16", "stage2-round-robin", "stage2-alignment", "stage3-bf16")
 CONFIG = ModelConfig(width=16, depth=2, heads=2, vocab_size=64, sequence_length=16)
 
 

@@ -38,7 +38,7 @@ LAYOUTS = {
     "stage2-alignment": {"zero_optimization": {"stage": 2, "parameter_alignment": True}},
     "stage3-fp32": {"zero_optimization": {"stage": 3}},
     "stage3-bf16": {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}},
-    "stage3-sub-groups": {"zero_optimization": {"stage": 3, "sub_group_size": 100}},
+    "stage3-sub-groups": {"zero_optimization": {"stage": 3, "sub_group_size": 40}},
 }
 
 
@@ -136,6 +136,31 @@ def make(folder: Path, layout: str, rank: int, world_size: int) -> None:
     engine.destroy()
 
 
+def save_distributed(folder: Path, rank: int, world_size: int) -> None:
+    """FOLDER/distributed/step-12 by torch.distributed.checkpoint, sharded along either dimension, and its truth.pt."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (world_size,))
+    torch.manual_seed(0)
+    truth = {"rows": torch.randn(7, 5), "columns": torch.randn(4, 6, 3), "whole": torch.randn(5), "scalar": torch.randn(())}
+    truth |= {"half": torch.randn(3, 8).bfloat16(), "number": torch.arange(4)}
+    rows = distribute_tensor(truth["rows"], mesh, [Shard(0)])
+    model = {
+        **truth,
+        "rows": rows,
+        "columns": distribute_tensor(truth["columns"], mesh, [Shard(1)]),
+        "whole": distribute_tensor(truth["whole"], mesh, [Replicate()]),
+        "half": distribute_tensor(truth["half"], mesh, [Shard(1)]),
+    }
+    state = {"rows": {"exp_avg": rows * 2, "exp_avg_sq": rows * 3, "step": torch.tensor(5.0)}}
+    whole = {"model": model, "optimizer": {"state": state, "param_groups": [{"lr": 0.1, "params": ["rows"]}]}, "step": 12}
+    dcp.save(whole, checkpoint_id=folder / "distributed" / "step-12")  # pyright: ignore[reportPrivateImportUsage]
+    if rank == 0:
+        torch.save(truth, folder / "distributed" / "truth.pt")
+
+
 def main() -> None:
     folder, rank, world_size, port = Path(sys.argv[1]), *map(int, sys.argv[2:5])
     torch.set_num_threads(1)
@@ -146,6 +171,7 @@ def main() -> None:
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     for layout in sys.argv[5:]:
         make(folder, layout, rank, world_size)
+    save_distributed(folder, rank, world_size)
     torch.distributed.barrier()
     sys.stdout.flush()
     os._exit(0)  # ZeRO-3 over gloo may abort while the interpreter shuts down

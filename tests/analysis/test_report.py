@@ -137,7 +137,8 @@ def test_verbs_write_where_they_are_told(run_folder, capsys):
     out = run_folder.parent / "out"
     assert main(["trajectory", str(run_folder), str(other), "--out", str(out)]) == 0
     assert main(["outliers", str(run_folder / "checkpoints" / "step-00000010")]) == 0
-    assert {str(p.relative_to(out)) for p in out.rglob("*.*")} == {f"{n}/trajectory.{e}" for n in ("toy", "other") for e in ("json", "png")}
+    written = ("trajectory.json", "trajectory.png", "grams.safetensors")
+    assert {str(p.relative_to(out)) for p in out.rglob("*.*")} == {f"{run}/{file}" for run in ("toy", "other") for file in written}
     assert json.loads((run_folder / "report" / "step-00000010" / "outliers.json").read_text())["steps"] == [10]
     assert "random walk" in capsys.readouterr().out
 

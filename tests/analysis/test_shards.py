@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from analysis.grams import increment_grams
 from analysis.runs import find_run
 from analysis.shards import Checkpoint, open_checkpoint
-from analysis.trajectory import increment_grams
 from model.errors import InputError
 from model.transformer import Transformer
-from tests.analysis.conftest import CONFIG, LAYOUTS
+from tests.analysis.conftest import CONFIG, LAYOUTS, ZOO
 from tests.analysis.make_checkpoints import Toy
 
 pytestmark = pytest.mark.distributed
@@ -32,8 +32,7 @@ def truth_of(root: Path, world_size: int, layout: str, step: int = 2) -> dict:
     return torch.load(root / str(world_size) / layout / f"truth-{step}.pt")
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("world_size", "layout"), ZOO)
 def test_equal_to_what_deepspeed_gathers(deepspeed_checkpoints, layout, world_size):
     for step in (1, 2):
         checkpoint = open_checkpoint(step_folder(deepspeed_checkpoints, world_size, layout, step))

@@ -59,7 +59,8 @@ def test_the_product_with_a_frozen_derivative(stored: bool) -> None:
     logits = F.linear(hidden0, weight0)
     frozen = FrozenHead(targets, logits=logits) if stored else FrozenHead(targets, hidden=hidden0, weight=weight0)
     g = logit_derivative(logits.flatten(0, 1), targets.flatten()).view_as(logits)
-    hidden.requires_grad_(), weight.requires_grad_()
+    hidden.requires_grad_()
+    weight.requires_grad_()
     expected = torch.autograd.grad(0.7 * (F.linear(hidden, weight) * g).sum(), (hidden, weight))
     product = 0.7 * linear_product(hidden, weight, frozen)
     assert product.item() == 0

@@ -1,0 +1,85 @@
+"""Where query, key and value lie in a tensor that holds all three.
+
+query_key_value, linear_qkv    by group of heads: (kv_heads, [queries of the group, key, value], head_dim) rows: GPT-NeoX, Pythia,
+                               BLOOM, Falcon, Megatron. Cutting the rows into thirds would mix the three.
+qkv_proj, Wqkv, in_proj        all queries, then all keys, then all values: Phi-3, MPT
+c_attn                         the same, along the columns: GPT-2, whose matrices are (in, out)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from analysis.checkpoint import Checkpoint
+from model.errors import InputError
+
+_BY_GROUP = re.compile(r"(query_key_value|linear_qkv)\.(weight|bias)$")
+_STACKED = re.compile(r"(qkv_proj|Wqkv|in_proj)\.(weight|bias)$")
+_COLUMNS = re.compile(r"c_attn\.(weight|bias)$")
+_NAMES = ("query", "key", "value")
+
+Runs = list[tuple[int, int]]
+
+
+class Heads(NamedTuple):
+    """Attention heads, and heads of keys and values (fewer where they are shared)."""
+
+    heads: int
+    kv_heads: int
+
+
+def parts_of(checkpoint: Checkpoint, name: str, heads: Heads | None) -> Iterator[tuple[str, Runs]]:
+    """(part, runs of the flattened tensor) of a tensor: itself whole, or query, key and value of a fused one.
+
+    A fused tensor stays whole where `heads` is None: they are not known (see `heads_of`).
+
+    Raises:
+        InputError: the heads do not fit the tensor.
+    """
+    shape = checkpoint.shapes[name]
+    numel = shape.numel()
+    fused = _BY_GROUP.search(name) or _STACKED.search(name) or _COLUMNS.search(name)
+    if heads is None or fused is None or not numel:
+        yield name, [(0, numel)]
+        return
+    along_columns = bool(_COLUMNS.search(name)) and shape[-1] > shape[0]  # of a bias it is the same
+    rows = shape[-1] if along_columns else shape[0]
+    head_dim, rest = divmod(rows, heads.heads + 2 * heads.kv_heads)
+    if rest or heads.heads % heads.kv_heads:
+        raise InputError(f"{checkpoint.path}: {name} has {rows} rows, which {heads.heads} heads and {heads.kv_heads} of keys do not divide")
+    groups = heads.kv_heads if _BY_GROUP.search(name) else 1
+    sizes = [heads.heads // groups * head_dim, heads.kv_heads // groups * head_dim, heads.kv_heads // groups * head_dim]
+    inner = 1 if along_columns else numel // rows  # elements a row
+    repeats = numel // rows if along_columns else groups  # how often the three follow each other
+    period = sum(sizes) * inner
+    begin = 0
+    for part, size in zip(_NAMES, sizes, strict=True):
+        yield f"{name}[{part}]", [(r * period + begin * inner, r * period + (begin + size) * inner) for r in range(repeats)]
+        begin += size
+
+
+def heads_of(checkpoint: Checkpoint) -> Heads | None:
+    """From config.json of a Hugging Face folder; None where it does not say."""
+    path = checkpoint.path / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        heads = int(config.get("num_attention_heads") or config["n_head"])
+        multi_query = config.get("multi_query") and not config.get("new_decoder_architecture")
+        return Heads(heads, int(config.get("num_key_value_heads") or config.get("num_kv_heads") or (1 if multi_query else heads)))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def parse_heads(text: str | None) -> Heads | None:
+    """`32` or `32,8` of the command line. Raises InputError for anything else."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"([1-9]\d*)(?:,([1-9]\d*))?", text)
+    if match is None:
+        raise InputError(f"--heads {text}: expected the number of heads, and of key and value heads if they are fewer: 32 or 32,8")
+    return Heads(int(match[1]), int(match[2] or match[1]))

@@ -1,0 +1,133 @@
+"""A Burnish network as a transformers model.
+
+    import model.huggingface                                     # makes the class known to transformers
+    model = AutoModelForCausalLM.from_pretrained("exported")     # a folder that `python -m analysis export` wrote
+    model.generate(**AutoTokenizer.from_pretrained("exported")("def ", return_tensors="pt"))
+
+The network itself is wrapped, not written again: every block variant of `ModelConfig` exports as it is. There is no key-value
+cache, so generating costs a whole forward pass a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from model.config import ModelConfig
+from model.errors import InputError
+from model.parametrization import initialize
+from model.transformer import Transformer
+
+PREFIX = "network."  # before each of the Transformer's own names in an exported folder
+
+
+class BurnishConfig(PretrainedConfig):
+    """`ModelConfig` as a transformers configuration: its fields lie under `network`, the names transformers looks for beside it."""
+
+    model_type = "burnish"
+
+    def __init__(self, network: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.network = network
+        if network is not None:
+            shape = ModelConfig(**network)
+            kwargs = {
+                "vocab_size": shape.vocab_size,
+                "hidden_size": shape.width,
+                "num_hidden_layers": shape.depth,
+                "num_attention_heads": shape.heads,
+                "num_key_value_heads": shape.kv_heads,
+                "max_position_embeddings": shape.sequence_length,
+                "tie_word_embeddings": shape.tied_embeddings,
+                "use_cache": False,
+                **kwargs,
+            }
+        super().__init__(**kwargs)
+
+
+class BurnishForCausalLM(PreTrainedModel, GenerationMixin):
+    """`Transformer` behind the interface of transformers: logits, a mean loss where there are labels, and `generate`."""
+
+    config_class = BurnishConfig
+    _tied_weights_keys = {"network.unembedding.weight": "network.embedding.weight"}  # noqa: RUF012  # counts where the config ties them
+    _no_split_modules = ["Block"]  # noqa: RUF012
+
+    def __init__(self, config: BurnishConfig) -> None:
+        super().__init__(config)
+        if config.network is None:
+            raise InputError("config.json has no `network`: it is not of a model that Burnish exported")
+        self.network = Transformer(ModelConfig(**config.network))
+        if not self.network.embedding.weight.is_meta:  # a new model, not one about to be read: it starts as in training, seed 0
+            initialize(self.network, seed=0)
+            for parameter in self.network.parameters():
+                parameter._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """transformers calls this for parameters that no file held: a model in part trained and in part random is not handed out."""
+        if any(not parameter.is_meta for parameter in module.parameters(recurse=False)):
+            names = [name for name, own in self.named_modules() if own is module]
+            raise InputError(f"the folder's weights are not all there: {', '.join(names)} has none")
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.network.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.network.embedding = value  # pyright: ignore[reportAttributeAccessIssue]
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.network.unembedding
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.network.unembedding = new_embeddings  # pyright: ignore[reportAttributeAccessIssue]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int = 0,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutput | tuple[Tensor, ...]:
+        """Logits (batch, length, vocab_size), of the last `logits_to_keep` positions where that is above 0.
+
+        Args:
+            input_ids: (batch, length), int64.
+            attention_mask: (batch, length): 0 marks padding, on either side.
+            labels: (batch, length): the tokens themselves, -100 where nothing is to be predicted; shifted here, as transformers has it.
+            use_cache, return_dict: accepted because transformers passes them; there is no cache.
+
+        Raises:
+            InputError: padding on the left, where positions are learned: a text would not start at position 0.
+        """
+        documents = None
+        if attention_mask is not None and not attention_mask.all():
+            if self.network.config.positions == "learned" and not attention_mask[:, 0].all():
+                raise InputError("padding on the left shifts learned positions: set tokenizer.padding_side = 'right'")
+            documents = attention_mask.long()  # text sees text and padding sees padding; RoPE knows distances alone
+        logits = self.network(input_ids, document_ids=documents)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
+        logits = logits[:, -logits_to_keep:] if logits_to_keep else logits
+        if return_dict is False:
+            return (logits,) if loss is None else (loss, logits)
+        return CausalLMOutput(loss=loss, logits=logits)  # pyright: ignore[reportArgumentType]
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> dict[str, Any]:
+        """What `generate` hands to `forward`: the whole text each time, since nothing is cached."""
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def transformers_config(config: ModelConfig, dtype: torch.dtype = torch.float32, **extra: Any) -> BurnishConfig:
+    """The configuration that goes beside exported weights of this dtype; `extra`: eos_token_id and the like."""
+    return BurnishConfig(network=config.to_dict(), dtype=dtype, architectures=["BurnishForCausalLM"], **extra)
+
+
+AutoConfig.register(BurnishConfig.model_type, BurnishConfig, exist_ok=True)
+AutoModelForCausalLM.register(BurnishConfig, BurnishForCausalLM, exist_ok=True)

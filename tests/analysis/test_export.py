@@ -1,0 +1,172 @@
+"""Exported checkpoints against safetensors' and transformers' own readers, and against the live network."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import model.huggingface
+from analysis.__main__ import main
+from analysis.shards import open_checkpoint
+from model.config import ModelConfig
+from model.errors import InputError
+from model.parametrization import initialize
+from model.transformer import Transformer
+from tests.analysis.conftest import CONFIG, write_checkpoint
+
+VARIANTS = {
+    "pre_norm": {},
+    "untied_learned": {"tied_embeddings": False, "positions": "learned", "norm": "layer_norm", "biases": True},
+    "outlier_protected": {"block": "outlier_protected", "activation": "swiglu", "heads": 4, "kv_heads": 2, "residual_gain_form": "vector"},
+}
+
+
+def network(seed: int = 0, **fields) -> Transformer:
+    built = Transformer(ModelConfig(**{"width": 32, "depth": 2, "heads": 2, "vocab_size": 64, "sequence_length": 24, **fields}))
+    initialize(built, seed)
+    return built.eval()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_folder_loads_as_a_transformers_model_and_reads_back(tmp_path, capsys, variant):
+    live = network(3, **VARIANTS[variant])
+    write_checkpoint(tmp_path / "step-00000007", live, 7)
+    assert main(["export", str(tmp_path / "step-00000007"), "--out", str(tmp_path / "folder"), "--shard-gigabytes", "1e-5"]) == 0
+    assert "largest difference 0," in capsys.readouterr().out
+    files = sorted((tmp_path / "folder").glob("*.safetensors"))
+    assert len(files) > 2
+    assert sum("unembedding.weight" in name for file in files for name in load_file(file)) == (0 if live.config.tied_embeddings else 1)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
+    tokens = torch.randint(64, (2, 20), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(exported(tokens).logits, live(tokens))
+    assert (exported.network.unembedding.weight is exported.network.embedding.weight) == live.config.tied_embeddings
+
+    back = open_checkpoint(tmp_path / "folder")
+    assert (back.step, back.format, back.precision) == (7, "Hugging Face folder, safetensors", "fp32")
+    assert back.aliases == ({"unembedding.weight": "embedding.weight"} if live.config.tied_embeddings else {})
+    filled = Transformer(live.config)
+    back.load_into(filled)
+    assert all(torch.equal(value, live.state_dict()[name]) for name, value in filled.state_dict().items())
+
+
+def test_generate_is_greedy_decoding_and_padding_changes_nothing(tmp_path):
+    live = network(1, tied_embeddings=False, init_std=0.3)  # tied and barely trained, it would repeat a token
+    model_ = model.huggingface.BurnishForCausalLM(model.huggingface.transformers_config(live.config))
+    model_.network.load_state_dict(live.state_dict())
+    tokens = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
+    expected = tokens
+    with torch.no_grad():
+        for _ in range(6):
+            expected = torch.cat([expected, live(expected)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(model_.generate(tokens, max_new_tokens=6, do_sample=False, pad_token_id=0), expected)
+    assert expected[:, 9:].unique().numel() > 2
+    for shown in (slice(3, 9), slice(0, 6)):  # padded on the left, then on the right
+        mask = torch.zeros_like(tokens)
+        mask[:, shown] = 1
+        torch.testing.assert_close(model_(tokens, attention_mask=mask).logits[:, shown], live(tokens[:, shown]), rtol=0, atol=1e-5)
+    labels = tokens.clone()
+    labels[0, :5] = -100
+    targets = torch.cat([labels[:, 1:], torch.full((2, 1), -100)], dim=1)
+    torch.testing.assert_close(model_(tokens, labels=labels).loss, live(tokens, targets) / 12)
+    learned = model.huggingface.BurnishForCausalLM(model.huggingface.transformers_config(network(positions="learned").config))
+    with pytest.raises(InputError, match="padding on the left shifts learned positions"):
+        learned(tokens, attention_mask=torch.tensor([[0] + [1] * 8, [1] * 9]))
+
+
+def test_a_new_model_is_initialized_and_a_partial_one_refused(tmp_path):
+    config = model.huggingface.transformers_config(CONFIG)
+    made, expected = AutoModelForCausalLM.from_config(config), Transformer(CONFIG)
+    initialize(expected, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(made.network.parameters(), expected.parameters(), strict=True))
+    made.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["network.blocks.0.mlp.up.weight"]
+    made.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(InputError, match=r"not all there: network.blocks.0.mlp.up"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_one_file_of_a_sharded_checkpoint(deepspeed_checkpoints, tmp_path, capsys):
+    """Tied, frozen, buffer: what safetensors' own reader finds is what DeepSpeed gathered."""
+    for layout in ("stage1-bf16-optimizer", "stage2-round-robin", "stage3-bf16"):
+        source = deepspeed_checkpoints / "3" / layout
+        truth = torch.load(source / "truth-2.pt")
+        out = tmp_path / f"{layout}.safetensors"
+        assert main(["export", str(source), "--out", str(out)]) == 0
+        found = load_file(out)
+        expected = {**truth["parameters"], **truth["frozen"], **truth["buffers"]}
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name].float(), expected[name].float()) for name in expected)
+        back = open_checkpoint(out)
+        assert (back.step, back.aliases, set(back.buffers)) == (2, {"head.weight": "embedding.weight"}, {"offset"})
+        rounded = tmp_path / f"{layout}-bf16.safetensors"
+        assert main(["export", str(source), "--out", str(rounded), "--precision", "bf16"]) == 0
+        assert torch.equal(load_file(rounded)["first.weight"], expected["first.weight"].bfloat16())
+        assert open_checkpoint(rounded).precision == "bf16"
+    largest = [float(text) for text in re.findall(r"rounding changed an element by at most (\S+) of it", capsys.readouterr().out)]
+    assert len(largest) == 3
+    assert 2**-9 < max(largest) <= 2**-8  # half a unit in the last of bf16's 8 bits
+
+
+def test_the_tokenizer_goes_along_and_cuts_text_the_same(run_folder, tmp_path, capsys):
+    import sentencepiece
+
+    from training.tokenizer import train_sentencepiece
+
+    texts = [Path(__file__).read_bytes(), "naïve 東京 \u00a0".encode() * 3]
+    trained = train_sentencepiece(texts, 380)
+    (run_folder / "tokenizer").mkdir()
+    trained.save(run_folder / "tokenizer")
+    live = network(vocab_size=380)
+    for folder in (run_folder / "checkpoints").iterdir():
+        if folder.name != ".writing-step-00000030":
+            for path in folder.iterdir():
+                path.unlink()
+            folder.rmdir()
+    write_checkpoint(run_folder / "checkpoints" / "step-00000030", live, 30)
+    assert main(["export", str(run_folder), "--out", str(tmp_path / "folder")]) == 0
+    assert "a sample: 'The" in capsys.readouterr().out
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "folder")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "folder" / "tokenizer.model"))
+    for file in (*Path("model").glob("*.py"), Path("README.md")):
+        text = file.read_text()
+        assert loaded.encode(text) == processor.encode(text) == trained.encode(text).tolist()
+        assert loaded.decode(loaded.encode(text)) == text
+    assert loaded.eos_token_id == trained.end_of_text
+
+
+def test_a_folder_of_another_library_keeps_its_class(tmp_path, capsys):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+    LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True)).save_pretrained(tmp_path / "llama")
+    assert main(["export", str(tmp_path / "llama"), "--out", str(tmp_path / "copy")]) == 0
+    assert "largest difference 0," in capsys.readouterr().out
+    assert json.loads((tmp_path / "copy" / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_what_is_refused_and_that_nothing_is_left(run_folder, tmp_path, monkeypatch, capsys):
+    step = run_folder / "checkpoints" / "step-00000010"
+    (tmp_path / "taken").mkdir()
+    for arguments, problem in (
+        (["export", str(step)], "needs --out"),
+        (["export", str(step), str(step), "--out", str(tmp_path / "x")], "takes one"),
+        (["export", str(step), "--out", str(tmp_path / "taken")], "exists already"),
+        (["export", str(step / "mp_rank_00_model_states.pt"), "--out", str(tmp_path / "x")], "neither model_config.json"),
+    ):
+        assert main(arguments) == 2
+        assert problem in capsys.readouterr().err
+    import analysis.export
+
+    original = analysis.export._write
+    monkeypatch.setattr(analysis.export, "_write", lambda file, values: original(file, values * 2))
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(RuntimeError, match="was not written as it was read"):
+        main(["export", str(step), "--out", str(tmp_path / "x.safetensors")])
+    assert sorted(tmp_path.iterdir()) == before
