@@ -1,6 +1,6 @@
 """Train the outlier ablation and say what int8 costs each network: `python -m scripts.ablate_outliers [--seeds 0 1] [--jobs 2]`.
 
-Every recipe of ABLATION is trained once for each seed, one process and one core each; then `python -m analysis quantization`
+Every run of ABLATION is trained once for each seed, one process and one core each; then `python -m analysis quantization`
 reads the last checkpoints. The figures go to outliers_cpu.json below --out, and curves to outliers_cpu.png beside it. Launched again it
 carries on: runs that are complete are not trained again, so seeds can be added later.
 """
@@ -24,11 +24,18 @@ from training.data import prepare
 from training.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-ABLATION = {
-    "ablation_pre_norm": "pre-norm, AdamW",
-    "ablation_outlier_protected": "Outlier-Protected, AdamW",
-    "ablation_pre_norm_epsilon": "pre-norm, AdamW with epsilon 1e-4",
-    "ablation_pre_norm_muon": "pre-norm, Muon",
+# run: what it is, its recipe, and what differs from that
+ABLATION: dict[str, tuple[str, str, list[str]]] = {
+    "ablation_pre_norm": ("pre-norm, AdamW", "ablation_pre_norm", []),
+    "ablation_outlier_protected": ("Outlier-Protected, AdamW", "ablation_outlier_protected", []),
+    "ablation_pre_norm_epsilon": ("pre-norm, AdamW with epsilon 1e-4", "ablation_pre_norm_epsilon", []),
+    "ablation_pre_norm_muon": ("pre-norm, Muon", "ablation_pre_norm_muon", []),
+    "ablation_pre_norm_cool": ("pre-norm, AdamW, a third of the learning rate", "ablation_pre_norm", ["optimizer.learning_rate=2e-3"]),
+    "ablation_outlier_protected_cool": (
+        "Outlier-Protected, AdamW, a third of the learning rate",
+        "ablation_outlier_protected",
+        ["optimizer.learning_rate=2e-3"],
+    ),
 }
 
 
@@ -55,7 +62,7 @@ def main() -> int:
     result = {
         "command": "python -m scripts.ablate_outliers --seeds " + " ".join(map(str, arguments.seeds)),
         "environment": environment,
-        "networks": {name: {"what": ABLATION[name], **summary(seeds), "seeds": seeds} for name, seeds in found.items()},
+        "networks": {name: {"what": ABLATION[name][0], **summary(seeds), "seeds": seeds} for name, seeds in found.items()},
     }
     (out / "outliers_cpu.json").write_text(json.dumps(result, indent=2) + "\n")
     draw(folders, arguments.seeds, out / "outliers_cpu.png")
@@ -109,7 +116,7 @@ def draw(folders: dict[str, Path], seeds: list[int], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for colour, (name, what) in zip(RUN_COLOURS, ABLATION.items(), strict=False):
+    for colour, (name, (what, _, _)) in zip(RUN_COLOURS, ABLATION.items(), strict=True):
         for seed in seeds:
             run, label = folders[f"{name}_seed{seed}"], what if seed == seeds[0] else None
             steps, kurtosis = kurtosis_of(run)
@@ -145,13 +152,13 @@ def corpus_of(runs: Path) -> str:
     for record in sorted(runs.glob("ablation_*/data.json")):
         return json.loads(record.read_text())["prepared"]
     print("prepare the data ...", flush=True)
-    return str(prepare(load_recipe(f"recipes/{next(iter(ABLATION))}.yaml").recipe.data).folder)
+    return str(prepare(load_recipe("recipes/ablation_pre_norm.yaml").recipe.data).folder)
 
 
 def train(name: str, seed: int, runs: str, corpus: str) -> None:
-    run = f"{name}_seed{seed}"
-    overrides = [f"run.seed={seed}", f"run.name={run}", f"run.folder={runs}", f"data.prepared={corpus}"]
-    call(run, [sys.executable, "train.py", f"recipes/{name}.yaml", *overrides], log=Path(runs) / f"{run}.log")
+    run, (_, recipe, different) = f"{name}_seed{seed}", ABLATION[name]
+    overrides = [*different, f"run.seed={seed}", f"run.name={run}", f"run.folder={runs}", f"data.prepared={corpus}"]
+    call(run, [sys.executable, "train.py", f"recipes/{recipe}.yaml", *overrides], log=Path(runs) / f"{run}.log")
 
 
 def call(what: str, command: list[str], log: Path | None = None) -> None:
