@@ -30,7 +30,7 @@ from model.errors import InputError
 # quantise(site, x, counted) -> x on its grid. `counted` (broadcastable to x, bool) marks what a range may see; None: everything.
 Quantise = Callable[[str, Tensor, Tensor | None], Tensor]
 
-_ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__}
+_ADDITIONS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__, torch.addcmul}
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
 _SOFTMAXES = {torch.softmax, Tensor.softmax, F.softmax}
 
@@ -222,7 +222,7 @@ def intercept(decoder: Decoder, groups: list[Projections], quantise: Quantise) -
 
 
 def _same_shapes(args: tuple[Any, ...]) -> bool:
-    return len(args) == 2 and all(isinstance(x, Tensor) for x in args) and args[0].shape == args[1].shape and args[0].dim() >= 2
+    return len(args) >= 2 and all(isinstance(x, Tensor) for x in args[:2]) and args[0].shape == args[1].shape and args[0].dim() >= 2
 
 
 @torch.no_grad()

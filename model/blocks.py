@@ -73,9 +73,14 @@ class Block(nn.Module):
         """x (batch, length, width) -> (batch, length, width); `rotary` and `mask` as in `Attention`."""
         normed = self.attention_norm(x)
         mixed = self.attention(normed if self.normed_query_key else x, normed if self.normed_value else x, rotary, mask)
-        x = self.after_attention_norm(x + _scaled(mixed, self.attention_gain))
-        return self.after_mlp_norm(x + _scaled(self.mlp(_scaled(self.mlp_norm(x), self.mlp_input_scale)), self.mlp_gain))
+        x = self.after_attention_norm(_add(x, mixed, self.attention_gain))
+        return self.after_mlp_norm(_add(x, self.mlp(_scaled(self.mlp_norm(x), self.mlp_input_scale)), self.mlp_gain))
 
 
-def _scaled(x: Tensor, factor: Tensor | float) -> Tensor:
-    return x if isinstance(factor, float) and factor == 1.0 else x * factor
+def _add(x: Tensor, branch: Tensor, gain: Tensor | float) -> Tensor:
+    """x + gain branch, in one pass over memory."""
+    return torch.addcmul(x, branch, gain) if isinstance(gain, Tensor) else torch.add(x, branch, alpha=gain)
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1.0 else x * factor
