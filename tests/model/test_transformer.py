@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from model.attention import softcapped_attention
+from model.attention import rotary_tables, rotate, softcapped_attention
 from model.config import PRESETS, SIZES, ModelConfig
 from model.errors import InputError
 from model.parametrization import initialize, is_decayed, owned_parameters
@@ -184,6 +184,30 @@ def test_softcap_is_its_formula_and_vanishes_when_large() -> None:
             scores = 9 * query[0, head, t] @ key[0, head // 2, : t + 1].T / math.sqrt(8)
             weights = (2 * torch.tanh(scores / 2)).softmax(-1)
             torch.testing.assert_close(mixed[0, head, t], weights @ value[0, head // 2, : t + 1], rtol=0, atol=1e-6)
+
+
+def test_qk_norm_comes_before_rope() -> None:
+    """The order shows once the scales differ between the two halves that RoPE mixes: Norm, then rotate, in float64."""
+    attention = make(block="outlier_protected").double().blocks[0].attention
+    with torch.no_grad():
+        for norm in (attention.query_norm, attention.key_norm):
+            norm.weight.copy_(torch.linspace(0.5, 2.0, 12))
+    x = torch.randn(1, 6, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rotary = rotary_tables(6, 12, 10000.0, x.device)
+    seen: list[torch.Tensor] = []
+    attention.output.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    attention(x, x, rotary, None)
+
+    def heads(weight: torch.Tensor) -> torch.Tensor:
+        return (x @ weight.T).view(1, 6, 4, 12)
+
+    def normed(v: torch.Tensor) -> torch.Tensor:
+        return v / (v.square().mean(-1, keepdim=True) + 1e-5).sqrt() * torch.linspace(0.5, 2.0, 12, dtype=torch.float64)
+
+    query, key = (rotate(normed(heads(linear.weight)), rotary).transpose(1, 2) for linear in (attention.query, attention.key))
+    scores = (query @ key.mT / math.sqrt(12)).masked_fill(torch.ones(6, 6).triu(1).bool(), -math.inf)
+    expected = (scores.softmax(-1) @ heads(attention.value.weight).transpose(1, 2)).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(seen[0], expected, rtol=0, atol=1e-6)  # rotation is in float32
 
 
 def preset(name: str) -> Transformer:
