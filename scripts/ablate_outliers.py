@@ -1,8 +1,8 @@
 """Train the outlier ablation and say what int8 costs each network: `python -m scripts.ablate_outliers [--seeds 0 1] [--jobs 2]`.
 
 Every run of ABLATION is trained once for each seed, one process and one core each; then `python -m analysis quantization`
-reads the last checkpoints. The figures go to outliers_cpu.json below --out, and curves to outliers_cpu.png beside it. Launched again it
-carries on: runs that are complete are not trained again, so seeds can be added later.
+reads the last checkpoints. The figures go to the file --out, and curves to a picture beside it. Launched again it carries on: runs that
+are complete are not trained again, so seeds can be added later.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, each on one core")
     parser.add_argument("--runs", default="runs", help="folder of the runs")
-    parser.add_argument("--out", default="docs/evidence", help="folder of outliers_cpu.json and outliers_cpu.png")
+    parser.add_argument("--networks", nargs="+", choices=ABLATION, default=list(ABLATION))
+    parser.add_argument("--out", default="docs/evidence/outliers_cpu.json")
     arguments = parser.parse_args()
-    jobs = [(name, seed) for seed in arguments.seeds for name in ABLATION]
+    jobs = [(name, seed) for seed in arguments.seeds for name in arguments.networks]
     corpus = corpus_of(Path(arguments.runs))
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(lambda job: train(job[0], job[1], arguments.runs, corpus), jobs))
@@ -54,18 +55,18 @@ def main() -> int:
     scratch = Path(arguments.runs) / "quantization"
     call("quantise", [sys.executable, "-m", "analysis", "quantization", *map(str, folders.values()), "--out", str(scratch)])
     quantized = {entry["name"]: entry for entry in json.loads((scratch / "quantization.json").read_text())["checkpoints"]}
-    found = {name: [figures(folders[f"{name}_seed{seed}"], seed, quantized) for seed in arguments.seeds] for name in ABLATION}
+    found = {name: [figures(folders[f"{name}_seed{seed}"], seed, quantized) for seed in arguments.seeds] for name in arguments.networks}
     out = Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
     environment = json.loads((next(iter(folders.values())) / "environment.json").read_text())
     del environment["command"]  # of that run alone
     result = {
-        "command": "python -m scripts.ablate_outliers --seeds " + " ".join(map(str, arguments.seeds)),
+        "command": f"python -m scripts.ablate_outliers --seeds {' '.join(map(str, arguments.seeds))} --networks {' '.join(arguments.networks)}",
         "environment": environment,
         "networks": {name: {"what": ABLATION[name][0], **summary(seeds), "seeds": seeds} for name, seeds in found.items()},
     }
-    (out / "outliers_cpu.json").write_text(json.dumps(result, indent=2) + "\n")
-    draw(folders, arguments.seeds, out / "outliers_cpu.png")
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    draw(folders, arguments.networks, arguments.seeds, out.with_suffix(".png"))
     print(table(result))
     return 0
 
@@ -111,14 +112,14 @@ def validation_of(run: Path) -> tuple[list[int], list[float]]:
     return [record["step"] for record in records], [record["validation_loss"] for record in records]
 
 
-def draw(folders: dict[str, Path], seeds: list[int], path: Path) -> None:
+def draw(folders: dict[str, Path], networks: list[str], seeds: list[int], path: Path) -> None:
     """Kurtosis - 1 and validation loss over training, one colour a network and one line a seed."""
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for colour, (name, (what, _, _)) in zip(RUN_COLOURS, ABLATION.items(), strict=True):
+    for colour, name in zip(RUN_COLOURS, networks, strict=False):
         for seed in seeds:
-            run, label = folders[f"{name}_seed{seed}"], what if seed == seeds[0] else None
+            run, label = folders[f"{name}_seed{seed}"], ABLATION[name][0] if seed == seeds[0] else None
             steps, kurtosis = kurtosis_of(run)
             left.plot(steps, [value - 1 for value in kurtosis], color=colour, lw=1.4, label=label)
             right.plot(*validation_of(run), "o-", ms=3, color=colour, lw=1.4)
