@@ -61,7 +61,7 @@ def main() -> int:
     environment = json.loads((next(iter(folders.values())) / "environment.json").read_text())
     del environment["command"]  # of that run alone
     result = {
-        "command": f"python -m scripts.ablate_outliers --seeds {' '.join(map(str, arguments.seeds))} --networks {' '.join(arguments.networks)}",
+        "command": " ".join(["python -m scripts.ablate_outliers --seeds", *map(str, arguments.seeds), "--networks", *arguments.networks]),
         "environment": environment,
         "networks": {name: {"what": ABLATION[name][0], **summary(seeds), "seeds": seeds} for name, seeds in found.items()},
     }
