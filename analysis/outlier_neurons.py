@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from analysis.decoders import Decoder, Projections
+from model.activation_statistics import ActivationMoments
 from model.errors import InputError
 
 
@@ -39,31 +40,20 @@ class Thresholds:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name):g}: expected a positive number")
 
 
-@dataclass
-class NeuronEnergies:
-    """Sums of squares a neuron, float64."""
+def top_neurons(moments: ActivationMoments, count: int) -> list[dict[str, float]]:
+    """The neurons with the largest s_j at a place, largest first: [{"neuron", "rms": s_j, "share": s_j^2 / sum of s^2}].
 
-    positions: int = 0
-    squares: Tensor = field(default_factory=lambda: torch.zeros(()))  # (d,)
-
-    def add(self, x: Tensor) -> None:
-        """x (batch, length, d)."""
-        self.positions += x.shape[0] * x.shape[1]
-        self.squares = self.squares + x.double().square().sum(dim=(0, 1)).cpu()
-
-    def top(self, count: int) -> list[dict[str, float]]:
-        """The neurons with the largest s_j, largest first: [{"neuron", "rms": s_j, "share": s_j^2 / sum of s^2}].
-
-        Empty where the activations are not finite.
-        """
-        total = self.squares.sum().clamp_min(torch.finfo(torch.float64).tiny)
-        if not total.isfinite():
-            return []
-        values, neurons = self.squares.topk(min(count, len(self.squares)))
-        return [
-            {"neuron": neuron, "rms": (value / self.positions) ** 0.5, "share": value / total.item()}
-            for value, neuron in zip(values.tolist(), neurons.tolist(), strict=True)
-        ]
+    Empty where the activations are not finite.
+    """
+    positions, squares = moments.sums[0].item(), moments.sums[3:]
+    total = squares.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    if not total.isfinite():
+        return []
+    values, neurons = squares.topk(min(count, len(squares)))
+    return [
+        {"neuron": neuron, "rms": (value / positions) ** 0.5, "share": value / total.item()}
+        for value, neuron in zip(values.tolist(), neurons.tolist(), strict=True)
+    ]
 
 
 @dataclass

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analysis.decoders import Decoder, Pretrained, Projections, build_model, projection_groups, run_decoder, watch
-from analysis.outlier_neurons import MassiveActivations, NeuronEnergies, OutlierFeatures, Thresholds, watch_projections
+from analysis.outlier_neurons import MassiveActivations, OutlierFeatures, Thresholds, top_neurons, watch_projections
 from analysis.runs import Run
 from analysis.tokens import check_vocabulary, held_out_tokens
 from model import activation_statistics
@@ -54,13 +54,11 @@ def measure(
     """
     thresholds = thresholds or Thresholds()
     moments: dict[str, ActivationMoments] = {}
-    energies: dict[str, NeuronEnergies] = {}
     massive: dict[str, MassiveActivations] = {}
     features = OutlierFeatures(len(decoder.layers), thresholds)
 
     def look(place: str, x: Tensor) -> None:
         add_to(moments, place, x)
-        energies.setdefault(place, NeuronEnergies()).add(x)
         massive.setdefault(place, MassiveActivations(thresholds)).add(x)
 
     length, loss = tokens.shape[1] - 1, 0.0
@@ -72,7 +70,7 @@ def measure(
     loss /= tokens.shape[0] * length
     return {
         "places": {place: sums.measures() for place, sums in moments.items()},
-        "neurons": {place: sums.top(top) for place, sums in energies.items()},
+        "neurons": {place: top_neurons(sums, top) for place, sums in moments.items()},
         "massive_activations": {place: found.measures() for place, found in massive.items()},
         "outlier_features": features.measures() if groups else None,
         "loss": loss if math.isfinite(loss) else None,

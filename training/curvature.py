@@ -37,7 +37,7 @@ class Curvature:
     def __init__(self, engine: Engine, data: PreparedData, recipe: Recipe) -> None:
         self.engine, self.iterations = engine, recipe.evaluation.curvature_iterations
         self.batch = _fixed_batch(engine, data, recipe)
-        (counted,) = sum_over_ranks(int((self.batch.targets != IGNORED_TARGET).sum()), device=engine.device)
+        (counted,) = sum_over_ranks(self.batch.valid_tokens, device=engine.device)
         self.scale = 1.0 / max(counted, 1.0)
         self.found: dict[str, Vector] = {}
 

@@ -251,6 +251,11 @@ class Batch:
     targets: torch.Tensor
     document_ids: torch.Tensor | None
 
+    @property
+    def valid_tokens(self) -> int:
+        """Targets that count."""
+        return int((self.targets != IGNORED_TARGET).sum())
+
 
 class Sequences:
     """A split as windows of `sequence_length` + 1 tokens; a window's last token is the next one's first.

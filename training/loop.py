@@ -217,7 +217,7 @@ def evaluate(engine: Engine, data: PreparedData, recipe: Recipe) -> float:
         batch = sequences.rows(np.minimum(numbers, count - 1))
         batch.targets[torch.from_numpy(numbers >= count)] = IGNORED_TARGET
         loss_sum += engine.summed_loss(batch)
-        valid += int((batch.targets != IGNORED_TARGET).sum())
+        valid += batch.valid_tokens
     loss, tokens = sum_over_ranks(loss_sum, valid, device=engine.device)
     return loss / tokens
 
@@ -226,7 +226,7 @@ def _valid_tokens(batches: list[Batch], tokens_per_step: int, document_masks: bo
     """Targets that count in this step, over all ranks and micro-batches."""
     if not document_masks:
         return float(tokens_per_step)
-    (valid,) = sum_over_ranks(sum(int((batch.targets != IGNORED_TARGET).sum()) for batch in batches), device=device)
+    (valid,) = sum_over_ranks(sum(batch.valid_tokens for batch in batches), device=device)
     return max(valid, 1.0)
 
 

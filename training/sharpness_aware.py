@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.linear_cross_entropy import IGNORED_TARGET, FrozenHead
+from model.linear_cross_entropy import FrozenHead
 from training.data import Batch
 from training.engine import Engine, StepResult
 from training.master_weights import MasterWeights, Vector
@@ -281,7 +281,7 @@ def _frozen_heads(engine: Engine, batches: list[Batch], kept: list[Tensor], logi
 
 
 def _counted(batches: list[Batch]) -> int:
-    return sum(int((batch.targets != IGNORED_TARGET).sum()) for batch in batches)
+    return sum(batch.valid_tokens for batch in batches)
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

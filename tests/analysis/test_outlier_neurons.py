@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from analysis.decoders import projection_groups
-from analysis.outlier_neurons import MassiveActivations, NeuronEnergies, OutlierFeatures, Thresholds, watch_projections
+from analysis.outlier_neurons import MassiveActivations, OutlierFeatures, Thresholds, top_neurons, watch_projections
+from model.activation_statistics import ActivationMoments
 from model.errors import InputError
 from tests.analysis.test_decoders import ours
 
@@ -19,17 +20,17 @@ def random(*shape: int) -> torch.Tensor:
 def test_top_neurons_over_any_split():
     x = random(6, 5, 12) * torch.linspace(0.1, 3, 12).flip(0)
     x[..., 7] += 20
-    energies = NeuronEnergies()
+    moments = ActivationMoments(12, x.device)
     for part in x.split([1, 2, 3]):
-        energies.add(part)
+        moments.add(part)
     squares = (x.double().numpy().reshape(30, 12) ** 2).mean(axis=0)
-    top = energies.top(3)
+    top = top_neurons(moments, 3)
     assert [one["neuron"] for one in top] == np.argsort(-squares)[:3].tolist() and top[0]["neuron"] == 7
     assert [one["rms"] for one in top] == pytest.approx(np.sqrt(np.sort(squares)[::-1][:3]))
     assert [one["share"] for one in top] == pytest.approx(np.sort(squares)[::-1][:3] / squares.sum())
-    assert sum(one["share"] for one in energies.top(99)) == pytest.approx(1.0)
-    energies.add(torch.full((1, 1, 12), torch.nan))
-    assert energies.top(3) == []
+    assert sum(one["share"] for one in top_neurons(moments, 99)) == pytest.approx(1.0)
+    moments.add(torch.full((1, 1, 12), torch.nan))
+    assert top_neurons(moments, 3) == []
 
 
 def test_massive_activations_are_large_and_dwarf_their_own_sequence():
