@@ -9,7 +9,9 @@ curvature, the loss after W4A8 quantisation, and how much Python it forgets when
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -19,7 +21,14 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from analysis.runs import find_run, read_metrics
+import torch
+from torch import Tensor
+
+from analysis.decoders import build_model
+from analysis.pictures import RUN_COLOURS
+from analysis.runs import Run, find_run, read_metrics
+from analysis.shards import open_checkpoint
+from analysis.tokens import encoder, validation_tokens
 from training.data import prepare
 from training.recipe import load_recipe
 
@@ -27,8 +36,9 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS, TUNING_SEED = 512, 100
 COMMON = [
     f"training.tokens={STEPS * 1024}", "training.tokens_per_step=1024", "training.micro_batch_size=8", "training.sequence_length=128",
-    "data.tokenizer.vocab_size=2048", "evaluation.every=256", "evaluation.tokens=131072", f"checkpoint.every={2 * STEPS}",
-    "checkpoint.first=false", "optimizer.final_learning_rate_fraction=0", "deepspeed.zero_optimization.stage=0", "logging.tensorboard=false",
+    "data.tokenizer.vocab_size=2048", "evaluation.every=256", "evaluation.tokens=131072",
+    f"checkpoint.every={2 * STEPS}", "checkpoint.first=false", "optimizer.final_learning_rate_fraction=0",
+    "deepspeed.zero_optimization.stage=0", "logging.tensorboard=false",
 ]  # fmt: skip
 SIZES = {
     "0.5m": ["model.size=null", "model.width=96", "model.depth=3", "model.heads=3"],
@@ -52,7 +62,19 @@ NAMES = {
 }
 LEARNING_RATES = {"0.5m": [2e-3, 4e-3, 8e-3, 1.6e-2], "1m": [2e-3, 4e-3, 8e-3], "4m": [1e-3, 2e-3, 4e-3]}
 RADII = [0.02, 0.05, 0.1, 0.2, 0.4]
-FINE_TUNE_STEPS = 64
+FINE_TUNE_STEPS, FINE_TUNE_RATE = 64, 1e-3
+FIGURES = ("validation_loss", "hessian_top", "gauss_newton_top", "w4a8_loss", "forgotten", "learned")
+DEFINITIONS = {
+    "validation_loss": "of held-out Python at the last step, nats a token",
+    "hessian_top": "largest eigenvalue of the loss's Hessian over 4096 held-out tokens (python -m analysis curvature)",
+    "gauss_newton_top": "that of its Gauss-Newton part",
+    "w4a8_loss": "nats a token that W4A8 quantisation adds, over 32768 held-out tokens (python -m analysis quantization)",
+    "forgotten": f"nats a token that Python's loss rises by in {FINE_TUNE_STEPS} AdamW steps on C++ headers, at rate {FINE_TUNE_RATE:g}",
+    "learned": "nats a token that the loss of held-out C++ falls by in them",
+    "difference": "mean and standard error over seeds of the figure less AdamW's with the same seed; below 0 is better but for learned",
+    "split": "medians over training: what acts through the logits, norm(g_sam - g_fsam) / radius, and what through the function, "
+    "norm(g_fsam - g) / radius",
+}
 
 
 class Results:
@@ -60,17 +82,19 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path, self.lock = path, Lock()
-        self.runs: dict[str, dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else {}
+        self.header: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        self.runs: dict[str, dict[str, Any]] = self.header.pop("runs", {})
 
     def set(self, run: str, **figures: Any) -> None:
         with self.lock:
             self.runs.setdefault(run, {}).update(figures)
-            self.write()
+            self.write(**self.header)
 
-    def write(self, **summary: Any) -> None:
+    def write(self, **header: Any) -> None:
+        self.header = header
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps({**summary, "runs": self.runs}, indent=1) + "\n")
+        partial.write_text(json.dumps({**header, "runs": self.runs}, indent=1) + "\n")
         partial.replace(self.path)
 
 
@@ -88,8 +112,11 @@ def main() -> int:
     for seed in arguments.seeds:
         for size in arguments.sizes:
             study.each([(size, method, seed, rates[size], radii.get(method)) for method in METHODS])
+    rates = {size: study.tuned_rate(size) for size in SIZES if study.is_tuned(size)}  # what earlier calls found is told as well
     summary = summarise(study.results.runs, rates, radii)
-    study.results.write(command="python -m scripts.compare_sharpness_aware", environment=study.environment(), **summary)
+    header = {"command": "python -m scripts.compare_sharpness_aware", "environment": study.environment(), "definitions": DEFINITIONS}
+    study.results.write(**header, **summary)
+    draw(summary, study.results.path.with_suffix(".png"))
     print(table(summary))
     return 0
 
@@ -111,8 +138,14 @@ class Study:
         return Path(record.read_text())
 
     def tune_learning_rate(self, size: str) -> float:
-        """The learning rate of AdamW's least validation loss on the tuning seed."""
+        """Train AdamW at every rate; returns that of the least validation loss on the tuning seed."""
         self.train_all([(size, "adamw", TUNING_SEED, rate, None) for rate in LEARNING_RATES[size]])
+        return self.tuned_rate(size)
+
+    def is_tuned(self, size: str) -> bool:
+        return all(name_of(size, "adamw", TUNING_SEED, rate, None) in self.results.runs for rate in LEARNING_RATES[size])
+
+    def tuned_rate(self, size: str) -> float:
         return min(LEARNING_RATES[size], key=lambda rate: self.loss(name_of(size, "adamw", TUNING_SEED, rate, None)))
 
     def tune_radii(self, rate: float) -> dict[str, float]:
@@ -164,10 +197,13 @@ class Study:
                 run, hessian_top=found["hessian"]["top"][0], gauss_newton_top=found["gauss_newton"]["top"][0],
                 hessian_trace=found["hessian"]["trace"],
             )  # fmt: skip
-        if "w4a8" not in known:
+        if "w4a8_loss" not in known:
             call(f"{run} W4A8", ["-m", "analysis", "quantization", str(folder), "--recipes", "w4a8", "--tokens", "32768"])
             (found,) = json.loads((folder / "report" / "quantization.json").read_text())["checkpoints"]
-            self.results.set(run, w4a8={key: found["recipes"]["w4a8"][key] for key in ("perplexity_ratio", "output_kl")})
+            self.results.set(run, w4a8_loss=math.log(found["recipes"]["w4a8"]["perplexity_ratio"]))
+        if "forgotten" not in known:
+            print(f"{run} fine-tune ...", flush=True)
+            self.results.set(run, **fine_tune(find_run(folder)))
 
     def environment(self) -> dict[str, Any]:
         recorded = json.loads(next(iter(self.folder.glob("*/environment.json"))).read_text())
@@ -191,12 +227,113 @@ def call(what: str, arguments: list[str], log: Path | None = None) -> None:
         raise SystemExit(f"{what}: failed with exit code {done.returncode}\n{done.stdout[-2000:]}")
 
 
+def fine_tune(run: Run) -> dict[str, float]:
+    """Plain AdamW on C++ headers from a run's last checkpoint: what it learns of them, and what it forgets of Python."""
+    torch.set_num_threads(1)
+    model = build_model(open_checkpoint(run.checkpoints[-1]))
+    python, _ = validation_tokens(run, 65536, 128)
+    tokens = torch.tensor(encoder(run)(cpp_text()), dtype=torch.int64)
+    training = tokens[: FINE_TUNE_STEPS * 8 * 129].view(FINE_TUNE_STEPS, 8, 129)
+    held_out = tokens[training.numel() :][: 65536 // 129 * 129].view(-1, 129)
+
+    @torch.no_grad()
+    def loss_on(sequences: Tensor) -> float:
+        return sum(float(model(part[:, :-1], part[:, 1:])) for part in sequences.split(8)) / sequences[:, 1:].numel()
+
+    before = loss_on(python), loss_on(held_out)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=FINE_TUNE_RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    for step, batch in enumerate(training):
+        optimizer.param_groups[0]["lr"] = FINE_TUNE_RATE * (1 - step / FINE_TUNE_STEPS)
+        optimizer.zero_grad()
+        (model(batch[:, :-1], batch[:, 1:]) / batch[:, 1:].numel()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    after = loss_on(python), loss_on(held_out)
+    return {"forgotten": after[0] - before[0], "learned": before[1] - after[1]}
+
+
+@functools.cache
+def cpp_text() -> str:
+    """The headers that come with PyTorch, 2 MB of them: another language on any machine that this runs on."""
+    headers = sorted((Path(torch.__file__).parent / "include" / "ATen").rglob("*.h"))
+    return "\n".join(header.read_text(encoding="utf-8", errors="ignore") for header in headers)[: 2 << 20]
+
+
 def summarise(runs: dict[str, dict[str, Any]], rates: dict[str, float], radii: dict[str, float]) -> dict[str, Any]:
-    return {"learning_rates": rates, "radii": radii}
+    """By size and method: mean and deviation over the seeds that are known, and the difference to AdamW seed by seed."""
+    sizes: dict[str, Any] = {}
+    for size, rate in rates.items():
+        known = {m: {r["seed"]: r for r in chosen(runs, size, m, rate, radii.get(m))} for m in METHODS}
+        sizes[size] = {}
+        for method, by_seed in known.items():
+            entry: dict[str, Any] = {"what": NAMES[method], "seeds": sorted(by_seed)}
+            for figure in FIGURES:
+                values = [r[figure] for r in by_seed.values()]
+                paired = [r[figure] - known["adamw"][seed][figure] for seed, r in by_seed.items() if seed in known["adamw"]]
+                entry[figure] = spread(values, 0)
+                entry[figure]["difference"] = spread(paired, 1)
+            splits = [r["split"] for r in by_seed.values() if r["split"]]
+            entry["split"] = {key: statistics.mean(split[key] for split in splits) for key in (splits[0] if splits else ())}
+            sizes[size][method] = entry
+    return {"learning_rates": rates, "radii": radii, "sizes": sizes}
+
+
+def chosen(runs: dict[str, dict[str, Any]], size: str, method: str, rate: float, radius: float | None) -> list[dict[str, Any]]:
+    """What is wholly known of a method at its tuned settings, but for the seed that these were tuned on."""
+    wanted = {"size": size, "method": method, "learning_rate": rate, "radius": radius}
+    return [r for r in runs.values() if wanted.items() <= r.items() and r["seed"] != TUNING_SEED and "forgotten" in r]
+
+
+def spread(values: list[float], error: int) -> dict[str, float]:
+    """Mean, and the deviation or (error=1) the standard error of the mean where there are several values."""
+    if not values:
+        return {}
+    if len(values) < 2:
+        return {"mean": values[0]}
+    deviation = statistics.stdev(values)
+    return {
+        "mean": statistics.mean(values),
+        ("error" if error else "deviation"): deviation / math.sqrt(len(values)) if error else deviation,
+    }
 
 
 def table(summary: dict[str, Any]) -> str:
-    return json.dumps(summary)
+    """For the terminal and docs/functional_sam.md: validation loss itself, and all else as the difference to AdamW."""
+    lines = ["| size | method | seeds | validation loss | " + " | ".join(f"{figure} - AdamW's" for figure in FIGURES) + " |"]
+    lines.append("|---" * (4 + len(FIGURES)) + "|")
+    for size, methods in summary["sizes"].items():
+        for entry in methods.values():
+            cells = [size, entry["what"], str(len(entry["seeds"])), number(entry["validation_loss"], "deviation", ".3f")]
+            cells += [number(entry[figure]["difference"], "error", "+.3g") for figure in FIGURES]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def number(value: dict[str, float], error: str, form: str) -> str:
+    if not value:
+        return ""
+    return format(value["mean"], form) + (f" ± {value[error]:.1g}" if error in value else "")
+
+
+def draw(summary: dict[str, Any], path: Path) -> None:
+    """The difference to AdamW's validation loss, sharpness, W4A8 loss and forgetting, at each size."""
+    import matplotlib.pyplot as plt
+
+    shown = ("validation_loss", "hessian_top", "w4a8_loss", "forgotten")
+    figure, panels = plt.subplots(1, len(shown), figsize=(3.4 * len(shown), 3.6), layout="constrained")
+    sizes = list(summary["sizes"])
+    for panel, what in zip(panels, shown, strict=True):
+        for i, (method, colour) in enumerate(zip([m for m in METHODS if m != "adamw"], RUN_COLOURS, strict=False)):
+            points = [(n + 0.12 * (i - 1.5), summary["sizes"][size][method][what]["difference"]) for n, size in enumerate(sizes)]
+            points = [(x, d["mean"], d.get("error", 0.0)) for x, d in points if d]
+            if points:
+                x, mean, error = zip(*points, strict=True)
+                panel.errorbar(x, mean, yerr=error, fmt="o", ms=4, color=colour, capsize=2, label=NAMES[method])
+        panel.axhline(0, color="0.6", lw=0.8)
+        panel.set(title=f"{what.replace('_', ' ')} − AdamW's", xticks=range(len(sizes)), xticklabels=sizes)
+    panels[0].legend(frameon=False, fontsize=7)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 if __name__ == "__main__":
