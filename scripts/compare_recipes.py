@@ -31,16 +31,19 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/compared"), help="folder of the runs")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    result: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"prepared": None, "runs": {}}
-    if result["prepared"] is None or not Path(result["prepared"]).exists():
-        result["prepared"] = str(prepare(load_recipe(arguments.recipes[0], arguments.overrides).recipe.data).folder.resolve())
+    result: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"runs": {}}
+    corpus = arguments.runs / "corpus"  # says where it is, so that later seeds read the same text, whatever is installed by then
+    if not corpus.exists():
+        folder = prepare(load_recipe(arguments.recipes[0], arguments.overrides).recipe.data).folder.resolve()
+        arguments.runs.mkdir(parents=True, exist_ok=True)
+        corpus.write_text(str(folder))
     for seed in arguments.seeds:
         for recipe in arguments.recipes:
             name = f"{recipe.stem}_seed{seed}"
             if name in result["runs"]:
                 continue
             print(f"{name} ...", flush=True)
-            places = [f"run.name={name}", f"run.folder={arguments.runs}", f"run.seed={seed}", f"data.prepared={result['prepared']}"]
+            places = [f"run.name={name}", f"run.folder={arguments.runs}", f"run.seed={seed}", f"data.prepared={corpus.read_text()}"]
             train([str(recipe), *arguments.overrides, *places])
             result["runs"][name] = {"recipe": recipe.stem, "seed": seed, **figures(arguments.runs / name)}
             environment = json.loads((arguments.runs / name / "environment.json").read_text())
