@@ -195,7 +195,7 @@ class Study:
             found = json.loads((folder / "report" / "curvature.json").read_text())
             self.results.set(
                 run, hessian_top=found["hessian"]["top"][0], gauss_newton_top=found["gauss_newton"]["top"][0],
-                hessian_trace=found["hessian"]["trace"],
+                hessian_trace=found["trace"]["value"],
             )  # fmt: skip
         if "w4a8_loss" not in known:
             call(f"{run} W4A8", ["-m", "analysis", "quantization", str(folder), "--recipes", "w4a8", "--tokens", "32768"])
