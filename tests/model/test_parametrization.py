@@ -191,6 +191,13 @@ def test_training_and_generation_have_the_same_logits(tied: bool) -> None:
     torch.testing.assert_close(through_chunks, gradient, rtol=1e-4, atol=1e-5)
 
 
+def test_logits_are_divided_by_the_width_ratio() -> None:
+    model, normed = make(**LARGE, **with_base("mup")), []
+    model.final_norm.register_forward_hook(lambda module, args, output: normed.append(output))
+    logits = model(torch.arange(16)[None])
+    torch.testing.assert_close(logits, normed[0] @ model.unembedding.weight.T / 4)
+
+
 def test_a_factor_on_the_logits_is_a_smaller_start_and_learning_rate_of_the_unembedding() -> None:
     """For Adam, (factor 1/m, std s, rate e) and (factor 1, std s/m, rate e/m) are the same network, bit for bit where m is a power of 2.
 
