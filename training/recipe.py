@@ -36,6 +36,12 @@ class RunSection(Section):
     stop_at_step: int | None = Field(
         default=None, ge=1, description="Save and stop after this step; the schedule still spans the whole run."
     )
+    hang_seconds: float = Field(
+        default=1800, gt=0, description="A rank that gets no further for so long ends the run, with the stacks of all ranks."
+    )
+    lost_seconds: float = Field(
+        default=60, gt=0, description="A rank that gives no sign of life for so long (dead, or cut off) ends the run, which names its host."
+    )
 
 
 class ModelSection(Section):
@@ -150,6 +156,19 @@ class DataSection(Section):
     workers: int | None = Field(default=None, ge=1, description="Processes that tokenise; default: the cores of this machine.")
 
 
+class LossSpikesSection(Section):
+    """What to do about a loss that stands out: training/loss_spikes.py says which does."""
+
+    action: Literal["none", "skip", "rewind"] = Field(
+        default="none", description="skip: leave the step's update out. rewind: back to a checkpoint, and past the data since then."
+    )
+    threshold: float = Field(default=10.0, gt=0, description="How far above the median is a spike, in robust standard deviations.")
+    window: int = Field(default=128, ge=8, description="Steps whose losses are compared with.")
+    warmup: int = Field(default=32, ge=4, description="Losses needed before any is called a spike; at most `window`.")
+    rewind_steps: int = Field(default=100, ge=1, description="rewind: to the newest checkpoint at least so many steps back.")
+    limit: int = Field(default=10, ge=1, description="Stop with exit code 1 after more spikes than this within `window` steps.")
+
+
 class TrainingSection(Section):
     """How much, how long, how large a bite."""
 
@@ -166,6 +185,7 @@ class TrainingSection(Section):
     )
     compile: bool = Field(default=False, description="torch.compile each block.")
     max_skipped_steps: int = Field(default=5, ge=1, description="Stop after so many steps in a row with non-finite gradients.")
+    loss_spikes: LossSpikesSection = LossSpikesSection()
 
 
 class SharpnessSection(Section):
@@ -374,11 +394,17 @@ def dump_recipe(loaded: LoadedRecipe) -> str:
     return "\n".join(lines) + "\n"
 
 
-# What may differ between the launch that made a run and one that continues it: nothing that changes a weight.
+# What may differ between the launch that made a run and one that continues it: nothing that changes a weight by more than rounding.
 MAY_CHANGE_ON_RESUME = (
     "run.folder",
     "run.name",
     "run.stop_at_step",
+    "run.hang_seconds",
+    "run.lost_seconds",
+    "deepspeed.zero_optimization",
+    "training.micro_batch_size",
+    "training.activation_checkpointing",
+    "training.compile",
     "evaluation.",
     "checkpoint.",
     "logging.",
@@ -559,6 +585,10 @@ def _cross_field_problems(recipe: Recipe) -> list[str]:
         problems.append("data.dataset: required with source huggingface: a hub name or a local folder")
     if data.tokenizer.kind == "pretrained" and not data.tokenizer.path:
         problems.append("data.tokenizer.path: required with kind pretrained: a local folder or a hub name")
+    if training.loss_spikes.warmup > training.loss_spikes.window:
+        problems.append(
+            f"training.loss_spikes.warmup: {training.loss_spikes.warmup} is over the window of {training.loss_spikes.window} losses"
+        )
     if any(not 0 <= beta < 1 for beta in recipe.optimizer.betas):
         problems.append(f"optimizer.betas: expected two numbers in [0, 1), found {list(recipe.optimizer.betas)}")
     return problems + _optimizer_problems(recipe) + _sharpness_problems(recipe) + _deepspeed_problems(recipe)
