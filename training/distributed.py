@@ -20,6 +20,11 @@ import torch.distributed as dist
 from model.activation_statistics import ActivationMoments
 from model.errors import InputError
 
+
+class TrainingStoppedError(RuntimeError):
+    """Training went wrong and was ended, with what was saved untouched: one line, exit code 1."""
+
+
 # What a disk says that is full, over quota, read-only, not ours, or failing
 DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
@@ -118,7 +123,10 @@ def raise_together(problem: str | None) -> None:
 
 @contextmanager
 def one_clear_line() -> Iterator[None]:
-    """Turn an `InputError`, or a disk that is full or refuses, into a message on stderr and exit code 2, printed by one rank."""
+    """Turn an `InputError`, or a disk that is full or refuses, into a message on stderr and exit code 2, printed by one rank.
+
+    `TrainingStoppedError` becomes a message and exit code 1.
+    """
     try:
         yield
     except (InputError, OSError) as error:
@@ -133,6 +141,12 @@ def one_clear_line() -> Iterator[None]:
         where = "" if rank == "0" else f" (rank {rank})"
         print(f"error{where}: {error}", file=sys.stderr, flush=True)
         leave(2)
+    except TrainingStoppedError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(1)  # every rank stops here; the first says why
+        leave(1)
 
 
 def leave(code: int) -> None:

@@ -245,11 +245,9 @@ class Engine:
         applied = self.deepspeed.skipped_steps == skipped_before
         if applied:
             self._perturbed, self._added = False, None  # DeepSpeed has written the new masters to the forward weights
-        norm = self.deepspeed.get_global_grad_norm()
-        norm = float(norm) if norm is not None else math.nan
-        return StepResult(norm if norm >= 0 else math.inf, applied)
+        return StepResult(self._grad_norm(), applied)
 
-    def discard(self) -> None:
+    def discard(self) -> StepResult:
         """End a step without an update: gradients are dropped; weights, moments and the moments' bias correction stay as they are."""
         base = self._base
         if isinstance(base, JointOptimizer) and base.max_norm is not None:
@@ -261,6 +259,12 @@ class Engine:
             self.deepspeed.step()
         finally:
             del base.step
+        return StepResult(self._grad_norm(), applied=False)
+
+    def _grad_norm(self) -> float:
+        norm = self.deepspeed.get_global_grad_norm()
+        norm = float(norm) if norm is not None else math.nan
+        return norm if norm >= 0 else math.inf
 
     def _step_with_a_copy(self, gradient: Vector) -> None:
         step = self._base.step

@@ -19,7 +19,7 @@ from model.transformer import IGNORED_TARGET
 from training import checkpoint, faults, stop_request
 from training.curvature import Curvature
 from training.data import Batch, PreparedData, Sequences, open_prepared, prepare, require_step, step_rows
-from training.distributed import Ranks, discover, reduce_moments, sum_over_ranks
+from training.distributed import Ranks, TrainingStoppedError, discover, reduce_moments, sum_over_ranks
 from training.engine import Engine, start_distributed
 from training.loss_spikes import LossSpikes
 from training.metrics import MFU_DEFINITION, Metrics, PeakMemory, duration, peak_flops
@@ -41,8 +41,7 @@ def train(loaded: LoadedRecipe) -> int:
     Raises:
         InputError: the recipe, the data, the run folder or a checkpoint is wrong; no weight has been made yet, or what was
             made is saved.
-        RuntimeError: gradients were non-finite for too many steps in a row, or there were too many loss spikes.
-        RanksLost: another rank is gone.
+        TrainingStoppedError: gradients were non-finite for too many steps in a row, or there were too many loss spikes.
     """
     recipe, run, training = loaded.recipe, loaded.run_folder, loaded.recipe.training
 
@@ -309,7 +308,7 @@ def _report_skip(
     metrics.record({"step": done, "tokens": tokens, "skipped_steps": engine.skipped_steps})
     if in_a_row >= limit:
         metrics.close()
-        raise RuntimeError(
+        raise TrainingStoppedError(
             f"stopped at step {done}: {in_a_row} steps in a row had non-finite gradients (training.max_skipped_steps); "
             "lower optimizer.learning_rate, or look at the data of these steps"
         )

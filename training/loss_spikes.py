@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.distributed import sum_over_ranks
+from training.distributed import TrainingStoppedError, sum_over_ranks
 from training.recipe import LossSpikesSection
 
 LEAST_SPREAD = 1e-3  # of the median: a loss that has hardly moved for a while is no reason to call the next one a spike
@@ -61,12 +61,12 @@ class LossSpikes:
         """The loss of `step` was a spike.
 
         Raises:
-            RuntimeError: there are too many.
+            TrainingStoppedError: there are too many.
         """
         self.count += 1
         self._steps = [earlier for earlier in self._steps if earlier > step - self.section.window] + [step]
         if len(self._steps) > self.section.limit:
-            raise RuntimeError(
+            raise TrainingStoppedError(
                 f"stopped at step {step}: more than {self.section.limit} loss spikes within {self.section.window} steps "
                 f"(training.loss_spikes.limit); the last loss is {self.loss:.4f}, the limit was {self.limit():.4f}: "
                 "look at the data of these steps, or lower optimizer.learning_rate"

@@ -89,8 +89,7 @@ def take_step(
         for batch in batches:
             losses += engine.accumulate(batch, scale=1.0 / valid_tokens)
     if not accept(losses, _counted(batches)):
-        engine.discard()
-        return Outcome(StepResult(math.nan, False), losses, _counted(batches), {}, watched=watched, refused=True)
+        return Outcome(engine.discard(), losses, _counted(batches), {}, watched=watched, refused=True)
     return Outcome(engine.step(rate), losses, _counted(batches), {}, watched=watched)
 
 

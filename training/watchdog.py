@@ -96,7 +96,7 @@ class Watchdog:
             try:
                 self._store.set(f"alive/{self.ranks.rank}", f"{number}")
                 if waiting > self.hang_seconds:
-                    self._store.set("end", f"no progress for {waiting:.0f} s on {self._name(self.ranks.rank)}, since {what}")
+                    self._store.set("end", f"no progress for {waiting:.0f} s, since {what}")
                 if self.ranks.is_first and (lost := self._without_sign(seen)):
                     self._store.set("end", f"no sign of life for {self.lost_seconds:.0f} s from {', '.join(map(self._name, lost))}")
                 ending = self._store.get("end").decode() if self._store.check(["end"]) else None
