@@ -71,7 +71,7 @@ def encoder(source: Run | Pretrained) -> Callable[[str], list[int]]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: not a tokenizer: {error}") from None
     return lambda text: tokenizer.encode(text, add_special_tokens=False)

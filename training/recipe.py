@@ -424,6 +424,9 @@ def differences(saved: Path, loaded: LoadedRecipe) -> list[str]:
     ]
 
 
+LARGEST_RECIPE = 1 << 20  # characters
+
+
 class _Loader(yaml.SafeLoader):
     """YAML with two changes: numbers such as 1e-3 are numbers (YAML 1.2), and a key given twice is an error."""
 
@@ -444,6 +447,31 @@ def _construct_mapping(loader: Any, node: Any) -> dict[Any, Any]:
 _Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
+def _load_yaml(text: str) -> Any:
+    """What YAML text says, in words, numbers, lists and mappings whose keys are words. Raises ValueError with one line else."""
+    try:
+        tree = yaml.load(text, _Loader)
+        _require_plain(tree)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())[:500]) from None
+    except (RecursionError, TypeError, AttributeError, KeyError, OverflowError):  # brackets in brackets without end, keys that are lists
+        raise ValueError("nested too deeply, or a key that is not a word") from None
+    return tree
+
+
+def _require_plain(value: Any) -> None:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"the key {str(key)[:40]} is not a word")
+            _require_plain(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _require_plain(inner)
+    elif isinstance(value, int) and value.bit_length() > 63:
+        raise ValueError(f"a number of {value.bit_length()} bits, and 63 are the most")
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
@@ -453,10 +481,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such recipe{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as a recipe: {error}") from None
+    if len(text) > LARGEST_RECIPE:
+        raise InputError(f"{path}: {len(text)} characters, and a recipe has at most {LARGEST_RECIPE}")
     try:
-        tree = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        tree = _load_yaml(text)
+    except ValueError as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise InputError(f"{path}: a recipe is a mapping of sections ({', '.join(Recipe.model_fields)}), found {type(tree).__name__}")
     return tree
@@ -469,8 +499,8 @@ def _override(tree: dict[str, Any], provenance: dict[str, str], override: str) -
     if not equals or not all(keys):
         return f"{override}: an override is written section.key=value"
     try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
+        value = _load_yaml(text)
+    except ValueError:
         return f"{override}: the value is not valid YAML"
     for depth, key in enumerate(keys[:-1], start=1):
         tree = tree.setdefault(key, {})
@@ -553,6 +583,13 @@ _DEEPSPEED_KEYS = (
     "memory_breakdown", "seq_parallel_communication_data_type", "steps_per_print", "wall_clock_breakdown",
     "disable_allgather", "dataloader_drop_last", "tensor_parallel", "sequence_parallel_size", "timers", "wandb",
     "csv_monitor", "comet",
+)  # fmt: skip
+
+
+# Of these, the ones that are sections
+_DEEPSPEED_SECTIONS = (
+    "zero_optimization", "bf16", "torch_autocast", "data_types", "activation_checkpointing", "aio", "checkpoint", "comms_logger",
+    "compile", "flops_profiler", "tensor_parallel", "timers", "wandb", "csv_monitor", "comet",
 )  # fmt: skip
 
 
@@ -665,9 +702,13 @@ def _deepspeed_problems(recipe: Recipe) -> list[str]:
                 f"deepspeed.{key}: unknown key"
                 + (f"; did you mean deepspeed.{near[0]}?" if near else f"; known: {', '.join(_DEEPSPEED_KEYS)}")
             )
+    for key in _DEEPSPEED_SECTIONS:
+        if not isinstance(recipe.deepspeed.get(key, {}), dict):
+            example = " such as {stage: 2}" if key == "zero_optimization" else ""
+            problems.append(f"deepspeed.{key}: expected a mapping{example}, found {str(recipe.deepspeed[key])[:80]!r}")
     zero = recipe.deepspeed.get("zero_optimization", {})
     if not isinstance(zero, dict):
-        return [*problems, f"deepspeed.zero_optimization: expected a mapping such as {{stage: 2}}, found {zero!r}"]
+        return problems
     if zero.get("stage", 0) not in (0, 1, 2, 3):
         problems.append(f"deepspeed.zero_optimization.stage: expected 0, 1, 2 or 3, found {zero['stage']!r}")
     bf16 = recipe.deepspeed.get("bf16", {})

@@ -44,8 +44,11 @@ class Watchdog:
         self._closed = threading.Event()
         self.hosts = _hosts(ranks)
         self._store = _store(ranks, lost_seconds)
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._thread.start()
+        self._reached, self._ending = time.monotonic(), ""
+        # the one that talks to the first rank's host may wait for an answer for ever, so another one looks at the clock
+        self._threads = [threading.Thread(target=work, name=work.__name__, daemon=True) for work in (self._talk, self._watch)]
+        for thread in self._threads:
+            thread.start()
 
     def progress(self, what: str) -> None:
         """The main thread gets on: it now begins `what`."""
@@ -66,7 +69,8 @@ class Watchdog:
             dist.barrier()  # from here on none is missed
         self._closed.set()
         if error is None:
-            self._thread.join()
+            for thread in self._threads:
+                thread.join(timeout=self._interval + 1)
             if self.ranks.world_size > 1:
                 dist.barrier()  # the first rank's store goes with it
 
@@ -88,25 +92,29 @@ class Watchdog:
         keys = [f"alive/{rank}" for rank in range(self.ranks.world_size)]
         return [self._store.get(key).decode() if self._store.check([key]) else "" for key in keys]
 
-    def _watch(self) -> None:
-        number, seen, reached = 0, {}, time.monotonic()
+    def _talk(self) -> None:
+        """Give signs of life, and hear whether the run is to end."""
+        number, seen = 0, {}
         while not self._closed.wait(self._interval):
             number += 1
-            waiting, what = time.monotonic() - self._last[0], self._last[1]
             try:
                 self._store.set(f"alive/{self.ranks.rank}", f"{number}")
-                if waiting > self.hang_seconds:
-                    self._store.set("end", f"no progress for {waiting:.0f} s, since {what}")
                 if self.ranks.is_first and (lost := self._without_sign(seen)):
                     self._store.set("end", f"no sign of life for {self.lost_seconds:.0f} s from {', '.join(map(self._name, lost))}")
-                ending = self._store.get("end").decode() if self._store.check(["end"]) else None
-                reached = time.monotonic()
-            except (RuntimeError, dist.DistError):  # the first rank's store does not answer
-                if self._closed.is_set() or time.monotonic() - reached < self.lost_seconds:
-                    continue
-                ending = f"{self._name(0)} has not answered for {self.lost_seconds:.0f} s"
-            if ending is not None:
-                self._end(ending)
+                if (waiting := time.monotonic() - self._last[0]) > self.hang_seconds:
+                    self._store.set("end", f"no progress for {waiting:.0f} s, since {self._last[1]}")
+                if self._store.check(["end"]):
+                    self._ending = self._store.get("end").decode()
+                self._reached = time.monotonic()
+            except (RuntimeError, dist.DistError):  # it does not answer; `_watch` says when that has gone on for too long
+                continue
+
+    def _watch(self) -> None:
+        while not self._closed.wait(self._interval):
+            if time.monotonic() - self._reached > self.lost_seconds + self._interval:
+                self._end(f"{self._name(0)} has not answered for {self.lost_seconds:.0f} s")
+            elif self._ending:
+                self._end(self._ending)
 
     def _without_sign(self, seen: dict[int, tuple[str, float]]) -> list[int]:
         """Ranks whose number has not grown for `lost_seconds`; `seen` is rank -> (number, when it was new)."""
@@ -128,19 +136,25 @@ class Watchdog:
                 file.write(f"{self._name(self.ranks.rank)}: {reason}; last reported: {self._last[1]}\n")
                 faulthandler.dump_traceback(file=file, all_threads=True)
         lines = [f"stopped: {reason}"]
+        telling = threading.Thread(target=self._tell, args=(lines,), daemon=True)
+        telling.start()
+        telling.join(timeout=2 * GRACE)
+        if not self.ranks.is_first:
+            time.sleep(1)  # a launcher ends the others as soon as one has ended
+        self._say(lines)
+        os._exit(1)
+
+    def _tell(self, lines: list[str]) -> None:
+        """Say where this rank stands; the first rank adds where each stood to `lines`."""
         with contextlib.suppress(RuntimeError, dist.DistError):
             self._store.set(f"where/{self.ranks.rank}", self._where())
+            time.sleep(GRACE)
             if self.ranks.is_first:
-                time.sleep(GRACE)
-                lines = [f"stopped: {reason}. Stacks are in {self.folder}; launch again to go on from the newest checkpoint"]
+                lines[0] += f". Stacks are in {self.folder}; launch again to go on from the newest checkpoint"
                 for rank in range(self.ranks.world_size):
                     there = self._store.check([f"where/{rank}"])
                     where = self._store.get(f"where/{rank}").decode() if there else "no stack: it is stopped, dead, or cut off"
                     lines.append(f"  {self._name(rank)}: {where}")
-        if not self.ranks.is_first:
-            time.sleep(GRACE + 1)  # a launcher ends the others as soon as one has ended
-        self._say(lines)
-        os._exit(1)
 
     def _where(self) -> str:
         """Where the main thread stands: the innermost line of this repository, and what it waits in."""

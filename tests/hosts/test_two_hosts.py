@@ -62,10 +62,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "deepspeed": {"zero_optimization": {"stage": 3}},
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    subprocess.run([SCRIPT, "down", str(folder)], capture_output=True)  # of a test that was killed
+    subprocess.run([SCRIPT, "down"], capture_output=True)  # of a test that was killed
     subprocess.run([SCRIPT, "up", str(folder)], check=True, capture_output=True, timeout=60)
     yield folder
-    subprocess.run([SCRIPT, "down", str(folder)], check=True)
+    subprocess.run([SCRIPT, "down"], check=True)
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -3,7 +3,7 @@
 #   two_hosts.sh up DIR          make them; DIR gets the keys, a DeepSpeed hostfile, and env, to be sourced before `deepspeed`
 #   two_hosts.sh on N COMMAND    run a command on host N (1 or 2)
 #   two_hosts.sh cut N           pull the cable of host N          two_hosts.sh mend N    put it back
-#   two_hosts.sh down DIR        take all away
+#   two_hosts.sh down            take all away
 # Needs root, and Debian's iproute2, openssh-server and pdsh. The hosts share this machine's files, as nodes of a cluster do over NFS.
 set -euo pipefail
 net=10.78.0
@@ -41,8 +41,10 @@ cut) ip link set "cable78_$2" down ;;
 mend) ip link set "cable78_$2" up ;;
 down)
   for i in 1 2; do
-    kill "$(cat "$2/sshd$i.pid")" 2>/dev/null || true
+    # all that still runs there, sshd too: a process would keep its network alive without a name
+    ip netns pids burnish$i 2>/dev/null | xargs --no-run-if-empty kill -9 2>/dev/null || true
     ip netns del burnish$i 2>/dev/null || true
+    ip link del cable78_$i 2>/dev/null || true
   done
   ip link del $bridge 2>/dev/null || true
   ;;
