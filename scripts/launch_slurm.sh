@@ -17,8 +17,9 @@ set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 
-# srun gives each task its rank; training/distributed.py reads it. --kill-on-bad-exit: when one rank fails, none waits for it.
-srun --kill-on-bad-exit=1 "$PYTHON" train.py "$@"
+# srun gives each task its rank; training/distributed.py reads it. Where one fails, the watchdogs of the others end them, so that the exit
+# code is the first one's; killing them would make it 137.
+srun --kill-on-bad-exit=0 "$PYTHON" train.py "$@"
 code=$?
 if [ "$code" -eq 75 ]; then
   echo "stopped on request; putting job ${SLURM_JOB_ID:-} into the queue again"

@@ -32,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -116,8 +117,8 @@ def import_before_forks() -> None:
         importlib.import_module(module)
 
 
-def fork_ranks(recipe: Path, ranks: int, overrides: list[str], faults: str, log: Path) -> list[int]:
-    """Start train.py's main in forked processes, output to `log`; returns their numbers."""
+def fork_ranks(work: Callable[[], object], ranks: int, log: Path, faults: str = "") -> list[int]:
+    """Start `work` in a forked process for each rank, with what a launcher tells it, output to `log`; returns their numbers."""
     port, processes = free_port(), []
     for rank in range(ranks):
         process = os.fork()
@@ -129,10 +130,7 @@ def fork_ranks(recipe: Path, ranks: int, overrides: list[str], faults: str, log:
                 os.environ.update(environment(rank, ranks, port))
                 if faults:
                     os.environ["BURNISH_FAULTS"] = faults
-                sys.argv = ["train.py", str(recipe), *overrides]
-                import train
-
-                train.main()
+                work()
             except BaseException:  # what would be a traceback
                 import traceback
 
@@ -141,6 +139,18 @@ def fork_ranks(recipe: Path, ranks: int, overrides: list[str], faults: str, log:
             os._exit(1)
         processes.append(process)
     return processes
+
+
+def training(*words: str) -> Callable[[], None]:
+    """`train.py WORDS`, to be forked; it ends its process itself."""
+
+    def work() -> None:
+        import train
+
+        sys.argv = ["train.py", *words]
+        train.main()
+
+    return work
 
 
 def wait(processes: list[int], log: Path, strike: Strike | None = None) -> list[int]:
@@ -212,7 +222,7 @@ def disturbed_run(name: str, same_layout: bool, recipe: Path, chooser: random.Ra
             faults = f"{chooser.choice(KILLS_INSIDE_A_SAVE)}@{min(STEPS, (newest // 3 + 1) * 3)}:{chooser.randrange(ranks)}"
             if "renaming" in faults:
                 faults = faults.partition(":")[0]  # the first rank renames
-        processes = fork_ranks(recipe, ranks, [f"run.name={name}", f"deepspeed.zero_optimization.stage={stage}"], faults, log)
+        processes = fork_ranks(training(str(recipe), f"run.name={name}", f"deepspeed.zero_optimization.stage={stage}"), ranks, log, faults)
         strike = None
         if way != "inside a save" and newest < STEPS:
             # while it starts, or in one of the next steps, which may evaluate or save
@@ -315,7 +325,7 @@ def main() -> int:
         if arguments.kills:
             import_before_forks()
             log = recipe.parent / "reference.log"
-            if any(wait(fork_ranks(recipe, 2, ["run.name=reference"], "", log), log)):
+            if any(wait(fork_ranks(training(str(recipe), "run.name=reference"), 2, log), log)):
                 raise RuntimeError(log.read_text())
             manifest = recipe.parent / "runs" / "reference" / "checkpoints" / f"step-{STEPS:08d}" / "manifest.json"
             seconds = manifest.stat().st_mtime - (recipe.parent / "runs" / "reference" / "data.json").stat().st_mtime

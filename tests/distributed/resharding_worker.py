@@ -1,15 +1,10 @@
-"""Run by test_survival.py under torchrun: checkpoints of each stage and precision written by some ranks, read and written by others.
-
-torchrun --nproc_per_node 2 -m tests.distributed.resharding_worker write RECIPE FOLDER
-torchrun --nproc_per_node 3 -m tests.distributed.resharding_worker read RECIPE FOLDER     -> FOLDER/differences.json
-"""
+"""Run by survival_worker.py: checkpoints of each stage and precision that 2 ranks write, and 3 read and write again."""
 
 from __future__ import annotations
 
 import gc
 import json
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,8 +64,8 @@ def difference_of_whole(a: Path, b: Path) -> float:
     return max((x.float() - y.float()).abs().max().item() if x.numel() else 0.0 for x, y in zip(*states, strict=True))
 
 
-def main() -> None:
-    task, recipe, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+def run(task: str, recipe: str, folder: Path) -> None:
+    """One rank's part: "write", or "read", which leaves differences.json."""
     ranks = discover()
     device = start_distributed(ranks)
     found: dict[str, float] = {}
@@ -114,7 +109,3 @@ def main() -> None:
         (folder / "differences.json").write_text(json.dumps(found))
     torch.distributed.barrier()
     leave(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -11,10 +11,12 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scripts.soak import fork_ranks, import_before_forks, visible, wait
+from scripts.soak import fork_ranks, import_before_forks, training, visible, wait
+from tests.distributed import resharding_worker
 from tests.distributed.conftest import losses
 
 
@@ -29,7 +31,7 @@ class Launches:
         log = self.recipe.parent / f"launch{self.number}.log"
         words = [f"run.name={name}", f"deepspeed.zero_optimization.stage={stage}", *overrides]
         began = time.monotonic()
-        processes = fork_ranks(self.recipe, ranks, words, faults, log)
+        processes = fork_ranks(training(str(self.recipe), *words), ranks, log, faults)
         codes = wait(processes, log)
         run = self.recipe.parent / "runs" / name
         self.done[key] = {
@@ -73,6 +75,12 @@ def main() -> None:
         launch(f"spike {stage}", f"spike{stage}", 2, *SPIKES, "training.loss_spikes.action=skip", stage=stage, faults="spike@6")
     launch("rewound", "rewound", 2, *SPIKES, "training.loss_spikes.action=rewind", "checkpoint.every=2", faults="spike@6")
     launch("too many", "too_many", 1, *SPIKES, "training.loss_spikes.action=skip", faults="spike@5,spike@6,spike@7")
+
+    # the checkpoints of 2 ranks, read and written again by 3
+    for ranks, task in ((2, "write"), (3, "read")):
+        log = out.with_name(f"resharding_{task}.log")
+        codes = wait(fork_ranks(partial(resharding_worker.run, task, str(recipe), out.parent / "resharding"), ranks, log), log)
+        launch.done[f"resharding {task}"] = {"codes": codes, "log": log.read_text(), "losses": {}, "checkpoints": {}}
     out.write_text(json.dumps(launch.done))
 
 

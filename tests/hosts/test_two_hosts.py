@@ -119,9 +119,10 @@ def test_deepspeed_is_cut_torchrun_goes_on_and_srun_ends_it(place: Path) -> None
     subprocess.run([SCRIPT, "mend", "2"], check=True)
 
     # torchrun, whose agents find one another at a rendezvous; the first is told that it serves it, since its name resolves to loopback
+    begin = [sys.executable, "-m", "torch.distributed.run"]
     rendezvous = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint={HOSTS[0]}:29555", "--rdzv_id=moved"]
     agents = [
-        start_on(host, sys.executable, "-m", "torch.distributed.run", *rendezvous, f"--rdzv_conf=is_host={int(host == 1)}", f"--local_addr={HOSTS[host - 1]}",
+        start_on(host, *begin, *rendezvous, f"--rdzv_conf=is_host={int(host == 1)}", f"--local_addr={HOSTS[host - 1]}",
                  "train.py", recipe, "run.name=moved", "run.stop_at_step=8")
         for host in (1, 2)
     ]  # fmt: skip
