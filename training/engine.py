@@ -228,13 +228,13 @@ class Engine:
         return loss.detach()
 
     def step(self, learning_rate: float, gradient: Vector | None = None) -> StepResult:
-        """Clip, and apply the optimizer with this learning rate; a step with non-finite gradients is skipped.
+        """Clip, and apply the optimizer with this learning rate times each group's `lr_factor`; or skip, if gradients are not finite.
 
         Within `perturbed` the gradients are those at the perturbed weights, and the update is applied to the masters. The
         gradient before clipping is written into `gradient` if one is given.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_factor"]
         if self._perturbed and self.masters.aliased:
             self._restore()
         skipped_before = self.deepspeed.skipped_steps
@@ -462,9 +462,11 @@ class Engine:
     def _load_whole(self, checkpoint: Checkpoint) -> None:
         """Weights and optimizer state at stage 0, where one file has both whole."""
         self.masters.load(checkpoint, with_moments=False)
-        file = checkpoint.path / "mp_rank_00_model_states.pt"
+        file, settings = checkpoint.path / "mp_rank_00_model_states.pt", [dict(group) for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(load_file(file)["optimizer"])
+            for group, ours in zip(self.optimizer.param_groups, settings, strict=True):
+                group.update({key: value for key, value in ours.items() if key != "params"})  # state is theirs, settings are the recipe's
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{file}: not the state of {self.recipe.optimizer.kind}: {type(error).__name__}: {reason}") from None
