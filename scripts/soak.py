@@ -48,7 +48,7 @@ class Result:
     """What is written. `faults` lists in words what went wrong; it is to stay empty."""
 
     definitions: dict[str, str] = field(default_factory=dict)
-    command: str = ""
+    commands: list[str] = field(default_factory=list)
     runs: int = 0
     launches: int = 0
     deaths: dict[str, int] = field(default_factory=dict)  # how -> how often
@@ -285,7 +285,11 @@ def exits(count: int, recipe: Path, result: Result) -> None:
             for rank in range(2)
         ]  # fmt: skip
         for process in processes:
-            output, _ = process.communicate(timeout=LIMIT)
+            try:
+                output, _ = process.communicate(timeout=4 * LIMIT)
+            except subprocess.TimeoutExpired:  # it hung: as bad as any other way not to exit
+                process.kill()
+                output, _ = process.communicate()
             result.clean_exits += process.returncode == 0
             result.unclean_exits += process.returncode != 0
             if process.returncode != 0:
@@ -303,7 +307,7 @@ def main() -> int:
     result = Result()
     if arguments.out and arguments.out.exists():
         result = Result(**json.loads(arguments.out.read_text()))
-    result.command = f"python -m scripts.soak --kills {arguments.kills} --exits {arguments.exits} --seed {arguments.seed}"
+    result.commands.append(f"python -m scripts.soak --kills {arguments.kills} --exits {arguments.exits} --seed {arguments.seed}")
     result.definitions = {
         "deaths": "launches ended before they were through, by how",
         "checkpoints_lost": "checkpoints that a death left damaged, or that vanished without a newer one",

@@ -62,7 +62,7 @@ def save(engine: Engine, run: Path, step: int, tokens: int, state: dict[str, Any
             clean_up(run)
             needed, free = _expected_bytes(engine), shutil.disk_usage(folder).free
             if free < needed:
-                problem = f"disk full: {folder} has {free / 2**30:.2f} GiB free and a checkpoint takes about {needed / 2**30:.2f} GiB"
+                problem = f"disk full: {folder} has {free / 2**20:,.1f} MiB free and a checkpoint takes about {needed / 2**20:,.1f} MiB"
         except OSError as error:
             problem = f"{folder}: cannot be written: {error.strerror}"
     raise_together(_with_advice(problem, run, step) if problem else None)
@@ -175,8 +175,13 @@ def newest_whole(run: Path, ranks: Ranks, at_most: int | None = None) -> Found |
     Raises:
         InputError: on every rank alike: there are checkpoints, and none is whole. Beginning again is for a person to decide.
     """
+    if ranks.is_first:
+        clean_up(run)
+    names = [[folder.name for folder in checkpoints(run)]]
+    if ranks.world_size > 1:  # a shared folder may look older from another host
+        dist.broadcast_object_list(names, src=0)
     problems = []
-    for folder in reversed(checkpoints(run)):
+    for folder in (run / "checkpoints" / name for name in reversed(names[0])):
         if at_most is not None and int(folder.name.removeprefix("step-")) > at_most:
             continue
         manifest, problem = None, None
@@ -251,15 +256,17 @@ def load(engine: Engine, found: Found) -> None:
     raise_together(problem)
 
 
-def remove_old(run: Path, keep_last: int | None, keep_every: int | None) -> None:
+def remove_old(run: Path, saved: int, keep_last: int | None, keep_every: int | None) -> None:
     """Delete checkpoints beyond the last `keep_last`, but for step 0 and those whose step divides by `keep_every`.
 
-    To be called by the first rank after `save`, whose checkpoint has been read back: the newest is never deleted.
+    To be called by the first rank after the `save` of step `saved`, which has been read back and is never deleted. Later steps, which a
+    run that went back left behind, do not count and stay until it comes to them again.
     """
     if keep_last is None:
         return
-    for folder in checkpoints(run)[:-keep_last]:
-        step = int(folder.name.removeprefix("step-"))
+    steps = [int(folder.name.removeprefix("step-")) for folder in checkpoints(run)]
+    for step in [step for step in steps if step <= saved][:-keep_last]:
+        folder = run / "checkpoints" / f"step-{step:08d}"
         if step > 0 and not (keep_every and step % keep_every == 0):
             hidden = folder.with_name(f"{_UNFINISHED}{folder.name}")  # gone from sight at once, whole or not
             os.rename(folder, hidden)

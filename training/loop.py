@@ -191,7 +191,7 @@ def _train(loaded: LoadedRecipe, data: PreparedData, config: ModelConfig, ranks:
             folder = checkpoint.save(engine, run, done, tokens, {"skipped_in_a_row": skipped_in_a_row, "loss_spikes": spikes.state()})
             metrics.say(f"step {done}/{last_step}  saved {folder}")
             if ranks.is_first:
-                checkpoint.remove_old(run, recipe.checkpoint.keep_last, recipe.checkpoint.keep_every)
+                checkpoint.remove_old(run, done, recipe.checkpoint.keep_last, recipe.checkpoint.keep_every)
         clock += time.perf_counter() - aside  # evaluating and saving do not count as training time
 
     ended = step + 1

@@ -548,6 +548,12 @@ def _cross_field_problems(recipe: Recipe) -> list[str]:
         problems.append("data.dataset: required with source huggingface: a hub name or a local folder")
     if data.tokenizer.kind == "pretrained" and not data.tokenizer.path:
         problems.append("data.tokenizer.path: required with kind pretrained: a local folder or a hub name")
+    saving, back = recipe.checkpoint, training.loss_spikes.rewind_steps
+    if training.loss_spikes.action == "rewind" and saving.keep_last is not None and (saving.keep_last - 1) * saving.every < back:
+        problems.append(
+            f"checkpoint.keep_last: {saving.keep_last} checkpoints, every {saving.every} steps, do not reach back {back} steps "
+            "(training.loss_spikes.rewind_steps); keep more"
+        )
     if training.loss_spikes.warmup > training.loss_spikes.window:
         problems.append(
             f"training.loss_spikes.warmup: {training.loss_spikes.warmup} is over the window of {training.loss_spikes.window} losses"

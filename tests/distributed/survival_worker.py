@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from functools import partial
@@ -68,6 +69,8 @@ def main() -> None:
     launch("hung", "hung", 2, "run.hang_seconds=4", faults="hang@6:1")
     launch("frozen", "frozen", 2, "run.lost_seconds=3", faults="freeze@6:1")
 
+    full_disk(launch, recipe.parent)
+
     launch("nan", "nan", 2, faults="nan@6:1")
     launch("nan stopped", "nan_stopped", 2, "checkpoint.every=2", "run.stop_at_step=6", "training.max_skipped_steps=2", faults="nan@6:1")
     launch("nan again", "nan_stopped", 2, "checkpoint.every=2", "training.max_skipped_steps=2", "run.stop_at_step=null", faults="nan@7:0")
@@ -82,6 +85,26 @@ def main() -> None:
         codes = wait(fork_ranks(partial(resharding_worker.run, task, str(recipe), out.parent / "resharding"), ranks, log), log)
         launch.done[f"resharding {task}"] = {"codes": codes, "log": log.read_text(), "losses": {}, "checkpoints": {}}
     out.write_text(json.dumps(launch.done))
+
+
+def full_disk(launch: Launches, place: Path) -> None:
+    """A run on a disk of its own that is full after a checkpoint, then read-only, then larger. Needs leave to mount."""
+    disk = place / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)], capture_output=True, text=True)
+    launch.done["disk"] = {"refused": mounted.stderr.strip() if mounted.returncode else "", "checkpoints": {}}
+    if mounted.returncode:
+        return
+    try:
+        (place / "runs" / "full").symlink_to(disk)
+        # 0.7 MB a checkpoint: there is room for two and a half, and Burnish's own estimate says so before the third is begun
+        launch("full", "full", 1, "checkpoint.every=2")
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        launch("read-only", "full", 1, "checkpoint.every=2")
+        subprocess.run(["mount", "-o", "remount,rw,size=20m", str(disk)], check=True)
+        launch("full again", "full", 1, "checkpoint.every=2")
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 SHARP = ("optimizer.sharpness_aware=functional_sam", "optimizer.sharpness.precondition=true", "optimizer.sharpness.every=2")

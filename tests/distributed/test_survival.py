@@ -30,7 +30,7 @@ ROUNDING = 2e-6  # relative: float32 sums taken in another order
 def seen(workplace: Path) -> dict[str, Any]:
     out = workplace / "survival.json"
     command = [sys.executable, "-m", "tests.distributed.survival_worker", str(workplace / "recipe.yaml"), str(out)]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads(out.read_text())
 
@@ -102,6 +102,20 @@ def test_a_frozen_rank_is_named(seen: dict[str, Any]) -> None:
     assert frozen["codes"] == [1, -9]  # the second by the launcher
     assert re.search(r"error: stopped: no sign of life for 3 s from rank 1 on ", frozen["log"])
     assert "no stack: it is stopped, dead, or cut off" in frozen["log"]
+
+
+def test_a_full_and_a_read_only_disk(seen: dict[str, Any]) -> None:
+    """A real file system: one clear line, the whole checkpoints stay, and with room the run goes on."""
+    if seen["disk"]["refused"]:
+        pytest.skip(f"mounting a small disk is not permitted here: {seen['disk']['refused']}")
+    for key in ("full", "read-only"):
+        assert seen[key]["codes"] == [2] and "Traceback" not in seen[key]["log"], seen[key]["log"]
+        assert seen[key]["log"].count("error: ") == 1
+        assert "step-00000002" in seen[key]["checkpoints"] and len(seen[key]["checkpoints"]) < 4
+    assert re.search(r"error: .*(disk full|No space left).*the last whole checkpoint is", seen["full"]["log"])
+    assert "Read-only file system" in seen["read-only"]["log"]
+    again = seen["full again"]
+    assert again["codes"] == [0] and again["losses"] == pytest.approx(seen["reference"]["losses"], rel=ROUNDING)
 
 
 def test_skips_in_a_row_are_counted_across_a_resume(seen: dict[str, Any]) -> None:

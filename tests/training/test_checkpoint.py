@@ -17,7 +17,6 @@ from training.checkpoint import (
     _random_state,
     _restore_random_state,
     checkpoints,
-    clean_up,
     newest_whole,
     read_manifest,
     remove_old,
@@ -91,12 +90,12 @@ def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path: Path, name: s
 
 
 def test_a_save_that_was_killed_between_its_renames_is_mended(tmp_path: Path) -> None:
-    """Of the two whole ones of a step one is always in sight after `clean_up`, and the older is deleted last."""
+    """Of the two whole ones of a step one is always in sight after the next launch, and the older is deleted last."""
     place = make_checkpoint(tmp_path, 3)
     place.rename(place.with_name(".replaced-step-00000003"))
     (tmp_path / "checkpoints" / ".writing-step-00000003").mkdir()
-    clean_up(tmp_path)
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"] and newest_step(tmp_path) == 3
+    assert newest_step(tmp_path) == 3  # which mends first
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
     writing = place.rename(place.with_name(".writing-step-00000003"))
     make_checkpoint(tmp_path, 3)
     (writing / "newer").touch()
@@ -107,11 +106,19 @@ def test_a_save_that_was_killed_between_its_renames_is_mended(tmp_path: Path) ->
 def test_removal_keeps_the_last_the_multiples_and_the_beginning(tmp_path: Path) -> None:
     for step in range(10):
         make_checkpoint(tmp_path, step)
-    remove_old(tmp_path, keep_last=None, keep_every=None)
+    remove_old(tmp_path, 9, keep_last=None, keep_every=None)
     assert len(checkpoints(tmp_path)) == 10
-    remove_old(tmp_path, keep_last=2, keep_every=4)
+    remove_old(tmp_path, 9, keep_last=2, keep_every=4)
     assert [int(p.name[5:]) for p in checkpoints(tmp_path)] == [0, 4, 8, 9]
     assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.startswith(".")]
+
+
+def test_removal_never_takes_the_one_just_saved(tmp_path: Path) -> None:
+    """After a rewind there are later steps, left behind."""
+    for step in (2, 4, 6, 8, 10):
+        make_checkpoint(tmp_path, step)
+    remove_old(tmp_path, 6, keep_last=1, keep_every=None)
+    assert [int(p.name[5:]) for p in checkpoints(tmp_path)] == [6, 8, 10]
 
 
 def test_random_state_travels_through_a_file(tmp_path: Path) -> None:

@@ -45,6 +45,14 @@ def test_the_limit_is_median_and_deviation_of_the_window() -> None:
     assert not feed(judge, 100.0) and judge.limit() == before  # a spike does not move what is usual
 
 
+def test_a_loss_that_stood_still_may_move_a_little() -> None:
+    judge = spikes()
+    for _ in range(8):
+        feed(judge, 3.0)
+    assert judge.limit() == pytest.approx(3.0 * (1 + 5e-3))
+    assert feed(judge, 3.01) and not feed(judge, 3.02)
+
+
 def test_what_is_not_finite_is_left_to_the_gradients() -> None:
     judge = spikes()
     for _ in range(8):
