@@ -153,7 +153,7 @@ def training(*words: str) -> Callable[[], None]:
     return work
 
 
-def wait(processes: list[int], log: Path, strike: Strike | None = None) -> list[int]:
+def wait(processes: list[int], log: Path, strike: Strike | None = None, limit: float = LIMIT) -> list[int]:
     """Exit codes (minus the signal) of all; `strike` ends some of them on the way.
 
     Does what a launcher does: when one ends badly, the others are given ten seconds and then killed.
@@ -175,7 +175,7 @@ def wait(processes: list[int], log: Path, strike: Strike | None = None) -> list[
                 if process not in codes:
                     os.kill(process, strike.signal)
             strike = None
-        hung = time.monotonic() - started > LIMIT
+        hung = time.monotonic() - started > limit
         if hung or (failed is not None and time.monotonic() - failed > 10):
             for process in processes:
                 if process not in codes:

@@ -22,8 +22,16 @@ from training.recipe import load_recipe, model_config
 KINDS = ("adafactor", "muon", "soap")
 
 
-def engine(recipe_file: str, precision: str, stage: int, kind: str, ranks: Ranks, device: torch.device) -> Engine:
-    words = [f"training.precision={precision}", f"deepspeed.zero_optimization.stage={stage}", f"optimizer.kind={kind}"]
+# what else moves the masters to other places: other devices, many small groups
+LAYOUTS = (
+    "{stage: 2, offload_optimizer: {device: cpu}, round_robin_gradients: true}",
+    "{stage: 3, offload_optimizer: {device: cpu}, offload_param: {device: cpu}}",
+    "{stage: 3, sub_group_size: 5000}",
+)
+
+
+def engine(recipe_file: str, precision: str, zero: str, kind: str, ranks: Ranks, device: torch.device) -> Engine:
+    words = [f"training.precision={precision}", f"deepspeed.zero_optimization={zero}", f"optimizer.kind={kind}"]
     recipe = load_recipe(recipe_file, words).recipe
     return Engine(recipe, model_config(recipe, VOCAB), 1, ranks, device)
 
@@ -70,8 +78,9 @@ def run(task: str, recipe: str, folder: Path) -> None:
     device = start_distributed(ranks)
     found: dict[str, float] = {}
     for precision in ("fp32", "bf16"):
-        for stage in range(4):
-            made = engine(recipe, precision, stage, "adamw", ranks, device)
+        for stage in (0, 1, 2, 3, *(LAYOUTS if precision == "fp32" and task == "read" else ())):
+            zero = stage if isinstance(stage, str) else f"{{stage: {stage}}}"
+            made = engine(recipe, precision, zero, "adamw", ranks, device)
             if task == "write":
                 step(made, 1)
                 step(made, 2)
@@ -90,7 +99,7 @@ def run(task: str, recipe: str, folder: Path) -> None:
             del made
             gc.collect()
         for kind in KINDS:
-            made = engine(recipe, precision, 0, kind, ranks, device)
+            made = engine(recipe, precision, "{stage: 0}", kind, ranks, device)
             if task == "write":
                 step(made, 1)
                 step(made, 2)

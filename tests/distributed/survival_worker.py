@@ -21,6 +21,9 @@ from tests.distributed import resharding_worker
 from tests.distributed.conftest import losses
 
 
+LIMIT = 500  # seconds a launch may take on a machine that others use too
+
+
 class Launches:
     def __init__(self, recipe: Path) -> None:
         self.recipe, self.number = recipe, 0
@@ -33,7 +36,7 @@ class Launches:
         words = [f"run.name={name}", f"deepspeed.zero_optimization.stage={stage}", *overrides]
         began = time.monotonic()
         processes = fork_ranks(training(str(self.recipe), *words), ranks, log, faults)
-        codes = wait(processes, log)
+        codes = wait(processes, log, limit=LIMIT)
         run = self.recipe.parent / "runs" / name
         self.done[key] = {
             "codes": codes,
@@ -82,7 +85,7 @@ def main() -> None:
     # the checkpoints of 2 ranks, read and written again by 3
     for ranks, task in ((2, "write"), (3, "read")):
         log = out.with_name(f"resharding_{task}.log")
-        codes = wait(fork_ranks(partial(resharding_worker.run, task, str(recipe), out.parent / "resharding"), ranks, log), log)
+        codes = wait(fork_ranks(partial(resharding_worker.run, task, str(recipe), out.parent / "resharding"), ranks, log), log, limit=LIMIT)
         launch.done[f"resharding {task}"] = {"codes": codes, "log": log.read_text(), "losses": {}, "checkpoints": {}}
     out.write_text(json.dumps(launch.done))
 
