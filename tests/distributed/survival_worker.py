@@ -20,7 +20,6 @@ from scripts.soak import fork_ranks, import_before_forks, training, visible, wai
 from tests.distributed import resharding_worker
 from tests.distributed.conftest import losses
 
-
 LIMIT = 500  # seconds a launch may take on a machine that others use too
 
 
