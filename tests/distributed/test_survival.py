@@ -167,7 +167,7 @@ def reloaded(seen: dict[str, Any], workplace: Path) -> dict[str, Any]:
 
 
 def test_weights_and_moments_keep_their_bits_from_any_stage_to_any(reloaded: dict[str, Any]) -> None:
-    """fp32 and bf16, 4 x 4 stages and offload, 2 -> 3 ranks: masters and both moments, as the files that are written afterwards hold them."""
+    """fp32 and bf16, 4 x 4 stages and offload, 2 -> 3 ranks: masters and both moments, as the files written afterwards hold them."""
     cases = [f"{precision} {a} -> {b}" for precision in ("fp32", "bf16") for a in range(4) for b in range(4)]
     cases += [f"fp32 {a} -> {layout}" for a in range(4) for layout in LAYOUTS]
     assert {case: reloaded[case] for case in cases} == dict.fromkeys(cases, 0.0)
