@@ -130,6 +130,7 @@ class Watchdog:
         """Dump, tell, and end this process."""
         if self._closed.is_set():
             return
+        self._closed.set()  # no more signs of life: the store may be gone before this rank is
         with contextlib.suppress(OSError):
             self.folder.mkdir(exist_ok=True)
             with open(self.folder / f"rank-{self.ranks.rank:05d}.txt", "w", encoding="utf-8") as file:
