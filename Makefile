@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint format benchmark clean
+.PHONY: help setup quickstart test lint format benchmark soak clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -56,6 +56,10 @@ format: $(STAMP) ## rewrite the files in the house style
 
 benchmark: $(STAMP) ## our training loop against bare PyTorch and bare DeepSpeed, as ratios
 	$(RUN) -m scripts.benchmark_training
+
+soak: $(STAMP) ## hours: kill a run 200 times, 50 ZeRO-3 exits, 1200 mutated recipes, checkpoints and data files
+	$(RUN) -m scripts.soak --kills 200 --exits 50
+	$(RUN) -m scripts.fuzz --recipes 500 --checkpoints 500 --data 200
 
 clean: ## remove the environment and caches; runs/ and prepared/ stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info build

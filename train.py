@@ -41,7 +41,7 @@ def main() -> None:
             return
         from training.loop import train
 
-        train(loaded)
+        leave(train(loaded))
     leave(0)
 
 

@@ -84,7 +84,7 @@ class Pretrained:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True, **self._from())
+            tokenizer = AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True, trust_remote_code=False, **self._from())
         except Exception as error:  # each family fails in its own way
             raise InputError(f"{self.path}: no tokenizer that can be read here: {_one_line(error)}") from None
         return lambda text: tokenizer.encode(text, add_special_tokens=False)

@@ -71,7 +71,7 @@ def encoder(source: Run | Pretrained) -> Callable[[str], list[int]]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: not a tokenizer: {error}") from None
     return lambda text: tokenizer.encode(text, add_special_tokens=False)
@@ -95,6 +95,8 @@ def _split(run: Run, split: Literal["train", "validation"]) -> tuple[Path, list[
     manifest = read_json(prepared / "manifest.json")
     try:
         shards = [(prepared / shard["file"], int(shard["tokens"])) for shard in manifest[split]["shards"]]
+        if any(path.parent != prepared for path, _ in shards):
+            raise ValueError("a shard lies outside the folder")
         dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[manifest["dtype"]])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{prepared / 'manifest.json'}: damaged: {type(error).__name__}: {error}") from None

@@ -1,38 +1,54 @@
-"""Save, verify, resume.
+"""Save, verify, find the newest whole one, resume at any number of ranks and any ZeRO stage.
 
-A checkpoint is written into a hidden folder beside its place, hashed into a manifest, and renamed when whole: a folder named
-`step-00001000` is complete, and what a crash leaves behind is never taken for one.
+A checkpoint is written into a hidden folder beside its place, read back from the disk, hashed into a manifest, flushed and renamed: a
+folder named `step-00001000` is complete, and what a crash leaves behind is never taken for one. Nothing that is whole is deleted
+before what follows it has come so far.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import json
 import os
 import random
 import re
 import shutil
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from analysis.files import check_crc, load_file
+from analysis.files import read_manifest as read_manifest_file
 from model.errors import InputError
-from training.distributed import Ranks, raise_together
+from training import faults
+from training.distributed import Ranks, first_problem, raise_together
 from training.engine import Engine
-from training.run_folder import write_json
+from training.run_folder import sync, write_json
 
 _UNFINISHED = ".writing-"
+_REPLACED = ".replaced-"
+
+
+class Found(NamedTuple):
+    """A whole checkpoint and its manifest."""
+
+    folder: Path
+    manifest: dict[str, Any]
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoint folders of a run, oldest first."""
+    """Checkpoint folders of a run, oldest first. A crash leaves none of these; damage afterwards may."""
     return sorted(p for p in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name))
 
 
-def save(engine: Engine, run: Path, step: int, tokens: int) -> Path:
+def save(engine: Engine, run: Path, step: int, tokens: int, state: dict[str, Any]) -> Path:
     """Write the checkpoint after `step` steps and `tokens` tokens. Every rank calls it.
+
+    Args:
+        state: what else the loop needs to go on, in JSON's types; it comes back in the manifest.
 
     Raises:
         InputError: the disk refused. Nothing half-written is left, and earlier checkpoints are untouched.
@@ -43,28 +59,27 @@ def save(engine: Engine, run: Path, step: int, tokens: int) -> Path:
     if ranks.is_first:
         try:
             folder.mkdir(exist_ok=True)
-            for leftover in folder.glob(f"{_UNFINISHED}*"):
-                shutil.rmtree(leftover)
+            clean_up(run)
             needed, free = _expected_bytes(engine), shutil.disk_usage(folder).free
             if free < needed:
-                problem = f"disk full: {folder} has {free / 2**30:.2f} GiB free and a checkpoint takes about {needed / 2**30:.2f} GiB"
+                problem = f"disk full: {folder} has {free / 2**20:,.1f} MiB free and a checkpoint takes about {needed / 2**20:,.1f} MiB"
         except OSError as error:
             problem = f"{folder}: cannot be written: {error.strerror}"
     raise_together(_with_advice(problem, run, step) if problem else None)
     try:
+        faults.kill("kill_saving", step, ranks.rank)
         engine.save(folder, writing.name)
         torch.save(_random_state(), writing / f"random_state_rank_{ranks.rank:05d}.pt")
         if ranks.is_first:
             write_json(writing / "model_config.json", engine.model.config.to_dict())
         dist.barrier()
+        faults.kill("kill_written", step, ranks.rank)
         digests = _digests(writing, ranks)
         if ranks.is_first:
-            write_json(writing / "manifest.json", _manifest(engine, step, tokens, digests))
-            _flush(writing)
-            if (folder / name).exists():  # a run that went back and came to this step again
-                shutil.rmtree(folder / name)
-            os.rename(writing, folder / name)
-            _flush(folder)
+            write_json(writing / "manifest.json", _manifest(engine, step, tokens, digests, state))
+            sync(writing)
+            faults.kill("kill_renaming", step, ranks.rank)
+            _put_in_place(writing, folder / name)
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
             raise
@@ -73,6 +88,27 @@ def save(engine: Engine, run: Path, step: int, tokens: int) -> Path:
         raise InputError(_with_advice(f"{folder}: a checkpoint could not be written: {reason}", run, step)) from None
     dist.barrier()
     return folder / name
+
+
+def _put_in_place(writing: Path, place: Path) -> None:
+    """Rename a whole folder to its place. One that is there, of a run that came to this step again, goes after that."""
+    replaced = place.with_name(f"{_REPLACED}{place.name}")
+    if place.exists():
+        os.rename(place, replaced)
+    os.rename(writing, place)
+    sync(place.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def clean_up(run: Path) -> None:
+    """Remove what a launch that was killed left half-done; the first rank alone calls it, holding the run's lock."""
+    folder = run / "checkpoints"
+    for replaced in folder.glob(f"{_REPLACED}*"):
+        place = folder / replaced.name.removeprefix(_REPLACED)
+        if not place.exists():  # killed between the two renames
+            os.rename(replaced, place)
+    for leftover in [*folder.glob(f"{_UNFINISHED}*"), *folder.glob(f"{_REPLACED}*")]:
+        shutil.rmtree(leftover)
 
 
 def _with_advice(problem: str, run: Path, step: int) -> str:
@@ -86,7 +122,7 @@ def _expected_bytes(engine: Engine) -> int:
     return 16 * sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
 
 
-def _manifest(engine: Engine, step: int, tokens: int, digests: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _manifest(engine: Engine, step: int, tokens: int, digests: dict[str, dict[str, Any]], state: dict[str, Any]) -> dict[str, Any]:
     return {
         "format": 1,
         "step": step,
@@ -95,17 +131,31 @@ def _manifest(engine: Engine, step: int, tokens: int, digests: dict[str, dict[st
         "world_size": engine.ranks.world_size,
         "zero_stage": engine.stage,
         "precision": engine.recipe.training.precision,
+        "optimizer": engine.recipe.optimizer.kind,
+        "skipped_steps": engine.skipped_steps,
+        "optimizer_steps": engine.optimizer_steps,
+        "state": state,
         "files": digests,
     }
 
 
 def _digests(folder: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
-    """{file: {size, sha256}} of a folder; every rank reads its share, and all get the whole."""
+    """{file: {size, sha256}} of a folder, as the disk gives it back; every rank reads its share, and all get the whole.
+
+    Raises:
+        OSError: a file does not hold what torch wrote: the CRC-32 of a record, taken before it was written, does not fit.
+    """
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
     share = {}
     for path in files[ranks.rank :: ranks.world_size]:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):  # forget the pages, so that what is read now is what the disk has
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            try:
+                check_crc(path)
+            except InputError as error:
+                raise OSError(errno.EIO, str(error)) from None
             share[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
     shares: list[dict[str, dict[str, Any]]] = [share]
     if ranks.world_size > 1:
@@ -114,69 +164,109 @@ def _digests(folder: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
     return {name: digest for part in shares for name, digest in part.items()}
 
 
-def _flush(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def newest_whole(run: Path, ranks: Ranks, at_most: int | None = None) -> Found | None:
+    """The newest checkpoint whose every file is what its manifest says, the reading shared between ranks. Every rank calls it.
+
+    Damaged ones are named on stderr and passed over; they stay until the run comes to their step again.
+
+    Args:
+        at_most: none of a later step.
+
+    Raises:
+        InputError: on every rank alike: there are checkpoints, and none is whole. Beginning again is for a person to decide.
+    """
+    if ranks.is_first:
+        clean_up(run)
+    names = [[folder.name for folder in checkpoints(run)]]
+    if ranks.world_size > 1:  # a shared folder may look older from another host
+        dist.broadcast_object_list(names, src=0)
+    problems = []
+    for folder in (run / "checkpoints" / name for name in reversed(names[0])):
+        if at_most is not None and int(folder.name.removeprefix("step-")) > at_most:
+            continue
+        manifest, problem = None, None
+        try:
+            manifest = read_manifest(folder)
+        except InputError as error:
+            problem = str(error)
+        # what one rank cannot read is damaged for all
+        problem = first_problem(problem) or first_problem(_altered(folder, manifest or {"files": {}}, ranks))
+        if problem is None and manifest is not None:
+            return Found(folder, manifest)
+        problems.append(problem)
+        if ranks.is_first:
+            print(f"warning: passed over {folder.name}: {problem}", file=sys.stderr, flush=True)
+    if problems:
+        raise InputError(
+            f"{run / 'checkpoints'}: no whole checkpoint{f' up to step {at_most}' if at_most is not None else ''}: {problems[-1]}; "
+            "bring back the files, or delete the damaged folders to begin again"
+        )
+    return None
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint folder. Raises InputError when it is missing or not readable."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        return {key: manifest[key] for key in ("step", "tokens", "world_size", "zero_stage", "precision", "files")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder}/manifest.json: missing or damaged ({type(error).__name__}); {_how_to_go_back(folder)}") from None
-
-
-def verify(folder: Path, manifest: dict[str, Any], ranks: Ranks) -> None:
-    """Compare sizes and checksums with the manifest, the reading shared between ranks.
+    """The manifest of a checkpoint folder, after comparing the files' names and sizes with it.
 
     Raises:
-        InputError: on every rank alike, naming each file that is missing, truncated or altered.
+        InputError: it is missing or not readable, or a file is missing, truncated, or outside the folder.
     """
-    problems = []
-    present = {name: folder / name for name in manifest["files"] if (folder / name).is_file()}
-    for name in manifest["files"].keys() - present.keys():
-        problems.append(f"{folder / name}: missing")
-    for name, path in present.items():
-        expected = manifest["files"][name]["size"]
-        if path.stat().st_size != expected:
-            problems.append(f"{path}: truncated: {path.stat().st_size} bytes, expected {expected}")
-    if not problems:
-        for name, path in sorted(present.items())[ranks.rank :: ranks.world_size]:
-            with open(path, "rb") as file:
+    manifest = read_manifest_file(folder)
+    if manifest is None:
+        raise InputError(f"{folder}/manifest.json: missing")
+    try:
+        whole = {key: int(manifest[key]) for key in ("step", "tokens", "world_size", "zero_stage")}
+        state = manifest.get("state", {})
+        skipped = int(manifest.get("skipped_steps", 0))
+        updates = int(manifest.get("optimizer_steps", whole["step"] - skipped))  # older manifests do not say
+        if not isinstance(state, dict) or min(*whole.values(), skipped, updates) < 0:
+            raise ValueError("a number below 0")
+        hashes = {name: {"sha256": str(recorded["sha256"])} for name, recorded in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder}/manifest.json: damaged: {type(error).__name__}: {error}") from None
+    return {**whole, "state": state, "skipped_steps": skipped, "optimizer_steps": updates, "files": hashes}
+
+
+def _altered(folder: Path, manifest: dict[str, Any], ranks: Ranks) -> str | None:
+    """What is wrong with this rank's share of the files, by their checksums."""
+    try:
+        for name in sorted(manifest["files"])[ranks.rank :: ranks.world_size]:
+            with open(folder / name, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != manifest["files"][name]["sha256"]:
-                    problems.append(f"{path}: altered: its checksum is not the manifest's")
-    raise_together("\n".join([*problems, _how_to_go_back(folder)]) if problems else None)
+                    return f"{folder / name}: altered: its checksum is not the manifest's"
+    except OSError as error:
+        return f"{error.filename}: cannot be read: {error.strerror}"
+    return None
 
 
-def _how_to_go_back(folder: Path) -> str:
-    earlier = [p for p in checkpoints(folder.parent.parent) if p.name < folder.name]
-    return f"delete {folder} to continue from {earlier[-1].name if earlier else 'the beginning'}"
+def load(engine: Engine, found: Found) -> None:
+    """Weights, optimizer state and random state from a whole checkpoint of this model, whatever ranks and stage wrote it.
+
+    Raises:
+        InputError: on every rank alike: it is of another model or optimizer, or its files contradict one another.
+    """
+    folder, manifest = found
+    problem = None
+    try:
+        engine.load(folder, manifest["step"], manifest["skipped_steps"], with_moments=manifest["optimizer_steps"] > 0)
+        _restore_random_state(folder, manifest, engine.ranks)
+    except InputError as error:
+        problem = str(error)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        problem = f"{folder}: damaged: {type(error).__name__}: {error}"
+    raise_together(problem)
 
 
-def check_layout(folder: Path, manifest: dict[str, Any], engine_stage: int, ranks: Ranks) -> None:
-    """DeepSpeed loads a checkpoint only at the ranks and stage that wrote it; say so before any weight is made."""
-    if (manifest["world_size"], manifest["zero_stage"]) != (ranks.world_size, engine_stage):
-        raise InputError(
-            f"{folder}: written by {manifest['world_size']} ranks with ZeRO stage {manifest['zero_stage']}, and this launch has "
-            f"{ranks.world_size} with stage {engine_stage}; launch with {manifest['world_size']} ranks and stage {manifest['zero_stage']}"
-        )
+def remove_old(run: Path, saved: int, keep_last: int | None, keep_every: int | None) -> None:
+    """Delete checkpoints beyond the last `keep_last`, but for step 0 and those whose step divides by `keep_every`.
 
-
-def load(engine: Engine, folder: Path) -> None:
-    """Weights, optimizer state and random state from a verified checkpoint folder."""
-    engine.load(folder.parent, folder.name)
-    _restore_random_state(torch.load(folder / f"random_state_rank_{engine.ranks.rank:05d}.pt", weights_only=True))
-
-
-def remove_old(run: Path, keep_last: int | None, keep_every: int | None) -> None:
-    """Delete checkpoints beyond the last `keep_last`, but for step 0 and those whose step divides by `keep_every`."""
+    To be called by the first rank after the `save` of step `saved`, which has been read back and is never deleted. Later steps, which a
+    run that went back left behind, do not count and stay until it comes to them again.
+    """
     if keep_last is None:
         return
-    for folder in checkpoints(run)[:-keep_last]:
-        step = int(folder.name.removeprefix("step-"))
+    steps = [int(folder.name.removeprefix("step-")) for folder in checkpoints(run)]
+    for step in [step for step in steps if step <= saved][:-keep_last]:
+        folder = run / "checkpoints" / f"step-{step:08d}"
         if step > 0 and not (keep_every and step % keep_every == 0):
             hidden = folder.with_name(f"{_UNFINISHED}{folder.name}")  # gone from sight at once, whole or not
             os.rename(folder, hidden)
@@ -190,9 +280,18 @@ def _random_state() -> dict[str, Any]:
     return state
 
 
-def _restore_random_state(state: dict[str, Any]) -> None:
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+def _restore_random_state(folder: Path, manifest: dict[str, Any], ranks: Ranks) -> None:
+    """A rank's own random state. One that was not there goes on from a state of its own, a function of the step and its number."""
+    path = folder / f"random_state_rank_{ranks.rank:05d}.pt"
+    if ranks.rank >= manifest["world_size"]:
+        torch.manual_seed((manifest["step"] << 20) + ranks.rank)
+        return
+    try:
+        state = load_file(path)
+        version, numbers, gauss = state["python"]
+        random.setstate((version, tuple(numbers), gauss))
+        torch.set_rng_state(state["torch"])
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
+    except (KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
+        raise InputError(f"{path}: not a random state: {type(error).__name__}: {error}") from None

@@ -28,6 +28,7 @@ from model.transformer import IGNORED_TARGET
 from training.recipe import DataSection
 from training.sources import Source, file_state, listing_digest, open_source
 from training.token_shards import FORMAT, SPLITS, Split, build, sync_folder
+from training.tokenizer import token_dtype
 
 # ---------------------------------------------------------------------------------------------------------- opened shards
 
@@ -85,6 +86,7 @@ def open_prepared(folder: Path | str) -> PreparedData:
         manifest = json.loads((folder / "manifest.json").read_text())
         if manifest["format"] != FORMAT:
             raise InputError(f"{folder} was prepared in format {manifest['format']}, this version reads {FORMAT}: {advice}")
+        _require_plain_manifest(manifest)
         prepared = PreparedData(folder, manifest)
         itemsize = np.dtype(manifest["dtype"]).itemsize
         expected = [(path, tokens * itemsize) for split in SPLITS for path, tokens in prepared.shards(split)]
@@ -99,13 +101,40 @@ def open_prepared(folder: Path | str) -> PreparedData:
             raise InputError(f"shard {path} is truncated or altered: {path.stat().st_size} bytes, the manifest says {size}: {advice}")
     if not (folder / "tokenizer").is_dir():
         raise InputError(f"{folder} has no tokenizer: {advice}")
+    for path in (folder / "tokenizer").rglob("*"):
+        if not path.resolve().is_relative_to(folder):  # it would be copied into the run
+            raise InputError(f"{path} leads out of the folder: {advice}")
     if _verified(prepared) != _shard_states(prepared):
         verify_checksums(prepared)
     return prepared
 
 
+def _require_plain_manifest(manifest: dict[str, Any]) -> None:
+    """Raises ValueError or TypeError for a manifest that `build` would not write: it may come from a stranger."""
+    vocab_size, end_of_text, loss = (manifest[key] for key in ("vocab_size", "end_of_text", "validation_unigram_loss"))
+    if type(vocab_size) is not int or type(end_of_text) is not int or not 0 <= end_of_text < vocab_size <= 2**32:
+        raise ValueError(f"vocab_size is {str(vocab_size)[:40]} and end_of_text {str(end_of_text)[:40]}")
+    if manifest["dtype"] != token_dtype(vocab_size).name:
+        raise ValueError(f"dtype is {str(manifest['dtype'])[:40]!r}, expected {token_dtype(vocab_size).name}")
+    if not isinstance(manifest["content_hash"], str) or not isinstance(loss, float | int | None):
+        raise TypeError("content_hash or validation_unigram_loss is of a wrong kind")
+    for split in SPLITS:
+        counted = 0
+        for shard in manifest[split]["shards"]:
+            if Path(shard["file"]).name != shard["file"]:
+                raise ValueError(f"shard {str(shard['file'])[:80]!r} is not a file of this folder")
+            if type(shard["tokens"]) is not int or shard["tokens"] < 0 or not isinstance(shard["sha256"], str):
+                raise ValueError(f"shard {shard['file']} has no count or no checksum")
+            counted += shard["tokens"]
+        if counted != manifest[split]["tokens"]:
+            raise ValueError(f"{split} has {manifest[split]['tokens']} tokens, and its shards have {counted}")
+
+
 def verify_checksums(prepared: PreparedData) -> None:
-    """Compare the SHA-256 of each shard with the manifest and remember that it was done. Raises InputError naming a bad shard."""
+    """Compare the SHA-256 of each shard with the manifest, and its tokens with the vocabulary, and remember that it was done.
+
+    Raises InputError naming a bad shard.
+    """
     for split in SPLITS:
         for shard in prepared.manifest[split]["shards"]:
             path = prepared.folder / shard["file"]
@@ -115,6 +144,11 @@ def verify_checksums(prepared: PreparedData) -> None:
                 raise InputError(
                     f"shard {path} is altered: its checksum is not the manifest's: delete {prepared.folder} and prepare it again"
                 )
+            if (
+                shard["tokens"]
+                and (largest := int(np.memmap(path, np.dtype(prepared.manifest["dtype"]), "r").max())) >= prepared.vocab_size
+            ):
+                raise InputError(f"shard {path} has token {largest}, outside the vocabulary of {prepared.vocab_size}")
     _remember_verified(prepared)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -18,6 +19,14 @@ import torch.distributed as dist
 
 from model.activation_statistics import ActivationMoments
 from model.errors import InputError
+
+
+class TrainingStoppedError(RuntimeError):
+    """Training went wrong and was ended, with what was saved untouched: one line, exit code 1."""
+
+
+# What a disk says that is full, over quota, read-only, not ours, or failing
+DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,15 @@ def reduce_moments(moments: dict[str, ActivationMoments]) -> None:
             dist.all_reduce(place.ratio_max, op=dist.ReduceOp.MAX)
 
 
+def first_problem(problem: str | None) -> str | None:
+    """The problem of the first rank that has one, on every rank; every rank calls it."""
+    problems: list[str | None] = [problem]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        problems = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+    return next((p for p in problems if p), None)
+
+
 def raise_together(problem: str | None) -> None:
     """Raise the same `InputError` on every rank if any rank has a problem, so that none is left waiting for the others."""
     problems: list[str | None] = [problem]
@@ -105,10 +123,17 @@ def raise_together(problem: str | None) -> None:
 
 @contextmanager
 def one_clear_line() -> Iterator[None]:
-    """Turn an `InputError` into its message on stderr and exit code 2, printed by one rank."""
+    """Turn an `InputError`, or a disk that is full or refuses, into a message on stderr and exit code 2, printed by one rank.
+
+    `TrainingStoppedError` becomes a message and exit code 1.
+    """
     try:
         yield
-    except InputError as error:
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError):
+            if error.errno not in DISK_REFUSES:
+                raise
+            error = InputError(f"{error.filename or 'a file of the run'}: {error.strerror}; make room or allow writing, and launch again")
         rank = os.environ.get("RANK", "0")
         if rank != "0":
             # Most errors are the same everywhere and the launcher ends us when rank 0 exits; what only this rank met still comes out.
@@ -116,6 +141,12 @@ def one_clear_line() -> Iterator[None]:
         where = "" if rank == "0" else f" (rank {rank})"
         print(f"error{where}: {error}", file=sys.stderr, flush=True)
         leave(2)
+    except TrainingStoppedError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(1)  # every rank stops here; the first says why
+        leave(1)
 
 
 def leave(code: int) -> None:

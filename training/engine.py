@@ -36,9 +36,13 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from analysis.checkpoint import Checkpoint
+from analysis.files import load_file
+from analysis.shards import open_checkpoint
 from model.config import ModelConfig
+from model.errors import InputError
 from model.linear_cross_entropy import FrozenHead
-from model.parametrization import initialize
+from model.parametrization import initialize, owned_parameters
 from model.transformer import Transformer
 from training.data import Batch
 from training.distributed import Ranks
@@ -121,6 +125,13 @@ def _unguarded(recipe: Recipe) -> bool:
     return zero_stage(recipe) == 0 and recipe.training.precision == "fp32"
 
 
+def _name_parameters(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
+    """Have the groups say in checkpoints which parameters are theirs: whole tensors without names could not be told apart."""
+    names = {id(parameter): name for name, _, parameter in owned_parameters(model)}
+    for group in optimizer.param_groups:
+        group["param_names"] = [names[id(parameter)] for parameter in group["params"]]
+
+
 @contextmanager
 def _first_non_finite_output(model: torch.nn.Module) -> Iterator[list[str]]:
     """Collect the names of modules whose output is not finite, in the order in which they ran."""
@@ -181,6 +192,8 @@ class Engine:
         fused = device.type == "cuda" and not offloaded
         max_norm = recipe.training.gradient_clipping if _unguarded(recipe) else None
         base = make_optimizer(model, recipe.optimizer, fused, sharded=self.stage > 0, max_norm=max_norm)
+        if isinstance(base, JointOptimizer):
+            _name_parameters(base, model)
         self.deepspeed, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=base, config=config)
         if isinstance(base, JointOptimizer):
             base.ready = True
@@ -232,9 +245,26 @@ class Engine:
         applied = self.deepspeed.skipped_steps == skipped_before
         if applied:
             self._perturbed, self._added = False, None  # DeepSpeed has written the new masters to the forward weights
+        return StepResult(self._grad_norm(), applied)
+
+    def discard(self) -> StepResult:
+        """End a step without an update: gradients are dropped; weights, moments and the moments' bias correction stay as they are."""
+        base = self._base
+        if isinstance(base, JointOptimizer) and base.max_norm is not None:
+            do: Any = lambda closure=None: base._clip(0.0)  # noqa: E731 - its gradient norm is read all the same
+        else:
+            do = lambda closure=None: None  # noqa: E731
+        base.step = do
+        try:
+            self.deepspeed.step()
+        finally:
+            del base.step
+        return StepResult(self._grad_norm(), applied=False)
+
+    def _grad_norm(self) -> float:
         norm = self.deepspeed.get_global_grad_norm()
         norm = float(norm) if norm is not None else math.nan
-        return StepResult(norm if norm >= 0 else math.inf, applied)
+        return norm if norm >= 0 else math.inf
 
     def _step_with_a_copy(self, gradient: Vector) -> None:
         step = self._base.step
@@ -394,15 +424,60 @@ class Engine:
         """Steps skipped since the run began."""
         return self.deepspeed.skipped_steps
 
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates that the optimizer's state holds, in the run as a whole; 0 where it does not count."""
+        return self.masters.steps()
+
     def save(self, folder: Path, tag: str) -> None:
         """DeepSpeed's files below folder/tag. Raises OSError or RuntimeError when the disk refuses, or the weights are perturbed."""
         if self._perturbed:
             raise RuntimeError("a checkpoint would hold perturbed weights: save outside `perturbed`")
         self.deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False)
 
-    def load(self, folder: Path, tag: str) -> None:
-        """Weights, optimizer state and counters from folder/tag, at the ranks and stage that wrote them."""
-        self.deepspeed.load_checkpoint(str(folder), tag=tag)
+    def load(self, folder: Path, step: int, skipped_steps: int, with_moments: bool) -> None:
+        """Weights, optimizer state and counters from a checkpoint that any number of ranks wrote at any ZeRO stage.
+
+        Our own reader takes it apart: DeepSpeed's wants the ranks that wrote it, and unpickles whatever it is given. The state of
+        an optimizer other than AdamW is in whole tensors, at stage 0 alone, and loads as it is.
+
+        Args:
+            with_moments: False for a checkpoint made before the first update.
+
+        Raises:
+            InputError: not a checkpoint of this model and optimizer.
+        """
+        zero = self.recipe.deepspeed.get("zero_optimization", {})
+        if any((zero.get(key) or {}).get("device") == "nvme" for key in ("offload_optimizer", "offload_param")):
+            raise InputError(f"{folder}: a run whose state is offloaded to nvme cannot go on from a checkpoint; use device: cpu")
+        checkpoint = open_checkpoint(folder)
+        if self.recipe.optimizer.kind == "adamw":
+            self.masters.load(checkpoint, with_moments)
+        else:
+            self._load_whole(checkpoint)
+        self._load_untrained(checkpoint)
+        self.deepspeed.global_steps, self.deepspeed.skipped_steps = step, skipped_steps
+        self.deepspeed.global_samples = step * self.deepspeed.train_batch_size()
+
+    def _load_whole(self, checkpoint: Checkpoint) -> None:
+        """Weights and optimizer state at stage 0, where one file has both whole."""
+        self.masters.load(checkpoint, with_moments=False)
+        file, settings = checkpoint.path / "mp_rank_00_model_states.pt", [dict(group) for group in self.optimizer.param_groups]
+        try:
+            self.optimizer.load_state_dict(load_file(file)["optimizer"])
+            for group, ours in zip(self.optimizer.param_groups, settings, strict=True):
+                group.update({key: value for key, value in ours.items() if key != "params"})  # state is theirs, settings are the recipe's
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{file}: not the state of {self.recipe.optimizer.kind}: {type(error).__name__}: {reason}") from None
+
+    @torch.no_grad()
+    def _load_untrained(self, checkpoint: Checkpoint) -> None:
+        for name, _, parameter in owned_parameters(self.model):
+            if not parameter.requires_grad:
+                with self._gather(parameter):
+                    if parameter.numel():  # at ZeRO stage 3 whole on every rank within; the first rank's is kept
+                        parameter.copy_(checkpoint.tensor(name))
 
     def _on_device(self, batch: Batch) -> tuple[torch.Tensor | None, ...]:
         return tuple(None if t is None else t.to(self.device, non_blocking=True) for t in (batch.tokens, batch.targets, batch.document_ids))

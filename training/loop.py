@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,69 +13,79 @@ import torch
 import torch.distributed as dist
 
 from model.activation_statistics import watch_residuals
+from model.config import ModelConfig
 from model.errors import InputError
 from model.transformer import IGNORED_TARGET
-from training import checkpoint
+from training import checkpoint, faults, stop_request
 from training.curvature import Curvature
 from training.data import Batch, PreparedData, Sequences, open_prepared, prepare, require_step, step_rows
-from training.distributed import Ranks, discover, raise_together, reduce_moments, sum_over_ranks
+from training.distributed import Ranks, TrainingStoppedError, discover, reduce_moments, sum_over_ranks
 from training.engine import Engine, start_distributed
+from training.loss_spikes import LossSpikes
 from training.metrics import MFU_DEFINITION, Metrics, PeakMemory, duration, peak_flops
 from training.optimizers import describe_groups, learning_rate
 from training.plan import accumulation_steps, passes, plan
-from training.recipe import LoadedRecipe, Recipe, model_config, zero_stage
+from training.recipe import LoadedRecipe, Recipe, model_config
 from training.run_folder import check_run_folder, describe_environment, open_run_folder, write_json
 from training.sharpness_aware import Outcome, take_step
+from training.stop_request import StopRequest
+from training.watchdog import Watchdog
 
 
-def train(loaded: LoadedRecipe) -> None:
-    """Train a recipe to its end, or on from its newest checkpoint.
+def train(loaded: LoadedRecipe) -> int:
+    """Train a recipe to its end, or on from its newest whole checkpoint, whatever ranks and ZeRO stage wrote that.
+
+    Returns:
+        The exit code: 0, or 75 when it was stopped on request and the same launch again goes on.
 
     Raises:
         InputError: the recipe, the data, the run folder or a checkpoint is wrong; no weight has been made yet, or what was
             made is saved.
-        RuntimeError: gradients were non-finite for too many steps in a row.
+        TrainingStoppedError: gradients were non-finite for too many steps in a row, or there were too many loss spikes.
     """
-    recipe, run = loaded.recipe, loaded.run_folder
-    training = recipe.training
+    recipe, run, training = loaded.recipe, loaded.run_folder, loaded.recipe.training
 
     # What can be wrong is found before anything is made.
     ranks = discover()
-    accumulation = accumulation_steps(recipe, ranks.world_size)
+    faults.requested()
+    accumulation_steps(recipe, ranks.world_size)
     check_run_folder(loaded)
     data = corpus_of(loaded)
     require_step(data, training.tokens_per_step, training.sequence_length)
     config = model_config(recipe, data.vocab_size)
     lock = open_run_folder(loaded) if ranks.is_first else None
+    try:
+        device = start_distributed(ranks)
+        with Watchdog(run, ranks, recipe.run.hang_seconds, recipe.run.lost_seconds) as watchdog:
+            return _train(loaded, data, config, ranks, device, watchdog)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _train(loaded: LoadedRecipe, data: PreparedData, config: ModelConfig, ranks: Ranks, device: torch.device, watchdog: Watchdog) -> int:
+    recipe, run, training = loaded.recipe, loaded.run_folder, loaded.recipe.training
     total_steps = training.tokens // training.tokens_per_step
     last_step = min(total_steps, recipe.run.stop_at_step or total_steps)
-
-    device = start_distributed(ranks)
     require_same_corpus(data, ranks)
-    newest = manifest = None
-    problem = None
-    if whole := checkpoint.checkpoints(run):
-        try:
-            newest, manifest = whole[-1], checkpoint.read_manifest(whole[-1])
-            checkpoint.check_layout(newest, manifest, zero_stage(recipe), ranks)
-        except InputError as error:
-            problem = str(error)
-    raise_together(problem)
-    start_step = 0
-    if newest is not None and manifest is not None:
-        start_step = manifest["step"]
-        if start_step >= last_step:
-            if ranks.is_first:
-                print(f"{run}: complete at step {start_step} of {total_steps}; nothing to do")
-            return
-        checkpoint.verify(newest, manifest, ranks)
+    stop = StopRequest()
+    watchdog.progress("looking for the newest whole checkpoint")
+    newest = checkpoint.newest_whole(run, ranks)
+    start_step = newest.manifest["step"] if newest is not None else 0
+    if newest is not None and start_step >= last_step:
+        if ranks.is_first:
+            print(f"{run}: complete at step {start_step} of {total_steps}; nothing to do")
+        return 0
 
     # Build. From here on memory counts.
     metrics = Metrics(run, recipe.logging, ranks, last_step, start_step)
     memory = PeakMemory(device)
-    engine = Engine(recipe, config, accumulation, ranks, device)
+    watchdog.progress("building the model")
+    engine = Engine(recipe, config, accumulation_steps(recipe, ranks.world_size), ranks, device)
+    spikes, skipped_in_a_row = LossSpikes(training.loss_spikes, device), 0
     if newest is not None:
         checkpoint.load(engine, newest)
+        skipped_in_a_row = restore(newest, spikes)
     sequences = Sequences(data, "train", training.sequence_length, recipe.run.seed, shuffle=True, document_masks=recipe.data.document_masks)
     predicted = plan(recipe, config, ranks.world_size, data.manifest)
     for warning in config.warnings():
@@ -90,28 +101,46 @@ def train(loaded: LoadedRecipe) -> None:
     peak = peak_flops(device)
     if peak is not None:
         metrics.say(MFU_DEFINITION)
-    if recipe.checkpoint.first and start_step == 0:
-        checkpoint.save(engine, run, step=0, tokens=0)
+    if recipe.checkpoint.first and newest is None:
+        checkpoint.save(engine, run, step=0, tokens=0, state={})
 
     curvature = Curvature(engine, data, recipe) if recipe.evaluation.curvature_every else None
-    skipped_in_a_row, warned = 0, False
+    warned, stopped = False, False
     clock, clock_tokens = time.perf_counter(), 0
-    for step in range(start_step, last_step):
+    step = start_step - 1
+    while step + 1 < last_step and not stopped:
+        step += 1
+        watchdog.progress(f"step {step + 1}")
+        faults.before_step(step + 1, ranks.rank)
+        data_step = step + spikes.data_ahead
         rows = step_rows(
-            step, training.tokens_per_step // training.sequence_length, ranks.rank, ranks.world_size, training.micro_batch_size
+            data_step, training.tokens_per_step // training.sequence_length, ranks.rank, ranks.world_size, training.micro_batch_size
         )
         batches = [sequences.rows(numbers) for numbers in rows]
+        faults.spoil(batches, data_step + 1, data.vocab_size)
         valid_tokens = _valid_tokens(batches, training.tokens_per_step, recipe.data.document_masks, device)
         measured = recipe.logging.outliers_every > 0 and (step % recipe.logging.outliers_every == 0 or step + 1 == last_step)
         done, tokens = step + 1, (step + 1) * training.tokens_per_step
         logged = done % recipe.logging.every == 0 or done == last_step or step == start_step
         watch = watch_residuals(engine.model) if measured else nullcontext()
-        outcome = take_step(engine, batches, valid_tokens, step, total_steps, logged, watch)
+        if faults.asked_for("nan", done, ranks.rank):
+            valid_tokens = math.nan
+        outcome = take_step(engine, batches, valid_tokens, step, total_steps, logged, watch, spikes.accept)
         result = outcome.result
         clock_tokens += training.tokens_per_step
 
-        skipped_in_a_row = 0 if result.applied else skipped_in_a_row + 1
-        if not result.applied:
+        if outcome.refused:
+            metrics.record({"step": done, "tokens": tokens, "loss_spike": spikes.loss, "loss_spike_limit": spikes.limit()})
+            metrics.say(f"step {done}: loss spike: {spikes.loss:.4f}, the limit was {spikes.limit():.4f} ({training.loss_spikes.action})")
+            spikes.count_spike(done)
+            if training.loss_spikes.action == "rewind":
+                step = rewind(engine, run, spikes, done, training.loss_spikes.rewind_steps, metrics) - 1
+                continue
+        elif result.applied:
+            skipped_in_a_row = 0
+            spikes.remember()
+        else:
+            skipped_in_a_row += 1
             _report_skip(engine, batches, outcome, metrics, done, tokens, skipped_in_a_row, training.max_skipped_steps)
 
         if logged:
@@ -129,6 +158,7 @@ def train(loaded: LoadedRecipe) -> None:
                 if peak
                 else None,
                 "skipped_steps": engine.skipped_steps,
+                "loss_spikes": spikes.count if training.loss_spikes.action != "none" else None,
                 "peak_memory_bytes": memory.bytes(),
                 **outcome.values,
             }
@@ -145,7 +175,9 @@ def train(loaded: LoadedRecipe) -> None:
             metrics.record_activations(step, step * training.tokens_per_step, measures)
 
         aside = time.perf_counter()
+        stopped = stop.after_step()
         if done % recipe.evaluation.every == 0 or done == total_steps:
+            watchdog.progress(f"evaluating after step {done}")
             validation_loss = evaluate(engine, data, recipe)
             metrics.record({"step": done, "tokens": tokens, "validation_loss": validation_loss})
             metrics.say(
@@ -154,21 +186,54 @@ def train(loaded: LoadedRecipe) -> None:
         if curvature is not None and done % (recipe.evaluation.curvature_every or 1) == 0:
             rate = learning_rate(recipe.optimizer, step, total_steps)
             metrics.record({"step": done, "tokens": tokens, **curvature.measure(rate)})
-        if done % recipe.checkpoint.every == 0 or done == last_step:
-            folder = checkpoint.save(engine, run, done, tokens)
+        if done % recipe.checkpoint.every == 0 or done == last_step or stopped:
+            watchdog.progress(f"saving step {done}")
+            folder = checkpoint.save(engine, run, done, tokens, {"skipped_in_a_row": skipped_in_a_row, "loss_spikes": spikes.state()})
             metrics.say(f"step {done}/{last_step}  saved {folder}")
             if ranks.is_first:
-                checkpoint.remove_old(run, recipe.checkpoint.keep_last, recipe.checkpoint.keep_every)
+                checkpoint.remove_old(run, done, recipe.checkpoint.keep_last, recipe.checkpoint.keep_every)
         clock += time.perf_counter() - aside  # evaluating and saving do not count as training time
 
+    ended = step + 1
+    stopped = stopped and ended < last_step
     metrics.say(
-        f"{run}: done, step {last_step} of {total_steps} in {duration(time.perf_counter() - metrics.started)}; "
+        f"{run}: {'stopped on request' if stopped else 'done'}, step {ended} of {total_steps} in "
+        f"{duration(time.perf_counter() - metrics.started)}; "
         f"peak memory of this rank: {memory.bytes() / 2**20:,.0f} MiB {memory.what}; "
-        f"tensors planned: {predicted.memory.total / 2**20:,.0f} MiB"
+        f"tensors planned: {predicted.memory.total / 2**20:,.0f} MiB{'; the same launch again goes on' if stopped else ''}"
     )
     metrics.close()
-    if lock is not None:
-        lock.close()
+    return stop_request.EXIT_CODE if stopped else 0
+
+
+def restore(found: checkpoint.Found, spikes: LossSpikes) -> int:
+    """What the loop remembers beside weights and optimizer: fills `spikes`, and returns the steps skipped in a row.
+
+    Raises:
+        InputError: the manifest's state is not one that `train` wrote.
+    """
+    state = found.manifest["state"]
+    try:
+        spikes.restore(state.get("loss_spikes", {}))
+        return int(state.get("skipped_in_a_row", 0))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{found.folder}/manifest.json: its state cannot be read: {type(error).__name__}: {error}") from None
+
+
+def rewind(engine: Engine, run: Path, spikes: LossSpikes, done: int, back: int, metrics: Metrics) -> int:
+    """Load the newest whole checkpoint at least `back` steps before step `done`, and pass over the data since; returns its step."""
+    found = checkpoint.newest_whole(run, engine.ranks, at_most=max(0, done - back))
+    if found is None:
+        raise InputError(
+            f"{run}: a loss spike at step {done}, and no checkpoint of step {max(0, done - back)} or before to go back to; set "
+            "checkpoint.first=true or a smaller checkpoint.every, or training.loss_spikes.action=skip"
+        )
+    checkpoint.load(engine, found)
+    to_step = found.manifest["step"]
+    spikes.go_back(done, to_step, found.manifest["state"].get("loss_spikes", {}))
+    metrics.say(f"step {done}: back to step {to_step}, past the data of {done - to_step} steps ({spikes.data_ahead} in all)")
+    metrics.record({"step": done, "rewound_to_step": to_step, "data_steps_passed_over": spikes.data_ahead})
+    return to_step
 
 
 def corpus_of(loaded: LoadedRecipe) -> PreparedData:
@@ -243,7 +308,7 @@ def _report_skip(
     metrics.record({"step": done, "tokens": tokens, "skipped_steps": engine.skipped_steps})
     if in_a_row >= limit:
         metrics.close()
-        raise RuntimeError(
+        raise TrainingStoppedError(
             f"stopped at step {done}: {in_a_row} steps in a row had non-finite gradients (training.max_skipped_steps); "
             "lower optimizer.learning_rate, or look at the data of these steps"
         )

@@ -22,8 +22,11 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+from analysis.checkpoint import Checkpoint, Kind
+from model.errors import InputError
 from model.parametrization import owned_parameters
 
+MOMENTS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")  # of AdamW
 Vector = list[Tensor]
 
 
@@ -152,6 +155,53 @@ class MasterWeights:
         """Updates that the base optimizer's moments hold."""
         counts = [state["step"] for master in self.masters if "step" in (state := self.base.state.get(master, {}))]
         return int(counts[0]) if counts else 0
+
+    # ------------------------------------------------------------------ from a checkpoint
+
+    @torch.no_grad()
+    def load(self, checkpoint: Checkpoint, with_moments: bool) -> None:
+        """Masters, and AdamW's moments and step, from a checkpoint that any ranks wrote at any ZeRO stage.
+
+        A rank reads its own elements and no others. Every rank calls it; the forward weights follow.
+
+        Args:
+            with_moments: False for a checkpoint made before the first update, which has none.
+
+        Raises:
+            InputError: other names or shapes, weights that are not float32, or no moments.
+        """
+        self._require_same_tensors(checkpoint)
+        self._read(checkpoint, "weight", self.masters)
+        for moment in MOMENTS if with_moments else ():
+            self._read(checkpoint, moment, [self._moment(master, moment) for master in self.masters])
+        if with_moments:
+            step = checkpoint.adam_settings(self.names[0]).step
+            for master in self.masters:
+                # where torch's own AdamW keeps it: with the weights for its fused kernel, else on the CPU
+                device = master.device if self.base.param_groups[0].get("fused") else "cpu"
+                self.base.state[master]["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
+        else:
+            self.base.state.clear()
+        self.push()
+
+    def _require_same_tensors(self, checkpoint: Checkpoint) -> None:
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            found = checkpoint.shapes.get(checkpoint.aliases.get(name, name))
+            if found is None or tuple(found) != shape:
+                there = f"has it as {tuple(found)}" if found is not None else "has none"
+                raise InputError(f"{checkpoint.path}: not of this model: {name} is {shape} here, and the checkpoint {there}")
+        if checkpoint.precision != "fp32":
+            raise InputError(f"{checkpoint.path}: its float32 master weights cannot be told apart, only {checkpoint.precision} weights")
+
+    def _moment(self, master: Tensor, key: str) -> Tensor:
+        """The tensor of the base optimizer's state, made where it is not there yet."""
+        return self.base.state[master].setdefault(key, torch.zeros_like(master, requires_grad=False))
+
+    def _read(self, checkpoint: Checkpoint, kind: Kind, vector: Vector) -> None:
+        for segment in self.segments:
+            part = torch.empty(segment.length, dtype=torch.float32)
+            checkpoint.read(self.names[segment.tensor], segment.offset, part, kind)
+            self.part(vector, segment).copy_(part)
 
     # ------------------------------------------------------------------ to the forward pass
 

@@ -76,6 +76,7 @@ class Metrics:
         self.started, self.start_step = time.perf_counter(), start_step
         self.writer = self.file = None
         if self.first:
+            drop_half_a_line(run / "metrics.jsonl")
             self.file = open(run / "metrics.jsonl", "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - open as long as the run
             if section.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
@@ -124,6 +125,16 @@ class Metrics:
             self.writer.close()
         if self.file is not None:
             self.file.close()
+
+
+def drop_half_a_line(path: Path) -> None:
+    """Cut off what a launch that was killed in the middle of a line left at the end of a file of lines."""
+    if path.exists():
+        with open(path, "rb+") as file:
+            content = file.read()
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):
+                file.truncate(whole)
 
 
 def duration(seconds: float) -> str:

@@ -31,6 +31,12 @@ class RunSection(Section):
     stop_at_step: int | None = Field(
         default=None, ge=1, description="Save and stop after this step; the schedule still spans the whole run."
     )
+    hang_seconds: float = Field(
+        default=1800, gt=0, description="A rank that gets no further for so long ends the run, with the stacks of all ranks."
+    )
+    lost_seconds: float = Field(
+        default=60, gt=0, description="A rank that gives no sign of life for so long (dead, or cut off) ends the run, which names its host."
+    )
 
 
 class TokenizerSection(Section):
@@ -75,6 +81,19 @@ class DataSection(Section):
     workers: int | None = Field(default=None, ge=1, description="Processes that tokenise; default: the cores of this machine.")
 
 
+class LossSpikesSection(Section):
+    """What to do about a loss that stands out: training/loss_spikes.py says which does."""
+
+    action: Literal["none", "skip", "rewind"] = Field(
+        default="none", description="skip: leave the step's update out. rewind: back to a checkpoint, and past the data since then."
+    )
+    threshold: float = Field(default=10.0, gt=0, description="How far above the median is a spike, in robust standard deviations.")
+    window: int = Field(default=128, ge=8, description="Steps whose losses are compared with.")
+    warmup: int = Field(default=32, ge=4, description="Losses needed before any is called a spike; at most `window`.")
+    rewind_steps: int = Field(default=100, ge=1, description="rewind: to the newest checkpoint at least so many steps back.")
+    limit: int = Field(default=10, ge=1, description="Stop with exit code 1 after more spikes than this within `window` steps.")
+
+
 class TrainingSection(Section):
     """How much, how long, how large a bite."""
 
@@ -91,6 +110,7 @@ class TrainingSection(Section):
     )
     compile: bool = Field(default=False, description="torch.compile each block.")
     max_skipped_steps: int = Field(default=5, ge=1, description="Stop after so many steps in a row with non-finite gradients.")
+    loss_spikes: LossSpikesSection = LossSpikesSection()
 
 
 class SharpnessSection(Section):
@@ -303,11 +323,17 @@ def dump_recipe(loaded: LoadedRecipe) -> str:
     return "\n".join(lines) + "\n"
 
 
-# What may differ between the launch that made a run and one that continues it: nothing that changes a weight.
+# What may differ between the launch that made a run and one that continues it: nothing that changes a weight by more than rounding.
 MAY_CHANGE_ON_RESUME = (
     "run.folder",
     "run.name",
     "run.stop_at_step",
+    "run.hang_seconds",
+    "run.lost_seconds",
+    "deepspeed.zero_optimization",
+    "training.micro_batch_size",
+    "training.activation_checkpointing",
+    "training.compile",
     "evaluation.",
     "checkpoint.",
     "logging.",
@@ -325,6 +351,9 @@ def differences(saved: Path, loaded: LoadedRecipe) -> list[str]:
         for key in sorted(there.keys() | here.keys())
         if there.get(key) != here.get(key) and not key.startswith(MAY_CHANGE_ON_RESUME)
     ]
+
+
+LARGEST_RECIPE = 1 << 20  # characters
 
 
 class _Loader(yaml.SafeLoader):
@@ -347,6 +376,31 @@ def _construct_mapping(loader: Any, node: Any) -> dict[Any, Any]:
 _Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
+def _load_yaml(text: str) -> Any:
+    """What YAML text says, in words, numbers, lists and mappings whose keys are words. Raises ValueError with one line else."""
+    try:
+        tree = yaml.load(text, _Loader)
+        _require_plain(tree)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())[:500]) from None
+    except (RecursionError, TypeError, AttributeError, KeyError, OverflowError):  # brackets in brackets without end, keys that are lists
+        raise ValueError("nested too deeply, or a key that is not a word") from None
+    return tree
+
+
+def _require_plain(value: Any) -> None:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"the key {str(key)[:40]} is not a word")
+            _require_plain(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _require_plain(inner)
+    elif isinstance(value, int) and value.bit_length() > 63:
+        raise ValueError(f"a number of {value.bit_length()} bits, and 63 are the most")
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
@@ -356,10 +410,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such recipe{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as a recipe: {error}") from None
+    if len(text) > LARGEST_RECIPE:
+        raise InputError(f"{path}: {len(text)} characters, and a recipe has at most {LARGEST_RECIPE}")
     try:
-        tree = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        tree = _load_yaml(text)
+    except ValueError as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise InputError(f"{path}: a recipe is a mapping of sections ({', '.join(Recipe.model_fields)}), found {type(tree).__name__}")
     return tree
@@ -372,8 +428,8 @@ def _override(tree: dict[str, Any], provenance: dict[str, str], override: str) -
     if not equals or not all(keys):
         return f"{override}: an override is written section.key=value"
     try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
+        value = _load_yaml(text)
+    except ValueError:
         return f"{override}: the value is not valid YAML"
     for depth, key in enumerate(keys[:-1], start=1):
         tree = tree.setdefault(key, {})
@@ -459,6 +515,13 @@ _DEEPSPEED_KEYS = (
 )  # fmt: skip
 
 
+# Of these, the ones that are sections
+_DEEPSPEED_SECTIONS = (
+    "zero_optimization", "bf16", "torch_autocast", "data_types", "activation_checkpointing", "aio", "checkpoint", "comms_logger",
+    "compile", "flops_profiler", "tensor_parallel", "timers", "wandb", "csv_monitor", "comet",
+)  # fmt: skip
+
+
 def _cross_field_problems(recipe: Recipe) -> list[str]:
     """What single fields cannot say: fields that need or exclude one another."""
     problems = []
@@ -488,6 +551,16 @@ def _cross_field_problems(recipe: Recipe) -> list[str]:
         problems.append("data.dataset: required with source huggingface: a hub name or a local folder")
     if data.tokenizer.kind == "pretrained" and not data.tokenizer.path:
         problems.append("data.tokenizer.path: required with kind pretrained: a local folder or a hub name")
+    saving, back = recipe.checkpoint, training.loss_spikes.rewind_steps
+    if training.loss_spikes.action == "rewind" and saving.keep_last is not None and (saving.keep_last - 1) * saving.every < back:
+        problems.append(
+            f"checkpoint.keep_last: {saving.keep_last} checkpoints, every {saving.every} steps, do not reach back {back} steps "
+            "(training.loss_spikes.rewind_steps); keep more"
+        )
+    if training.loss_spikes.warmup > training.loss_spikes.window:
+        problems.append(
+            f"training.loss_spikes.warmup: {training.loss_spikes.warmup} is over the window of {training.loss_spikes.window} losses"
+        )
     if any(not 0 <= beta < 1 for beta in recipe.optimizer.betas):
         problems.append(f"optimizer.betas: expected two numbers in [0, 1), found {list(recipe.optimizer.betas)}")
     return problems + _optimizer_problems(recipe) + _sharpness_problems(recipe) + _deepspeed_problems(recipe)
@@ -564,9 +637,13 @@ def _deepspeed_problems(recipe: Recipe) -> list[str]:
                 f"deepspeed.{key}: unknown key"
                 + (f"; did you mean deepspeed.{near[0]}?" if near else f"; known: {', '.join(_DEEPSPEED_KEYS)}")
             )
+    for key in _DEEPSPEED_SECTIONS:
+        if not isinstance(recipe.deepspeed.get(key, {}), dict):
+            example = " such as {stage: 2}" if key == "zero_optimization" else ""
+            problems.append(f"deepspeed.{key}: expected a mapping{example}, found {str(recipe.deepspeed[key])[:80]!r}")
     zero = recipe.deepspeed.get("zero_optimization", {})
     if not isinstance(zero, dict):
-        return [*problems, f"deepspeed.zero_optimization: expected a mapping such as {{stage: 2}}, found {zero!r}"]
+        return problems
     if zero.get("stage", 0) not in (0, 1, 2, 3):
         problems.append(f"deepspeed.zero_optimization.stage: expected 0, 1, 2 or 3, found {zero['stage']!r}")
     bf16 = recipe.deepspeed.get("bf16", {})

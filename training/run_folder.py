@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -10,12 +9,13 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from model.errors import InputError
 from training.recipe import LoadedRecipe, differences, dump_recipe
+from training.run_lock import RunLock
 
 _PACKAGES = ("deepspeed", "transformers", "datasets", "sentencepiece", "numpy")
 
@@ -30,11 +30,8 @@ def check_run_folder(loaded: LoadedRecipe) -> None:
         )
 
 
-def open_run_folder(loaded: LoadedRecipe) -> IO[str]:
+def open_run_folder(loaded: LoadedRecipe) -> RunLock:
     """Make the folder, or check that it belongs to this recipe, and hold it. Called by the first rank alone.
-
-    Returns:
-        The lock: the folder is held until this file is closed or the process ends.
 
     Raises:
         InputError: another launch holds the folder, it was made by another recipe, or it cannot be written.
@@ -42,24 +39,35 @@ def open_run_folder(loaded: LoadedRecipe) -> IO[str]:
     folder = loaded.run_folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a")
     except OSError as error:
         raise InputError(f"{folder}: the run folder cannot be written: {error.strerror}") from None
+    lock = RunLock(folder)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise InputError(f"{folder}: in use by another launch; wait for it, stop it, or choose another run.name") from None
-    check_run_folder(loaded)
-    if not (folder / "recipe.yaml").exists():
-        write_whole(folder / "recipe.yaml", dump_recipe(loaded))
+        check_run_folder(loaded)
+        if not (folder / "recipe.yaml").exists():
+            write_whole(folder / "recipe.yaml", dump_recipe(loaded))
+    except BaseException:
+        lock.release()
+        raise
     return lock
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that a reader finds the old text or the new, never a part."""
+    """Write a small file so that a reader finds the old text or the new, never a part, even after the power was cut."""
     beside = path.with_name(f".{path.name}.writing")
     beside.write_text(text, encoding="utf-8")
+    sync(beside)
     os.replace(beside, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Have the disk take a file, or a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def describe_environment(world_size: int, device: torch.device) -> dict[str, Any]:

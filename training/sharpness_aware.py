@@ -16,6 +16,7 @@ G = J^T d2L/dF2 J its Gauss-Newton part. docs/functional_sam.md has the options,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,6 +43,7 @@ class Outcome:
         ascent_was_finite: of a step that was not applied: only the second pass was at fault.
         buried: a warning, where hardly anything of the perturbation reached the forward weights.
         watched: what the context `watch` gave.
+        refused: `accept` said no, so no update was made.
     """
 
     result: StepResult
@@ -51,6 +53,7 @@ class Outcome:
     ascent_was_finite: bool = False
     buried: str | None = None
     watched: Any = None
+    refused: bool = False
 
 
 def take_step(
@@ -61,6 +64,7 @@ def take_step(
     total_steps: int,
     logged: bool,
     watch: AbstractContextManager = nullcontext(),  # noqa: B008 - it holds nothing
+    accept: Callable[[Tensor, int], bool] = lambda loss_sum, tokens: True,
 ) -> Outcome:
     """One optimizer step on this rank's micro-batches, of the kind that the recipe asks for at this step. Every rank calls it.
 
@@ -69,19 +73,23 @@ def take_step(
         step: 0-based, of `total_steps`: the schedules are functions of it.
         logged: measure what is written to the metrics as well.
         watch: open while the forward passes at the unperturbed weights run, and then no more.
+        accept: is given this rank's summed loss and its tokens, and says whether the update may be made, on every rank alike.
     """
     optimizer = engine.recipe.optimizer
     rate, radius = learning_rate(optimizer, step, total_steps), radius_at(optimizer, step, total_steps)
     if radius > 0:
-        outcome = _sharpness_aware_step(engine, batches, 1.0 / valid_tokens, rate, radius, step, logged, watch)
+        outcome = _sharpness_aware_step(engine, batches, 1.0 / valid_tokens, rate, radius, step, logged, watch, accept)
         if outcome is not None:
             return outcome
         watch = nullcontext()
-        # The first gradient is not finite; neither is the plain step's, which is skipped, counted and reported like any other.
+        # The first gradient is not finite, and neither is the plain step's, which is skipped, counted and reported like any other; or
+        # the loss was not accepted, and will not be again.
     losses = torch.zeros((), device=engine.device)
     with watch as watched:
         for batch in batches:
             losses += engine.accumulate(batch, scale=1.0 / valid_tokens)
+    if not accept(losses, _counted(batches)):
+        return Outcome(engine.discard(), losses, _counted(batches), {}, watched=watched, refused=True)
     return Outcome(engine.step(rate), losses, _counted(batches), {}, watched=watched)
 
 
@@ -99,9 +107,17 @@ def radius_at(optimizer: OptimizerSection, step: int, total_steps: int) -> float
 
 
 def _sharpness_aware_step(
-    engine: Engine, batches: list[Batch], scale: float, rate: float, radius: float, step: int, logged: bool, watch: AbstractContextManager
+    engine: Engine,
+    batches: list[Batch],
+    scale: float,
+    rate: float,
+    radius: float,
+    step: int,
+    logged: bool,
+    watch: AbstractContextManager,
+    accept: Callable[[Tensor, int], bool],
 ) -> Outcome | None:
-    """Two passes and an update; None, with nothing changed, where the first pass's gradient is not finite."""
+    """Two passes and an update; None, with nothing changed, where the first pass's gradient is not finite or its loss not accepted."""
     optimizer, options, masters = engine.recipe.optimizer, engine.recipe.optimizer.sharpness, engine.masters
     functional = optimizer.sharpness_aware == "functional_sam"
     split = options.split_every is not None and (step + 1) % options.split_every == 0
@@ -116,7 +132,7 @@ def _sharpness_aware_step(
             if functional and options.rest == "perturbed":  # the rest of the batch needs its derivative at the logits as well
                 for batch in rest:
                     losses += engine.summed_loss(batch, training=True)
-        if gradient is None:
+        if gradient is None or not accept(losses, _counted(batches if functional and options.rest == "perturbed" else ascent)):
             _set_random_state(random_state, engine.device)
             return None
         if options.rest == "plain":  # these are done with; the perturbed pass goes over the others

@@ -259,7 +259,7 @@ def pretrained_tokenizer(path: str) -> PretrainedTokenizer:
     if not local.exists() and path.startswith((".", "/", "~")):
         raise InputError(f"data.tokenizer.path: {path} does not exist: give a folder or a name on the Hugging Face hub")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(local) if local.exists() else path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(local) if local.exists() else path, trust_remote_code=False)
     # Missing names, no connection, broken files and unknown classes raise exceptions of many libraries, which mean the same here.
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)

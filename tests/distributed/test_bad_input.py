@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import resource
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from analysis.shards import open_checkpoint
 from tests.distributed.conftest import ROOT, Launch, losses, records
 
 pytestmark = pytest.mark.distributed
@@ -101,16 +101,9 @@ def test_run_folder_of_another_recipe(half_run: Path, launch: Launch) -> None:
     assert (half_run / "recipe.yaml").read_text() == before
 
 
-def test_another_number_of_ranks_or_stage(half_run: Path, launch: Launch) -> None:
-    run = copy_of(half_run, "elsewhere")
-    assert_refused(
-        launch("elsewhere", 2, "checkpoint.every=2", launcher="deepspeed", ok=False), "written by 1 ranks", "launch with 1 ranks"
-    )
-    assert json.loads((run / "checkpoints" / "step-00000004" / "manifest.json").read_text())["world_size"] == 1
-
-
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
 def test_damaged_checkpoint(damage: str, half_run: Path, launch: Launch) -> None:
+    """It is named and passed over; the run goes on from the one before, and puts a whole one in its place."""
     run = copy_of(half_run, damage)
     newest = run / "checkpoints" / "step-00000004"
     shard = next(newest.glob("*optim_states.pt"))
@@ -122,11 +115,27 @@ def test_damaged_checkpoint(damage: str, half_run: Path, launch: Launch) -> None
     else:
         content[len(content) // 2] ^= 1
         shard.write_bytes(content)
-    assert_refused(resume(launch, run), str(shard), damage, "delete", "step-00000002")
+    done = resume(launch, run, ok=True)
+    assert "warning: passed over step-00000004" in done.stderr and str(shard) in done.stderr and damage in done.stderr
+    assert "from step 2," in done.stdout
+    assert losses(run) == losses(copy_that_went_on(half_run, launch))
+    open_checkpoint(newest).verify()
+
+
+def copy_that_went_on(half_run: Path, launch: Launch) -> Path:
+    run = half_run.with_name("went_on")
+    if not run.exists():
+        resume(launch, copy_of(half_run, "went_on"), ok=True)
+    return run
+
+
+def test_no_whole_checkpoint(half_run: Path, launch: Launch) -> None:
+    """It does not begin again by itself."""
+    run = copy_of(half_run, "none_whole")
+    for folder in (run / "checkpoints").glob("step-*"):
+        (folder / "manifest.json").write_text("{}")
+    assert_refused(resume(launch, run), "no whole checkpoint", "step-00000002", "delete the damaged folders to begin again")
     assert not [r for r in records(run) if r["step"] > 4]
-    shutil.rmtree(newest)  # what the message says
-    resume(launch, run, ok=True)
-    assert sorted(losses(run)) == list(range(1, 9))
 
 
 def test_damaged_data(launch: Launch, workplace: Path) -> None:

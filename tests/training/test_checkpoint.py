@@ -11,8 +11,18 @@ import pytest
 import torch
 
 from model.errors import InputError
-from training.checkpoint import _random_state, _restore_random_state, checkpoints, read_manifest, remove_old, verify
+from training import faults
+from training.checkpoint import (
+    _put_in_place,
+    _random_state,
+    _restore_random_state,
+    checkpoints,
+    newest_whole,
+    read_manifest,
+    remove_old,
+)
 from training.distributed import Ranks
+from training.metrics import drop_half_a_line
 
 ALONE = Ranks(0, 1, 0, 1)
 
@@ -35,44 +45,111 @@ def test_unfinished_folders_are_not_checkpoints(tmp_path: Path) -> None:
     assert [int(p.name[5:]) for p in checkpoints(tmp_path)] == [2, 10, 100]
 
 
-def test_verify_names_what_is_wrong_and_how_to_go_back(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path, 1)
-    folder = make_checkpoint(tmp_path, 2)
-    manifest = read_manifest(folder)
-    verify(folder, manifest, ALONE)
-    shard = folder / "shard.pt"
-    shard.write_bytes(b"\x02" * 999 + b"\x03")
-    with pytest.raises(InputError, match=r"shard\.pt: altered[^$]*delete .*step-00000002 to continue from step-00000001"):
-        verify(folder, manifest, ALONE)
-    shard.write_bytes(b"\x02" * 10)
-    with pytest.raises(InputError, match=r"shard\.pt: truncated: 10 bytes, expected 1000"):
-        verify(folder, manifest, ALONE)
-    shard.unlink()
-    with pytest.raises(InputError, match=r"shard\.pt: missing"):
-        verify(folder, manifest, ALONE)
+def newest_step(run: Path, at_most: int | None = None) -> int:
+    return newest_whole(run, ALONE, at_most).manifest["step"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 1}'])
+def test_the_newest_whole_one_is_found_and_damaged_ones_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for step in (1, 2, 3, 4, 5):
+        make_checkpoint(tmp_path, step)
+    assert newest_step(tmp_path) == 5 and newest_step(tmp_path, at_most=3) == 3
+    assert newest_whole(tmp_path / "nowhere", ALONE) is None
+    shards = {step: tmp_path / "checkpoints" / f"step-{step:08d}" / "shard.pt" for step in (2, 3, 4, 5)}
+    shards[5].write_bytes(b"\x05" * 999 + b"\x06")
+    shards[4].write_bytes(b"\x04" * 10)
+    shards[3].unlink()
+    assert newest_step(tmp_path) == 2
+    said = capsys.readouterr().err
+    for step, words in ((5, "altered: its checksum"), (4, "truncated: 10 bytes"), (3, "missing")):
+        assert f"passed over step-{step:08d}: {shards[step]}: {words}" in said
+    assert all(path.parent.exists() for path in shards.values())  # nothing is deleted
+    shards[2].write_bytes(b"")
+    make_damaged = tmp_path / "checkpoints" / "step-00000001" / "manifest.json"
+    make_damaged.write_text("{")
+    with pytest.raises(InputError, match=r"no whole checkpoint.*delete the damaged folders to begin again"):
+        newest_whole(tmp_path, ALONE)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 1}', '{"step": -1, "tokens": 1, "world_size": 1, "zero_stage": 1, "files": {}}'])
 def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
     folder = make_checkpoint(tmp_path, 3)
     (folder / "manifest.json").write_text(text)
-    with pytest.raises(InputError, match=r"manifest\.json: missing or damaged"):
+    with pytest.raises(InputError, match=r"manifest\.json: damaged"):
         read_manifest(folder)
+
+
+@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd"])
+def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path: Path, name: str) -> None:
+    folder = make_checkpoint(tmp_path, 3)
+    (tmp_path / "secret").write_text("x")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"][name] = {"size": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="outside the checkpoint"):
+        read_manifest(folder)
+
+
+def test_a_save_that_was_killed_between_its_renames_is_mended(tmp_path: Path) -> None:
+    """Of the two whole ones of a step one is always in sight after the next launch, and the older is deleted last."""
+    place = make_checkpoint(tmp_path, 3)
+    place.rename(place.with_name(".replaced-step-00000003"))
+    (tmp_path / "checkpoints" / ".writing-step-00000003").mkdir()
+    assert newest_step(tmp_path) == 3  # which mends first
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+    writing = place.rename(place.with_name(".writing-step-00000003"))
+    make_checkpoint(tmp_path, 3)
+    (writing / "newer").touch()
+    _put_in_place(writing, place)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"] and (place / "newer").exists()
 
 
 def test_removal_keeps_the_last_the_multiples_and_the_beginning(tmp_path: Path) -> None:
     for step in range(10):
         make_checkpoint(tmp_path, step)
-    remove_old(tmp_path, keep_last=None, keep_every=None)
+    remove_old(tmp_path, 9, keep_last=None, keep_every=None)
     assert len(checkpoints(tmp_path)) == 10
-    remove_old(tmp_path, keep_last=2, keep_every=4)
+    remove_old(tmp_path, 9, keep_last=2, keep_every=4)
     assert [int(p.name[5:]) for p in checkpoints(tmp_path)] == [0, 4, 8, 9]
     assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.startswith(".")]
 
 
+def test_removal_never_takes_the_one_just_saved(tmp_path: Path) -> None:
+    """After a rewind there are later steps, left behind."""
+    for step in (2, 4, 6, 8, 10):
+        make_checkpoint(tmp_path, step)
+    remove_old(tmp_path, 6, keep_last=1, keep_every=None)
+    assert [int(p.name[5:]) for p in checkpoints(tmp_path)] == [6, 8, 10]
+
+
 def test_random_state_travels_through_a_file(tmp_path: Path) -> None:
-    torch.save(_random_state(), tmp_path / "state.pt")
+    torch.save(_random_state(), tmp_path / "random_state_rank_00000.pt")
     expected = (torch.rand(5), random.random())
     torch.rand(100)
-    _restore_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    manifest = {"world_size": 1, "step": 7}
+    _restore_random_state(tmp_path, manifest, ALONE)
     assert torch.equal(torch.rand(5), expected[0]) and random.random() == expected[1]
+    # a rank that was not there when it was written: not the state of another one, and the same each time
+    drawn = []
+    for rank in (1, 2, 1):
+        _restore_random_state(tmp_path, manifest, Ranks(rank, 3, rank, 3))
+        drawn.append(torch.rand(5))
+    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
+    (tmp_path / "random_state_rank_00000.pt").write_bytes(b"PK")
+    with pytest.raises(InputError):
+        _restore_random_state(tmp_path, manifest, ALONE)
+
+
+@pytest.mark.parametrize("words", ["kill", "kill@x", "explode@3", "nan@3:x"])
+def test_a_fault_that_cannot_be_read_is_refused(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BURNISH_FAULTS", words)
+    with pytest.raises(InputError, match="BURNISH_FAULTS"):
+        faults.requested()
+
+
+def test_half_a_line_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    drop_half_a_line(path)
+    for text, left in (('{"step": 1}\n{"st', '{"step": 1}\n'), ('{"st', ""), ('{"step": 1}\n', '{"step": 1}\n'), ("", "")):
+        path.write_text(text)
+        drop_half_a_line(path)
+        assert path.read_text() == left

@@ -117,6 +117,23 @@ def test_files_that_are_not_recipes(tmp_path: Path, text: str, expected: str) ->
     assert "cannot be read as a recipe" in problems(path)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["training.loss_spikes.action=rewind", "checkpoint.keep_last=2", "checkpoint.every=60"], "do not reach back 100 steps"),
+        (["training.loss_spikes.action=rewind", "checkpoint.keep_last=3", "checkpoint.every=60"], None),
+        (["training.loss_spikes.warmup=20", "training.loss_spikes.window=16"], "is over the window of 16"),
+        (["deepspeed.bf16=true"], "deepspeed.bf16: expected a mapping"),
+    ],
+)
+def test_what_a_rewind_needs(recipe: Path, overrides: list[str], expected: str | None) -> None:
+    if expected is None:
+        load_recipe(recipe, overrides)
+    else:
+        with pytest.raises(InputError, match=expected):
+            load_recipe(recipe, overrides)
+
+
 def test_a_missing_file_names_the_nearest(recipe: Path) -> None:
     assert "no such recipe; did you mean" in problems(recipe.with_name("smal.yaml"))
 

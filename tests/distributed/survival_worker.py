@@ -1,0 +1,120 @@
+"""Run by test_survival.py: launches that are stopped, killed, hung, moved and fed bad numbers; what came of each goes to a JSON file.
+
+python -m tests.distributed.survival_worker RECIPE OUT.json
+
+The ranks are forked from this process, which has imported what they need (scripts/soak.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from scripts.soak import fork_ranks, import_before_forks, training, visible, wait
+from tests.distributed import resharding_worker
+from tests.distributed.conftest import losses
+
+LIMIT = 500  # seconds a launch may take on a machine that others use too
+
+
+class Launches:
+    def __init__(self, recipe: Path) -> None:
+        self.recipe, self.number = recipe, 0
+        self.done: dict[str, Any] = {}
+
+    def __call__(self, key: str, name: str, ranks: int, *overrides: str, stage: int = 2, faults: str = "") -> None:
+        """One launch of the run `name`; what is seen is kept under `key`."""
+        self.number += 1
+        log = self.recipe.parent / f"launch{self.number}.log"
+        words = [f"run.name={name}", f"deepspeed.zero_optimization.stage={stage}", *overrides]
+        began = time.monotonic()
+        processes = fork_ranks(training(str(self.recipe), *words), ranks, log, faults)
+        codes = wait(processes, log, limit=LIMIT)
+        run = self.recipe.parent / "runs" / name
+        self.done[key] = {
+            "codes": codes,
+            "log": log.read_text(),
+            "losses": losses(run) if (run / "metrics.jsonl").exists() else {},
+            "checkpoints": visible(run),
+            "seconds": time.monotonic() - began,
+        }
+        print(f"{key}: {codes} in {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    recipe, out = Path(sys.argv[1]), Path(sys.argv[2])
+    os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
+    import_before_forks()
+    launch = Launches(recipe)
+
+    launch("reference", "reference", 2)
+    # from ranks to ranks and from stage to stage, in one run
+    for key, ranks, stage, stop in (("moved 1", 2, 1, 2), ("moved 2", 1, 3, 4), ("moved 3", 3, 2, 6), ("moved 4", 2, 0, 8)):
+        launch(key, "moved", ranks, f"run.stop_at_step={stop}", stage=stage)
+    launch("sharp", "sharp", 2, *SHARP)
+    launch("sharp 1", "sharp_moved", 3, *SHARP, "run.stop_at_step=5", stage=3)
+    launch("sharp 2", "sharp_moved", 1, *SHARP, stage=0)
+
+    launch("stopped", "stopped", 2, faults="stop@3:1")
+    launch("stopped again", "stopped", 2)
+    launch("killed", "killed", 2, "run.lost_seconds=2", faults="kill@6:1")
+    launch("killed again", "killed", 2)
+    for kind in ("kill_saving", "kill_written", "kill_renaming"):
+        launch(kind, kind, 1, faults=f"{kind}@8")
+        launch(f"{kind} again", kind, 1)
+    launch("hung", "hung", 2, "run.hang_seconds=4", faults="hang@6:1")
+    launch("frozen", "frozen", 2, "run.lost_seconds=3", faults="freeze@6:1")
+
+    full_disk(launch, recipe.parent)
+
+    launch("nan", "nan", 2, faults="nan@6:1")
+    launch("nan stopped", "nan_stopped", 2, "checkpoint.every=2", "run.stop_at_step=6", "training.max_skipped_steps=2", faults="nan@6:1")
+    launch("nan again", "nan_stopped", 2, "checkpoint.every=2", "training.max_skipped_steps=2", "run.stop_at_step=null", faults="nan@7:0")
+    for stage in (0, 2, 3):
+        launch(f"spike {stage}", f"spike{stage}", 2, *SPIKES, "training.loss_spikes.action=skip", stage=stage, faults="spike@6")
+    launch("rewound", "rewound", 2, *SPIKES, "training.loss_spikes.action=rewind", "checkpoint.every=2", faults="spike@6")
+    launch("too many", "too_many", 1, *SPIKES, "training.loss_spikes.action=skip", faults="spike@5,spike@6,spike@7")
+
+    # the checkpoints of 2 ranks, read and written again by 3
+    for ranks, task in ((2, "write"), (3, "read")):
+        log = out.with_name(f"resharding_{task}.log")
+        codes = wait(fork_ranks(partial(resharding_worker.run, task, str(recipe), out.parent / "resharding"), ranks, log), log, limit=LIMIT)
+        launch.done[f"resharding {task}"] = {"codes": codes, "log": log.read_text(), "losses": {}, "checkpoints": {}}
+    out.write_text(json.dumps(launch.done))
+
+
+def full_disk(launch: Launches, place: Path) -> None:
+    """A run on a disk of its own that is full after a checkpoint, then read-only, then larger. Needs leave to mount."""
+    disk = place / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)], capture_output=True, text=True)
+    launch.done["disk"] = {"refused": mounted.stderr.strip() if mounted.returncode else "", "checkpoints": {}}
+    if mounted.returncode:
+        return
+    try:
+        (place / "runs" / "full").symlink_to(disk)
+        # 0.7 MB a checkpoint: there is room for two and a half, and Burnish's own estimate says so before the third is begun
+        launch("full", "full", 1, "checkpoint.every=2")
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        launch("read-only", "full", 1, "checkpoint.every=2")
+        subprocess.run(["mount", "-o", "remount,rw,size=20m", str(disk)], check=True)
+        launch("full again", "full", 1, "checkpoint.every=2")
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+SHARP = ("optimizer.sharpness_aware=functional_sam", "optimizer.sharpness.precondition=true", "optimizer.sharpness.every=2")
+SPIKES = (
+    "training.loss_spikes.warmup=4", "training.loss_spikes.window=8", "training.loss_spikes.rewind_steps=1",
+    "training.loss_spikes.limit=2", "training.loss_spikes.threshold=1.0",
+)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
