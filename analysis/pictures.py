@@ -1,4 +1,4 @@
-"""The PNG pictures beside the numbers: trajectory.png, outliers.png, and overview.png for several runs."""
+"""The PNG pictures beside the numbers: one a verb, and overview.png for several runs."""
 
 from __future__ import annotations
 
@@ -328,4 +328,45 @@ def curvature_picture(result: dict[str, Any], path: Path) -> Path:
         axes[1].set(title="Largest eigenvalue of each part alone")
         axes[1].legend(fontsize=8)
         axes[1].grid(axis="y", visible=False)
+        return _save(figure, path)
+
+
+def covariance_picture(result: dict[str, Any], path: Path) -> Path:
+    """Mean correlation over depth of three networks and the SDE, and where networks and SDE end, as densities."""
+    setting, statistics = result["setting"], result["statistics"]
+    names = {"shaped": "shaped", "softmax": "softmax, same skip", "pre_norm": "pre-norm"}
+    with mpl.rc_context(_STYLE):
+        figure, axes = plt.subplots(1, 3, figsize=(13.5, 4.2), layout="constrained")
+        figure.suptitle(
+            f"Covariance of {setting['tokens']} tokens, {setting['mask']}{', MLP' if setting['slopes'] else ''}: "
+            f"{setting['samples']} networks of width {setting['width']}, and the SDE, τ₀ = {setting['temperature']:g}, "
+            f"g = {setting['gain']:.3g}",
+            x=0.01,
+            ha="left",
+            fontsize=12,
+        )
+        for colour, (name, label) in zip(RUN_COLOURS, names.items(), strict=False):
+            found = result["paths"][name]
+            axes[0].plot(found["layers"], found["mean"], color=colour, label=label)
+            axes[0].fill_between(found["layers"], found["low"], found["high"], color=colour, alpha=0.15, lw=0)
+        limit = result["covariance_sde"]
+        axes[0].plot(limit["layers"], limit["mean"], "--", color="black", label="SDE of the shaped")
+        axes[0].set(title="Mean correlation between tokens (band: 10 to 90%)", xlabel="layer")
+        axes[0].legend(fontsize=8)
+        for axis, name in zip(axes[1:], ("covariance", "correlation"), strict=True):
+            if statistics is None:
+                axis.set_axis_off()
+                continue
+            found = statistics[name]
+            edges = np.asarray(found["edges"])
+            for key, colour, label in (("network", RUN_COLOURS[0], "networks"), ("sde", "black", "SDE")):
+                counts = np.asarray(found[key]["counts"])
+                density = (1 - found[key]["outside"]) * counts / max(1, counts.sum()) / np.diff(edges)
+                axis.stairs(density, edges, color=colour, fill=key == "network", alpha=0.45 if key == "network" else 1, label=label)
+            axis.set(
+                title=f"{name.capitalize()} of the last two tokens at layer {setting['depth']}",
+                xlabel=f"Kolmogorov-Smirnov {found['ks_statistic']:.3f}   (5% critical: {statistics['ks_critical']:.3f})",
+                ylabel="density",
+            )
+            axis.legend(fontsize=8)
         return _save(figure, path)
