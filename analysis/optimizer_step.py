@@ -132,8 +132,8 @@ def analyze_step(run: Run, verify: bool = True, progress: bool = True, piece: in
     ) as bar:
         for name in trained:
             settings = checkpoint.adam_settings(name)
-            if recorded is not None and settings.learning_rate != recorded:
-                settings = settings._replace(learning_rate=float(recorded))
+            if recorded is not None:
+                settings = settings._replace(learning_rate=float(recorded) * settings.learning_rate_factor)
             rates.add(settings.learning_rate)
             sums[name] = StepSums()
             for start in range(0, checkpoint.shapes[name].numel(), piece):

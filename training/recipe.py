@@ -138,6 +138,9 @@ class OptimizerSection(Section):
         default="adamw", description="All but adamw need whole matrices, so ZeRO stage 0. muon: the blocks' matrices, adamw the rest."
     )
     learning_rate: float = Field(default=1e-3, gt=0, description="The peak; adafactor: relative to the RMS of each tensor.")
+    embedding_learning_rate_factor: float = Field(
+        default=1.0, gt=0, description="On the learning rate of embedding and unembedding; the width ratio is a baseline for muP."
+    )
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="Of adamw and soap.")
     epsilon: float = Field(default=1e-8, gt=0, description="Of adamw and soap, added to the root of the second moment.")
     momentum: float | None = Field(default=None, ge=0, lt=1, description="Of muon; default: 0.95.")
