@@ -370,3 +370,42 @@ def covariance_picture(result: dict[str, Any], path: Path) -> Path:
             )
             axis.legend(fontsize=8)
         return _save(figure, path)
+
+
+def signal_picture(result: dict[str, Any], path: Path) -> Path:
+    """By layer, a line a network: token cosine, both ranks, activation and gradient RMS, and queries' and keys' gradients to values'."""
+    networks, threshold = result["networks"], result["thresholds"]["token_cosine"]
+    panels = {
+        "token_cosine": f"Cosine between tokens (dotted: collapse, {threshold:g})",
+        "stable_rank": "Stable rank",
+        "entropy_rank": "Entropy rank",
+        "activation_rms": "Activation RMS",
+        "gradient_rms": "Gradient RMS of the residual stream",
+    }
+    colours = list(RUN_COLOURS[: len(networks)])
+    if len(networks) > len(colours):
+        colours = [layer_colour(i / (len(networks) - 1)) for i in range(len(networks))]
+    with mpl.rc_context(_STYLE):
+        figure, axes = plt.subplots(2, 3, figsize=(13.5, 7.6), layout="constrained")
+        figure.suptitle("How the signal gets through the layers (dots: after the final norm)", x=0.01, ha="left", fontsize=12)
+        for axis, (measure, title) in zip(axes.flat, panels.items(), strict=False):
+            for colour, network in zip(colours, networks, strict=True):
+                *stream, after = [place[measure] for place in network["places"].values()]
+                axis.plot(stream, color=colour, label=network["name"])
+                axis.plot(len(stream) - 1, after, "o", ms=4, color=colour)
+            axis.set(title=title, xlabel="layers passed")
+            if measure != "token_cosine":
+                _log_axis(axis)
+        axes[0, 0].axhline(threshold, color="#888888", lw=1, ls=":")
+        axes[0, 0].legend(fontsize=8)
+        ratios = axes[1, 2]
+        for colour, network in zip(colours, networks, strict=True):
+            for kind, style in (("query", "-"), ("key", "--")):
+                values = _floats([layer[f"{kind}_value_ratio"] or None for layer in network["layers"]])
+                if np.isfinite(values).any():
+                    alone = np.isfinite(values).sum() == 1
+                    ratios.plot(values, style, marker="o" if alone else None, ms=4, color=colour)
+        ratios.set(title="Gradient of queries (solid), keys (dashed) over values'", xlabel="layer")
+        if ratios.lines:
+            _log_axis(ratios)
+        return _save(figure, path)

@@ -19,6 +19,7 @@ from analysis.covariance import (
     NETWORKS,
     Setting,
     activated,
+    add_branch,
     analyze_covariance,
     bartlett,
     correlations_of,
@@ -153,6 +154,32 @@ def test_the_chain_is_a_network_of_matrices(mask: str, slopes: tuple[float, floa
     ends = literal(setting, 2000, np.random.default_rng(4)), network_paths(setting, "shaped").end
     for of in (lambda v: v[:, 1, 2], lambda v: correlations_of(v)[:, 0, 2], lambda v: v[:, 2, 2]):
         assert ks_statistic(*(of(end).numpy() for end in ends)) < ks_critical(2000, 2000)
+
+
+class Given:
+    """In place of a random generator: arrays, one after another."""
+
+    def __init__(self, *arrays: Tensor) -> None:
+        self.arrays = list(arrays)
+
+    def standard_normal(self, shape: tuple[int, ...]) -> np.ndarray:
+        array = self.arrays.pop(0)
+        assert array.shape == shape
+        return array.numpy()
+
+    def chisquare(self, degrees: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+        return self.standard_normal(size)
+
+
+def test_a_branch_is_a_sum_of_matrices() -> None:
+    """The small matrices that stand for X and Y = B G give their covariances exactly, for one G."""
+    generator = torch.Generator().manual_seed(7)
+    x, branch = root(START[None]), torch.randn(1, 3, 3, generator=generator, dtype=torch.float64)
+    g = torch.randn(1, 3, 10, generator=generator, dtype=torch.float64)
+    whole = 0.8 * math.sqrt(10) * torch.cat([x, torch.zeros(1, 3, 7)], 2) + 0.6 * branch @ g
+    outside = root(g[:, :, 3:] @ g[:, :, 3:].mT)
+    given = Given(g[:, :, :3], outside.tril(-1), outside.diagonal(dim1=1, dim2=2).square())
+    assert torch.allclose(add_branch(x, branch, 0.8, 0.6, 10, given), whole @ whole.mT / 10, atol=1e-12)
 
 
 def test_the_networks_compared_with() -> None:
