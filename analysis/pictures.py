@@ -409,3 +409,25 @@ def signal_picture(result: dict[str, Any], path: Path) -> Path:
         if ratios.lines:
             _log_axis(ratios)
         return _save(figure, path)
+
+
+def coordinate_picture(result: dict[str, Any], path: Path) -> Path:
+    """A row a parametrisation, a column a module: mean magnitude over size, a line a step."""
+    found, sizes = result["parametrizations"], result["sizes"]
+    modules = list(next(iter(found.values()))["slopes"])
+    with mpl.rc_context(_STYLE):
+        figure, axes = plt.subplots(
+            len(found), len(modules), figsize=(2.9 * len(modules), 2.8 * len(found)), layout="constrained", squeeze=False, sharey="col"
+        )
+        figure.suptitle(f"Mean magnitude over {result['axis']}, step by step (last step: yellow)", x=0.01, ha="left", fontsize=12)
+        for row, (name, one) in zip(axes, found.items(), strict=True):
+            for axis, module in zip(row, modules, strict=True):
+                slopes = one["slopes"][module]
+                for step in range(len(slopes)):
+                    values = _floats([one["values"][str(size)][module][step] or None for size in sizes])
+                    axis.plot(sizes, values, "o-", ms=3, lw=1.2, color=layer_colour(step / max(1, len(slopes) - 1)))
+                axis.set(title=f"{name}: {module}", xlabel=f"{result['axis']}   (last slope {_value(slopes[-1])})")
+                _log_axis(axis)
+                axis.set_xscale("log", base=2)
+                axis.set_xticks(sizes, [str(size) for size in sizes])
+        return _save(figure, path)

@@ -30,7 +30,7 @@ from model.config import ModelConfig
 from model.errors import InputError
 from model.linear_cross_entropy import IGNORED_TARGET
 from model.parametrization import initialize
-from model.section import ModelSection
+from model.section import ModelSection, resizing
 from model.transformer import Transformer
 
 BEFORE_NORM, AFTER_NORM = "before final norm", "after final norm"
@@ -107,7 +107,8 @@ def find_networks(words: list[str], depths: list[int], widths: list[int], seed: 
         label = " ".join([Path(path).stem, *overrides])
         for depth in depths or [None]:
             for width in widths or [None]:
-                config = resized(section, depth, width, path).config(vocab_size, length)
+                fields = section.model_dump(exclude={"size", "preset"}, exclude_unset=True)
+                config = ModelSection(**{**fields, **resizing(section, depth, width)}).config(vocab_size, length)
                 size = [f"{name} {value}" for name, value in (("depth", depth), ("width", width)) if value is not None]
                 name = ", ".join([label, *size])
                 yield Network(name, path, "initialisation", lambda config=config: initial_decoder(config, seed)), config
@@ -147,21 +148,6 @@ def read_recipe(path: str, overrides: list[str]) -> tuple[ModelSection, int, int
         raise InputError(f"{path}: model: give a size, or also {' and '.join(missing)}")
     data, training = tree.get("data") or {}, tree.get("training") or {}
     return section, int((data.get("tokenizer") or {}).get("vocab_size", 16384)), int(training.get("sequence_length", 1024))
-
-
-def resized(section: ModelSection, depth: int | None, width: int | None, name: str) -> ModelSection:
-    """The same network deeper or wider: heads keep their width, and grow in number; an MLP's width that is given grows with it."""
-    changes: dict[str, Any] = {} if depth is None else {"depth": depth}
-    if width is not None:
-        assert section.width is not None and section.heads is not None
-        for field in ("heads", "kv_heads", "mlp_width"):
-            value = getattr(section, field)
-            if value is not None:
-                changes[field], rest = divmod(value * width, section.width)
-                if rest or not changes[field]:
-                    raise InputError(f"{name}: width {width} does not make whole {field}: {value} at width {section.width}")
-        changes["width"] = width
-    return ModelSection(**{**section.model_dump(exclude={"size", "preset"}, exclude_unset=True), **changes})
 
 
 def initial_decoder(config: ModelConfig, seed: int) -> Decoder:
@@ -247,7 +233,7 @@ def measure(decoder: Decoder, batches: list[Batch], name: str) -> dict[str, Any]
             assert x.grad is not None
             places.setdefault(place, []).append(geometry(x, valid))
             without_mean.setdefault(place, []).append(geometry(centred(x, valid), valid))
-            squares[place] = squares.get(place, 0) + (x.grad.double() * valid[..., None]).square().sum()
+            squares[place] = squares.get(place, 0) + x.grad.double().square().sum()  # 0 on padding, which nothing reads
     if not math.isfinite(loss):
         raise InputError(f"{name}: the loss is not finite, so there is no gradient to look at")
     layers = [gradients(own, targets) for own in parts]

@@ -16,12 +16,13 @@ from torch.func import functional_call
 
 from analysis.__main__ import main
 from analysis.decoders import huggingface_decoder, run_decoder
-from analysis.signal import AFTER_NORM, BEFORE_NORM, analyze_signal, judge, measure, pad, query_key_value, read_recipe, resized
+from analysis.signal import AFTER_NORM, BEFORE_NORM, analyze_signal, judge, measure, pad, query_key_value, read_recipe
 from analysis.token_geometry import centred, geometry, summarize
 from model.attention import Attention, Context, rotary_tables
 from model.config import ModelConfig
 from model.errors import InputError
 from model.parametrization import initialize
+from model.section import resizing
 from model.transformer import Transformer
 from tests.analysis.test_decoders import family
 
@@ -43,6 +44,7 @@ def numbers(rows: int, length: int, seed: int = 0) -> list[list[int]]:
     return torch.randint(61, (rows, length), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+@np.errstate(divide="ignore", invalid="ignore")
 def by_hand(x: np.ndarray) -> dict[str, float]:
     """The measures of one sequence, (tokens, width), without its padding."""
     m = len(x)
@@ -132,6 +134,9 @@ def test_gradients_and_activations_are_autograds() -> None:
     for place, x, gradient in zip(places, stream, torch.autograd.grad(loss, stream, retain_graph=True), strict=True):
         assert result["places"][place]["gradient_rms"] == pytest.approx(float(gradient.square().mean().sqrt()), rel=1e-5), place
         assert result["places"][place]["activation_rms"] == pytest.approx(float(x.detach().square().mean().sqrt()), rel=1e-6), place
+        rows = [row - row.mean(0) for row in x.detach().numpy()]
+        ranks = [by_hand(row)["stable_rank"] for row in rows]
+        assert result["places"][place]["centred"]["stable_rank"] == pytest.approx(np.mean(ranks), rel=1e-6)
     for block, own in zip(model.blocks, result["layers"], strict=True):
         norms = {}
         for kind in ("query", "key", "value"):
@@ -246,11 +251,12 @@ def recipe(folder: Path, text: str = RECIPE) -> str:
 def test_a_network_of_another_size(tmp_path: Path) -> None:
     section, vocab_size, length = read_recipe(recipe(tmp_path), ["model.heads=4", "model.init_std=1e-1"])
     assert (vocab_size, length, section.heads, section.init_std) == (300, 24, 4, 0.1)
-    wide = resized(section, 5, 48, "it").config(vocab_size, length)
-    assert (wide.width, wide.depth, wide.heads, wide.head_dim, wide.mlp_width) == (48, 5, 12, 4, 120)
-    assert resized(section, 7, None, "it").config(vocab_size, length).residual_gain == 1.0
-    with pytest.raises(InputError, match="width 18 does not make whole heads: 4 at width 16"):
-        resized(section, None, 18, "it")
+    assert resizing(section, 5, 48) == {"depth": 5, "width": 48, "heads": 12, "mlp_width": 120}
+    assert resizing(section) == {}
+    with pytest.raises(InputError, match="18 does not make whole heads: 4 at width 16"):
+        resizing(section, width=18)
+    wide = analyze_signal([recipe(tmp_path)], depths=[1], widths=[32], tokens=24, progress=False)["networks"][0]
+    assert (wide["width"], wide["depth"], wide["name"]) == (32, 1, "small, depth 1, width 32")
 
 
 def test_the_verb_on_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
