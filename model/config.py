@@ -21,7 +21,8 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 # The Outlier-Protected network as its paper describes it for CodeParrot, the one setting that it gives in full
-# (arXiv 2405.19279, appendix D), and as its authors' released code builds it by default, which differs.
+# (arXiv 2405.19279, appendix D), and as its authors' released code builds it by default, which differs; and the Shaped Transformer
+# (arXiv 2306.17759), whose branches keep variance 1 without norms where init_std is 1 / sqrt(width): lambda^2 + beta^2 = 1.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "block": "outlier_protected",
@@ -43,6 +44,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "first_norm": True,
         "final_norm": True,
         "embedding_multiplier": 1.0,
+    },
+    "shaped_transformer": {
+        "attention": "shaped",
+        "attention_temperature": 1.0,
+        "activation": "shaped_relu",
+        "norm_places": [],
+        "residual_gain": math.sqrt(1 / 8),
+        "skip_gain": math.sqrt(7 / 8),
+        "scaled_output_init": False,
     },
 }
 

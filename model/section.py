@@ -20,8 +20,10 @@ class ModelSection(Section):
     """The network: a size and a preset of the tables in model/config.py, or neither; any other field overrides theirs."""
 
     size: str | None = Field(default=None, description=f"Width, depth and heads: one of {', '.join(SIZES)}.")
-    preset: Literal["paper", "released_code"] | None = Field(
-        default=None, description="The Outlier-Protected network as its paper has it for CodeParrot, or as its authors' code builds it."
+    preset: Literal["paper", "released_code", "shaped_transformer"] | None = Field(
+        default=None,
+        description="The Outlier-Protected network as its paper has it for CodeParrot, or as its authors' code builds it; "
+        "or the Shaped Transformer (with init_std 1 / sqrt(width)).",
     )
     width: int | None = Field(default=None, ge=1, description="Width of the residual stream.")
     depth: int | None = Field(default=None, ge=1, description="Number of blocks.")
