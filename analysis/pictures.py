@@ -431,3 +431,35 @@ def coordinate_picture(result: dict[str, Any], path: Path) -> Path:
                 axis.set_xscale("log", base=2)
                 axis.set_xticks(sizes, [str(size) for size in sizes])
         return _save(figure, path)
+
+
+def transfer_picture(result: dict[str, Any], path: Path) -> Path:
+    """A column a parametrisation: loss over the learning rate, a curve a size; below, where it was followed, sharpness over steps."""
+    found, sizes = result["parametrizations"], result["sizes"]
+    rows = 1 + any(one["sharpness"] for one in found.values())
+    with mpl.rc_context(_STYLE):
+        figure, axes = plt.subplots(
+            rows, len(found), figsize=(3.8 * len(found), 3.6 * rows), layout="constrained", squeeze=False, sharey="row"
+        )
+        for column, (name, one) in zip(axes.T, found.items(), strict=True):
+            for i, size in enumerate(sizes):
+                colour, own = layer_colour(i / max(1, len(sizes) - 1)), one["sizes"][str(size)]
+                exponents = [float(exponent) for exponent in own["losses"]]
+                column[0].plot(exponents, _floats(list(own["losses"].values())), "o-", ms=3, color=colour, label=f"{result['axis']} {size}")
+                if own["best_exponent"] is not None:
+                    column[0].plot(own["best_exponent"], own["best_loss"], "*", ms=11, color=colour)
+                if str(size) in one["sharpness"]:
+                    sharpness = one["sharpness"][str(size)]
+                    column[1].plot([int(step) for step in sharpness], list(sharpness.values()), color=colour)
+            shift = "-" if one["largest_shift"] is None else f"{one['largest_shift']:+g}"
+            column[0].set(title=f"{name}: shift {shift} octaves", xlabel="log2 of the learning rate")
+            if rows > 1:
+                column[1].axhline(1, color="#888888", lw=1, ls=":")
+                column[1].set(title=f"Sharpness over Adam's limit, 2^{result['sharpness_exponent']:g}", xlabel="step")
+                _log_axis(column[1])
+        best = [own["best_loss"] for one in found.values() for own in one["sizes"].values() if own["best_loss"] is not None]
+        if best:  # the curves' bottoms are what is compared
+            axes[0, 0].set_ylim(min(best) - 0.05 * (max(best) - min(best) + 0.2), max(best) + max(best) - min(best) + 0.3)
+        axes[0, 0].set_ylabel("validation loss, nats a token")
+        axes[0, 0].legend(fontsize=8)
+        return _save(figure, path)

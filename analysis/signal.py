@@ -260,8 +260,8 @@ def residual_stream(decoder: Decoder, seen: dict[str, Tensor]) -> Iterator[None]
         seen[AFTER_NORM if place == "unembedding" else place] = x
         x.retain_grad()
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        look(BEFORE_NORM, output if isinstance(output, Tensor) else output[0])
+    def leave(module: nn.Module, args: Any, output: Tensor) -> None:
+        look(BEFORE_NORM, output)
 
     handle = decoder.layers[-1].register_forward_hook(leave)
     try:

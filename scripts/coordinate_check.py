@@ -9,7 +9,7 @@ parametrisation passes when no slope is beyond 0.25 from the third step on: befo
 Logits are judged by how far those of the targets have moved: at the start muP's go by width^-1/2, and so for many steps do those of
 tokens that are nowhere to be predicted. Exit code: 0 all pass, 1 some do not.
 
-The smallest size is the base, unless the recipe names one. No clipping, and the learning rate is the recipe's peak from the first
+The base is --base, else the recipe's own or the smallest size. No clipping, and the learning rate is the recipe's peak from the first
 step on. It takes the tensors' scales at their word, not the learning rate's transfer: that is scripts/transfer_sweep.py.
 """
 
@@ -56,17 +56,18 @@ def main() -> int:
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--widths", type=int, nargs="+", metavar="N")
     size.add_argument("--depths", type=int, nargs="+", metavar="L")
+    parser.add_argument("--base", type=int, metavar="SIZE", help="at which all are the standard; default: the recipe's, or the smallest")
     parser.add_argument("--parametrizations", nargs="+", metavar="NAME", help="default: the recipe's")
     parser.add_argument("--steps", type=int, default=8, help="values are taken before each (default: 8)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--sequences", type=int, default=8, help="in the batch (default: 8)")
     parser.add_argument("--length", type=int, default=64, help="of a sequence, in tokens (default: 64)")
     parser.add_argument("--data", metavar="FILE", help="text, read as bytes; default: uniform random tokens")
-    parser.add_argument("--out", default="coordinate_check", help="folder of coordinate_check.json and .png")
+    parser.add_argument("--out", default="coordinate_check/coordinate_check.json", help="results; the picture goes beside it")
     arguments = parser.parse_intermixed_args()
     try:
         result = check(arguments)
-        path = write_json(Path(arguments.out) / "coordinate_check.json", result)
+        path = write_json(Path(arguments.out), result)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -76,7 +77,7 @@ def main() -> int:
 
 
 def check(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What coordinate_check.json holds. Raises InputError for a recipe or sizes that make no network."""
+    """What the JSON file holds. Raises InputError for a recipe or sizes that make no network."""
     axis, sizes = ("width", arguments.widths) if arguments.widths else ("depth", arguments.depths)
     if len(set(sizes)) < 2 or min(sizes) < 1:
         raise InputError(f"--{axis}s {' '.join(map(str, sizes))}: expected at least two different positive sizes")
@@ -84,9 +85,10 @@ def check(arguments: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"--steps {arguments.steps}: expected more than {FIRST_STEP}, from where on slopes are judged")
     recipe = load_recipe(arguments.recipe, arguments.overrides).recipe
     names = arguments.parametrizations or [recipe.model.parametrization]
+    base = arguments.base or (recipe.model.base_width if axis == "width" else recipe.model.base_depth) or min(sizes)
     # every network is built on paper first, so that nothing is refused after minutes
     recipes = {
-        name: {size: sized_recipe(arguments.recipe, arguments.overrides, name, axis, size, min(sizes)) for size in sizes} for name in names
+        name: {size: sized_recipe(arguments.recipe, arguments.overrides, name, axis, size, base) for size in sizes} for name in names
     }
     found: dict[str, Any] = {}
     jobs = [(name, size, seed) for name in names for size in sizes for seed in arguments.seeds]
@@ -122,12 +124,15 @@ def check(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def sized_recipe(path: str, overrides: list[str], parametrization: str, axis: str, size: int, base: int) -> Recipe:
-    """The recipe at a size under a parametrisation, whose base is the recipe's own where it names one, or else the smallest size."""
+    """The recipe at a size under a parametrisation."""
     return load_recipe(path, [*overrides, *size_overrides(path, overrides, parametrization, axis, size, base)]).recipe
 
 
 def size_overrides(path: str, overrides: list[str], parametrization: str, axis: str, size: int, base: int) -> list[str]:
-    """What makes a recipe one of that size and parametrisation: `model.key=value` for each field that changes."""
+    """What makes a recipe one of that size and parametrisation: `model.key=value` for each field that changes.
+
+    base: the base width or depth along that axis; along the other it is the recipe's own, or the size that the recipe has.
+    """
     section = load_recipe(path, overrides).recipe.model
     changes: dict[str, Any] = {
         "parametrization": parametrization,
@@ -135,10 +140,12 @@ def size_overrides(path: str, overrides: list[str], parametrization: str, axis: 
         "base_depth": None,
         **resizing(section, **{axis: size}),
     }
-    if parametrization != "standard":
-        changes["base_width"] = section.base_width or (base if axis == "width" else section.width)
+    if parametrization == "standard":
+        changes["base_head_dim"] = None
+    else:
+        changes["base_width"] = base if axis == "width" else section.base_width or section.width
     if parametrization in ("depth_mup", "complete_p"):
-        changes["base_depth"] = section.base_depth or (base if axis == "depth" else section.depth)
+        changes["base_depth"] = base if axis == "depth" else section.base_depth or section.depth
     return [f"model.{key}={json.dumps(value)}" for key, value in changes.items()]
 
 

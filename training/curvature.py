@@ -46,9 +46,9 @@ class Curvature:
 
         Returns:
             hessian_top, gauss_newton_top: eigenvalues of largest magnitude, as Rayleigh quotients. hessian_trace: by Hutchinson's
-            method with two probes, so a rough one. preconditioned_hessian_top: of P^-1/2 H P^-1/2 with P = sqrt(v) + epsilon, AdamW's,
-            where it keeps a second moment; stability_line: (2 + 2 beta1) / ((1 - beta1) learning_rate), where full-batch Adam
-            becomes unstable (arXiv 2207.14484).
+            method with two probes, so a rough one. preconditioned_hessian_top: of P^-1/2 H P^-1/2 with P = (sqrt(v) + epsilon) / f,
+            AdamW's, where it keeps a second moment, f the factor on a tensor's learning rate; stability_line: (2 + 2 beta1) /
+            ((1 - beta1) learning_rate), where full-batch Adam becomes unstable (arXiv 2207.14484): one line for every size.
         """
         masters, optimizer = self.engine.masters, self.engine.recipe.optimizer
         values = {
@@ -61,7 +61,11 @@ class Curvature:
         moments, beta1, beta2 = masters.state("exp_avg_sq"), *optimizer.betas
         if moments is not None and optimizer.kind == "adamw":
             corrected = 1 - beta2 ** masters.steps()
-            roots = [((m / corrected).sqrt_() + optimizer.epsilon).rsqrt_() for m in moments]
+            groups = {id(master): group for group in masters.base.param_groups for master in group["params"]}
+            own = [groups[id(master)] for master in masters.masters]
+            roots = [
+                ((m / corrected).sqrt_() + group["eps"]).rsqrt_() * group["lr_factor"] ** 0.5 for m, group in zip(moments, own, strict=True)
+            ]
 
             def preconditioned(v: Vector) -> Vector:
                 product = self.hessian([x * r for x, r in zip(v, roots, strict=True)])

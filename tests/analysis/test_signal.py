@@ -220,7 +220,7 @@ def test_softmax_collapses_and_shaped_attention_does_not() -> None:
     assert "tokens collapse by layer" in collapsed["verdict"] and not collapsed["healthy"]
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "phi3"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "phi3", "opt"])
 def test_a_familys_queries_keys_and_values_are_told_apart(model_type: str) -> None:
     """The rows of a fused matrix that make queries, keys and values: changing those changes only that."""
     decoder = huggingface_decoder(family(model_type), model_type)
