@@ -170,6 +170,9 @@ class EvaluationSection(Section):
     curvature_iterations: int = Field(
         default=5, ge=1, description="Hessian products of each power iteration, which start where the last ended."
     )
+    curvature_lanczos: int | None = Field(
+        default=None, ge=2, description="Lanczos with so many products, and vectors kept, instead; also finds the smallest eigenvalue."
+    )
 
 
 class CheckpointSection(Section):

@@ -105,6 +105,33 @@ def test_every_tensor_learns_as_the_table_says(fields: dict[str, Any], parametri
         assert group["eps"] == pytest.approx(1e-6 * epsilon), name
 
 
+@pytest.mark.parametrize("kind", ["adamw", "adafactor", "muon", "soap"])
+def test_a_step_moves_hidden_weights_by_one_over_the_width_whatever_the_optimizer(kind: str) -> None:
+    """What the factor on the learning rate is for: one step, from the same gradient statistics, four times as wide and three as deep.
+
+    Root mean square of the update, without decay: m_N^-1 m_L^(alpha-1) of the base's. Adafactor's steps are in proportion to the weights,
+    which begin m_N^-1/2 smaller: it must not count that twice.
+    """
+
+    def moved(**fields: Any) -> dict[str, float]:
+        model = make(**fields, tied_embeddings=False, norm="rms_norm")
+        section = OptimizerSection.model_validate({"kind": kind, "learning_rate": 1e-2, "weight_decay": 0.0})
+        optimizer = make_optimizer(model, section, fused=False, sharded=False)
+        optimizer.ready = True  # pyright: ignore[reportAttributeAccessIssue]
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for step in range(2):  # SOAP's first step only looks
+            generator = torch.Generator().manual_seed(step)
+            for name, parameter in model.named_parameters():
+                scale = 1.0 if name.startswith("blocks.") else 3.0
+                parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+        return {name: (p.detach() - before[name]).square().mean().sqrt().item() for name, p in model.named_parameters()}
+
+    base, large = moved(**BASE), moved(**LARGE, **with_base("depth_mup"))
+    for name in ("blocks.0.attention.query.weight", "blocks.1.mlp.up.weight"):
+        assert large[name] / base[name] == pytest.approx(1 / 4 / math.sqrt(3), rel=0.1), name
+
+
 @pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
 @pytest.mark.parametrize("tied", [True, False])
 def test_initial_variances_are_the_tables(parametrization: str, tied: bool) -> None:
