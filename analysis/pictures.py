@@ -397,7 +397,7 @@ def signal_picture(result: dict[str, Any], path: Path) -> Path:
             if measure != "token_cosine":
                 _log_axis(axis)
         axes[0, 0].axhline(threshold, color="#888888", lw=1, ls=":")
-        axes[0, 0].legend(fontsize=8)
+        figure.legend(handles=axes[0, 0].lines[0:-1:2], loc="outside lower left", fontsize=8)  # names may hold many overrides
         ratios = axes[1, 2]
         for colour, network in zip(colours, networks, strict=True):
             for kind, style in (("query", "-"), ("key", "--")):
@@ -405,7 +405,7 @@ def signal_picture(result: dict[str, Any], path: Path) -> Path:
                 if np.isfinite(values).any():
                     alone = np.isfinite(values).sum() == 1
                     ratios.plot(values, style, marker="o" if alone else None, ms=4, color=colour)
-        ratios.set(title="Gradient of queries (solid), keys (dashed) over values'", xlabel="layer")
+        ratios.set(title="Gradient of queries over values' (dashed: keys')", xlabel="layer")
         if ratios.lines:
             _log_axis(ratios)
         return _save(figure, path)
