@@ -94,6 +94,15 @@ def test_zero_queries_and_equal_gains_leave_values_alone() -> None:
     torch.testing.assert_close(attention(x, x, Context()), attention.output(attention.value(x)), rtol=0, atol=1e-14)
 
 
+def test_fixed_gains_are_gains_of_one() -> None:
+    free = Transformer(ModelConfig(**SMALL, attention="shaped", query_init="normal", init_std=0.3)).double()
+    fixed = Transformer(ModelConfig(**SMALL, attention="shaped", query_init="normal", init_std=0.3, attention_gains="fixed")).double()
+    initialize(free, 0)
+    initialize(fixed, 0)
+    assert not [name for name, _ in fixed.named_parameters() if "gain" in name]
+    torch.testing.assert_close(fixed(tokens_of()), free(tokens_of()), rtol=0, atol=1e-12)
+
+
 def test_temperature_gives_scores_of_variance_v_squared_over_tau0_squared_n() -> None:
     """With weights of variance 1 / n: Var(L_ab) = V_aa V_bb / (tau0^2 n), V = X X^T / n, whatever the number of heads."""
     width, tau0, measured = 64, 0.7, []
