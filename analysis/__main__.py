@@ -6,6 +6,7 @@ What happened inside a training run, read from its checkpoints on disk.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,9 @@ the verb, that says what each number is, and pictures; they go to --out, or to t
   python -m analysis outliers folder/of/a/hugging/face/model --data my_text.txt
   python -m analysis quantization runs/X runs/Y --out int8
   python -m analysis export runs/X --out exported
+  python -m analysis signal recipes/X.yaml --depth 4 16 64
+  python -m analysis signal recipes/X.yaml recipes/X.yaml model.attention=shaped
+  python -m analysis covariance --mask causal --out covariance
 """
 
 
@@ -138,6 +142,31 @@ def export(arguments: argparse.Namespace) -> None:
     print(export_checkpoint(only_one(arguments), out, arguments.precision, arguments.shard_gigabytes, compare, verify))
 
 
+def covariance(arguments: argparse.Namespace) -> None:
+    from analysis import pictures
+    from analysis.covariance import Setting, analyze_covariance, describe
+    from analysis.output import write_json
+
+    chosen = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Setting)}
+    if chosen["slopes"] is not None:
+        chosen["slopes"] = tuple(chosen["slopes"])
+    result, out = analyze_covariance(Setting(**chosen)), Path(arguments.out or "covariance")
+    print(describe(result))
+    print(f"  {write_json(out / 'covariance.json', result)}\n  {pictures.covariance_picture(result, out / 'covariance.png')}")
+
+
+def signal(arguments: argparse.Namespace) -> None:
+    from analysis import pictures
+    from analysis.output import write_json
+    from analysis.signal import analyze_signal, describe
+
+    sizes, text = (arguments.depths, arguments.widths), (arguments.data, arguments.tokens, arguments.length)
+    result = analyze_signal(arguments.runs, *sizes, *text, arguments.seed, not arguments.skip_checksums)
+    out = Path(arguments.out or "signal")
+    print(describe(result))
+    print(f"  {write_json(out / 'signal.json', result)}\n  {pictures.signal_picture(result, out / 'signal.png')}")
+
+
 VERBS = {
     "trajectory": (trajectory, "maps, angles and lengths of the path through weight space"),
     "outliers": (outliers, "kurtosis and max-median ratio of the residual stream, layer by layer"),
@@ -148,7 +177,10 @@ VERBS = {
     "weights": (weights, "norms, ranks and spectra of the matrices, and how two checkpoints differ"),
     "inspect": (inspect, "what a checkpoint holds, what is damaged and what is missing"),
     "export": (export, "a checkpoint as one safetensors file or a Hugging Face folder"),
+    "signal": (signal, "how alike tokens become and how large gradients are, layer by layer, before training or after"),
+    "covariance": (covariance, "the shaped transformer's covariance SDE against networks of finite width"),
 }
+WITHOUT_RUN = ("covariance",)
 
 
 def only_one(arguments: argparse.Namespace) -> Run:
@@ -174,6 +206,7 @@ PATHS = {
     "": "a run folder, a folder of checkpoints, or one checkpoint",
     "outliers": "a run folder, a DeepSpeed folder, a checkpoint folder, or a Hugging Face decoder (folder or GGUF file)",
     "quantization": "a run folder (its last checkpoint), a checkpoint folder, or a Hugging Face decoder (folder or GGUF file)",
+    "signal": "recipes (each may be followed by model.key=value), checkpoints or Hugging Face decoders, drawn side by side",
 }
 
 
@@ -186,9 +219,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=EXAMPLES, formatter_class=formatter
         )
         verb.set_defaults(function=function)
-        verb.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help=PATHS.get(name, PATHS[""]))
-        verb.add_argument("--out", metavar="DIR", help="where results go; default: report/ of the run")
-        verb.add_argument("--skip-checksums", action="store_true", help="do not compare the files with manifest.json's checksums first")
+        if name in WITHOUT_RUN:
+            verb.add_argument("--out", metavar="DIR", help=f"where results go (default: {name})")
+        else:
+            verb.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help=PATHS.get(name, PATHS[""]))
+            place = name if name == "signal" else "report/ of the run"
+            verb.add_argument("--out", metavar="DIR", help=f"where results go (default: {place})")
+            verb.add_argument("--skip-checksums", action="store_true", help="do not compare the files with manifest.json's checksums first")
         if name == "weights":
             verb.add_argument("--compare", metavar="RUN_OR_CHECKPOINT", help="another checkpoint, to say how they differ")
         if name == "export":
@@ -224,6 +261,29 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             verb.add_argument("--steps", type=int, default=20, metavar="N", help="products of each Lanczos run (default: 20)")
             verb.add_argument("--probes", type=int, default=2, metavar="N", help="random starts for density and trace (default: 2)")
             verb.add_argument("--data", nargs="+", metavar="FILE", help="text files; default: the run's validation split")
+        if name == "signal":
+            verb.add_argument("--depth", type=int, nargs="+", dest="depths", metavar="L", help="recipes: build them this deep instead")
+            verb.add_argument("--width", type=int, nargs="+", dest="widths", metavar="N", help="recipes: build them this wide instead")
+            text = "text files, as bytes for recipes; default: a run's validation split, and for recipes uniform random tokens"
+            verb.add_argument("--data", nargs="+", metavar="FILE", help=text)
+            verb.add_argument("--tokens", type=int, default=1024, metavar="N", help="how many tokens to run through (default: 1024)")
+            verb.add_argument(
+                "--length", type=int, metavar="N", help="of a sequence; default: 128, or the longest that the network accepts"
+            )
+            verb.add_argument("--seed", type=int, default=0, metavar="N", help="of a recipe's initial weights and tokens (default: 0)")
+        if name == "covariance":
+            verb.add_argument("--width", type=int, default=300, metavar="N", help="n of the networks (default: 300)")
+            verb.add_argument("--depth", type=int, default=150, metavar="L", help="layers; the SDE runs to L/N (default: 150)")
+            verb.add_argument("--tokens", type=int, default=4, metavar="M", help="default: 4")
+            verb.add_argument("--temperature", type=float, default=1.0, metavar="TAU0", help="default: 1")
+            verb.add_argument("--gain", type=float, default=8**-0.5, metavar="G", help="of each branch (default: 1/sqrt(8))")
+            verb.add_argument("--mask", default="bidirectional", metavar="MASK", help="bidirectional (the default) or causal")
+            verb.add_argument("--slopes", type=float, nargs=2, metavar=("C+", "C-"), help="add an MLP with slopes 1 + c/sqrt(n)")
+            verb.add_argument("--head-dim", type=int, metavar="N", help="n_k of queries and keys (default: the width)")
+            verb.add_argument("--correlation", type=float, default=0.2, metavar="RHO", help="of the tokens at layer 0 (default: 0.2)")
+            verb.add_argument("--samples", type=int, default=4096, metavar="N", help="networks, and paths of the SDE (default: 4096)")
+            verb.add_argument("--seed", type=int, default=0, metavar="N")
+            verb.add_argument("--time-step", type=float, default=0.01, metavar="DT", help="of Euler-Maruyama (default: 0.01)")
     return parser.parse_args(arguments)
 
 

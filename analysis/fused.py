@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from torch import Size
+
 from analysis.checkpoint import Checkpoint
 from model.errors import InputError
 
@@ -32,14 +34,18 @@ class Heads(NamedTuple):
 
 
 def parts_of(checkpoint: Checkpoint, name: str, heads: Heads | None) -> Iterator[tuple[str, Runs]]:
+    """(part, runs of the flattened tensor) of a tensor of a checkpoint: see `parts_of_shape`."""
+    return parts_of_shape(str(checkpoint.path), name, checkpoint.shapes[name], heads)
+
+
+def parts_of_shape(source: str, name: str, shape: Size, heads: Heads | None) -> Iterator[tuple[str, Runs]]:
     """(part, runs of the flattened tensor) of a tensor: itself whole, or query, key and value of a fused one.
 
     A fused tensor stays whole where `heads` is None: they are not known (see `heads_of`).
 
     Raises:
-        InputError: the heads do not fit the tensor.
+        InputError: the heads do not fit the tensor; `source` says of what.
     """
-    shape = checkpoint.shapes[name]
     numel = shape.numel()
     fused = _BY_GROUP.search(name) or _STACKED.search(name) or _COLUMNS.search(name)
     if heads is None or fused is None or not numel:
@@ -49,7 +55,7 @@ def parts_of(checkpoint: Checkpoint, name: str, heads: Heads | None) -> Iterator
     rows = shape[-1] if along_columns else shape[0]
     head_dim, rest = divmod(rows, heads.heads + 2 * heads.kv_heads)
     if rest or heads.heads % heads.kv_heads:
-        raise InputError(f"{checkpoint.path}: {name} has {rows} rows, which {heads.heads} heads and {heads.kv_heads} of keys do not divide")
+        raise InputError(f"{source}: {name} has {rows} rows, which {heads.heads} heads and {heads.kv_heads} of keys do not divide")
     groups = heads.kv_heads if _BY_GROUP.search(name) else 1
     sizes = [heads.heads // groups * head_dim, heads.kv_heads // groups * head_dim, heads.kv_heads // groups * head_dim]
     inner = 1 if along_columns else numel // rows  # elements a row

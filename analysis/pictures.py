@@ -1,4 +1,4 @@
-"""The PNG pictures beside the numbers: trajectory.png, outliers.png, and overview.png for several runs."""
+"""The PNG pictures beside the numbers: one a verb, and overview.png for several runs."""
 
 from __future__ import annotations
 
@@ -328,4 +328,138 @@ def curvature_picture(result: dict[str, Any], path: Path) -> Path:
         axes[1].set(title="Largest eigenvalue of each part alone")
         axes[1].legend(fontsize=8)
         axes[1].grid(axis="y", visible=False)
+        return _save(figure, path)
+
+
+def covariance_picture(result: dict[str, Any], path: Path) -> Path:
+    """Mean correlation over depth of three networks and the SDE, and where networks and SDE end, as densities."""
+    setting, statistics = result["setting"], result["statistics"]
+    names = {"shaped": "shaped", "softmax": "softmax, same skip", "pre_norm": "pre-norm"}
+    with mpl.rc_context(_STYLE):
+        figure, axes = plt.subplots(1, 3, figsize=(13.5, 4.2), layout="constrained")
+        figure.suptitle(
+            f"Covariance of {setting['tokens']} tokens, {setting['mask']}{', MLP' if setting['slopes'] else ''}: "
+            f"{setting['samples']} networks of width {setting['width']}, and the SDE, τ₀ = {setting['temperature']:g}, "
+            f"g = {setting['gain']:.3g}",
+            x=0.01,
+            ha="left",
+            fontsize=12,
+        )
+        for colour, (name, label) in zip(RUN_COLOURS, names.items(), strict=False):
+            found = result["paths"][name]
+            axes[0].plot(found["layers"], found["mean"], color=colour, label=label)
+            axes[0].fill_between(found["layers"], found["low"], found["high"], color=colour, alpha=0.15, lw=0)
+        limit = result["covariance_sde"]
+        axes[0].plot(limit["layers"], limit["mean"], "--", color="black", label="SDE of the shaped")
+        axes[0].set(title="Mean correlation between tokens (band: 10 to 90%)", xlabel="layer")
+        axes[0].legend(fontsize=8)
+        for axis, name in zip(axes[1:], ("covariance", "correlation"), strict=True):
+            if statistics is None:
+                axis.set_axis_off()
+                continue
+            found = statistics[name]
+            edges = np.asarray(found["edges"])
+            for key, colour, label in (("network", RUN_COLOURS[0], "networks"), ("sde", "black", "SDE")):
+                counts = np.asarray(found[key]["counts"])
+                density = (1 - found[key]["outside"]) * counts / max(1, counts.sum()) / np.diff(edges)
+                axis.stairs(density, edges, color=colour, fill=key == "network", alpha=0.45 if key == "network" else 1, label=label)
+            axis.set(
+                title=f"{name.capitalize()} of the last two tokens at layer {setting['depth']}",
+                xlabel=f"Kolmogorov-Smirnov {found['ks_statistic']:.3f}   (5% critical: {statistics['ks_critical']:.3f})",
+                ylabel="density",
+            )
+            axis.legend(fontsize=8)
+        return _save(figure, path)
+
+
+def signal_picture(result: dict[str, Any], path: Path) -> Path:
+    """By layer, a line a network: token cosine, both ranks, activation and gradient RMS, and queries' and keys' gradients to values'."""
+    networks, threshold = result["networks"], result["thresholds"]["token_cosine"]
+    panels = {
+        "token_cosine": f"Cosine between tokens (dotted: collapse, {threshold:g})",
+        "stable_rank": "Stable rank",
+        "entropy_rank": "Entropy rank",
+        "activation_rms": "Activation RMS",
+        "gradient_rms": "Gradient RMS of the residual stream",
+    }
+    colours = list(RUN_COLOURS[: len(networks)])
+    if len(networks) > len(colours):
+        colours = [layer_colour(i / (len(networks) - 1)) for i in range(len(networks))]
+    with mpl.rc_context(_STYLE):
+        figure, axes = plt.subplots(2, 3, figsize=(13.5, 7.6), layout="constrained")
+        figure.suptitle("How the signal gets through the layers (dots: after the final norm)", x=0.01, ha="left", fontsize=12)
+        for axis, (measure, title) in zip(axes.flat, panels.items(), strict=False):
+            for colour, network in zip(colours, networks, strict=True):
+                *stream, after = [place[measure] for place in network["places"].values()]
+                axis.plot(stream, color=colour, label=network["name"])
+                axis.plot(len(stream) - 1, after, "o", ms=4, color=colour)
+            axis.set(title=title, xlabel="layers passed")
+            if measure != "token_cosine":
+                _log_axis(axis)
+        axes[0, 0].axhline(threshold, color="#888888", lw=1, ls=":")
+        figure.legend(handles=axes[0, 0].lines[0:-1:2], loc="outside lower left", fontsize=8)  # names may hold many overrides
+        ratios = axes[1, 2]
+        for colour, network in zip(colours, networks, strict=True):
+            for kind, style in (("query", "-"), ("key", "--")):
+                values = _floats([layer[f"{kind}_value_ratio"] or None for layer in network["layers"]])
+                if np.isfinite(values).any():
+                    alone = np.isfinite(values).sum() == 1
+                    ratios.plot(values, style, marker="o" if alone else None, ms=4, color=colour)
+        ratios.set(title="Gradient of queries over values' (dashed: keys')", xlabel="layer")
+        if ratios.lines:
+            _log_axis(ratios)
+        return _save(figure, path)
+
+
+def coordinate_picture(result: dict[str, Any], path: Path) -> Path:
+    """A row a parametrisation, a column a module: mean magnitude over size, a line a step."""
+    found, sizes = result["parametrizations"], result["sizes"]
+    modules = list(next(iter(found.values()))["slopes"])
+    with mpl.rc_context(_STYLE):
+        figure, axes = plt.subplots(
+            len(found), len(modules), figsize=(2.9 * len(modules), 2.8 * len(found)), layout="constrained", squeeze=False, sharey="col"
+        )
+        figure.suptitle(f"Mean magnitude over {result['axis']}, step by step (last step: yellow)", x=0.01, ha="left", fontsize=12)
+        for row, (name, one) in zip(axes, found.items(), strict=True):
+            for axis, module in zip(row, modules, strict=True):
+                slopes = one["slopes"][module]
+                for step in range(len(slopes)):
+                    values = _floats([one["values"][str(size)][module][step] or None for size in sizes])
+                    axis.plot(sizes, values, "o-", ms=3, lw=1.2, color=layer_colour(step / max(1, len(slopes) - 1)))
+                axis.set(title=f"{name}: {module}", xlabel=f"{result['axis']}   (last slope {_value(slopes[-1])})")
+                _log_axis(axis)
+                axis.set_xscale("log", base=2)
+                axis.set_xticks(sizes, [str(size) for size in sizes])
+        return _save(figure, path)
+
+
+def transfer_picture(result: dict[str, Any], path: Path) -> Path:
+    """A column a parametrisation: loss over the learning rate, a curve a size; below, where it was followed, sharpness over steps."""
+    found, sizes = result["parametrizations"], result["sizes"]
+    rows = 1 + any(one["sharpness"] for one in found.values())
+    with mpl.rc_context(_STYLE):
+        figure, axes = plt.subplots(
+            rows, len(found), figsize=(3.8 * len(found), 3.6 * rows), layout="constrained", squeeze=False, sharey="row"
+        )
+        for column, (name, one) in zip(axes.T, found.items(), strict=True):
+            for i, size in enumerate(sizes):
+                colour, own = layer_colour(i / max(1, len(sizes) - 1)), one["sizes"][str(size)]
+                exponents = [float(exponent) for exponent in own["losses"]]
+                column[0].plot(exponents, _floats(list(own["losses"].values())), "o-", ms=3, color=colour, label=f"{result['axis']} {size}")
+                if own["best_exponent"] is not None:
+                    column[0].plot(own["best_exponent"], own["best_loss"], "*", ms=11, color=colour)
+                if str(size) in one["sharpness"]:
+                    sharpness = one["sharpness"][str(size)]
+                    column[1].plot([int(step) for step in sharpness], list(sharpness.values()), color=colour)
+            shift = "-" if one["largest_shift"] is None else f"{one['largest_shift']:+g}"
+            column[0].set(title=f"{name}: shift {shift} octaves", xlabel="log2 of the learning rate")
+            if rows > 1:
+                column[1].axhline(1, color="#888888", lw=1, ls=":")
+                column[1].set(title=f"Sharpness over Adam's limit, 2^{result['sharpness_exponent']:g}", xlabel="step")
+                _log_axis(column[1])
+        best = [own["best_loss"] for one in found.values() for own in one["sizes"].values() if own["best_loss"] is not None]
+        if best:  # the curves' bottoms are what is compared
+            axes[0, 0].set_ylim(min(best) - 0.05 * (max(best) - min(best) + 0.2), max(best) + max(best) - min(best) + 0.3)
+        axes[0, 0].set_ylabel("validation loss, nats a token")
+        axes[0, 0].legend(fontsize=8)
         return _save(figure, path)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from model.config import PRESETS, SIZES, Activation, Block, ModelConfig, Norm, NormPlace, Parametrization
+from model.errors import InputError
 
 
 class Section(BaseModel):
@@ -131,3 +132,19 @@ def stands_for(preset: Any, size: Any) -> dict[str, tuple[str, Any]]:
         if isinstance(name, str):
             found.update({field: (f"{origin} {name}", value) for field, value in table.get(name, {}).items()})
     return found
+
+
+def resizing(section: ModelSection, depth: int | None = None, width: int | None = None) -> dict[str, int]:
+    """What changes in a section that names its width for another size: heads keep their width and grow in number, a given MLP width
+    grows along. Raises InputError where that leaves no whole number."""
+    changes = {} if depth is None else {"depth": depth}
+    if width is not None:
+        assert section.width is not None
+        for field in ("heads", "kv_heads", "mlp_width"):
+            value = getattr(section, field)
+            if value is not None:
+                changes[field], rest = divmod(value * width, section.width)
+                if rest or not changes[field]:
+                    raise InputError(f"model.width: {width} does not make whole {field}: {value} at width {section.width}")
+        changes["width"] = width
+    return changes

@@ -51,6 +51,7 @@ README_COMMANDS = {
     "python -m scripts.prepare_data recipes/python_10m.yaml": "help",
     "python -m analysis trajectory runs/python_10m": "help",
     "python -m analysis export runs/python_10m --out exported": "help",
+    "python -m analysis signal recipes/python_10m.yaml --depth 8 32": "help",
     "python -m analysis outliers runs/python_10m --data my_text.txt": "help",
     "python -m analysis quantization runs/quickstart_pre_norm runs/quickstart_outlier_protected --out int8": "help",
     "python -m analysis report runs/quickstart_pre_norm runs/quickstart_outlier_protected --out compared": "help",
