@@ -29,7 +29,7 @@ INTERVALS = 24
 # factor: its levels, lowest first. Momentum is Adam's beta1.
 FACTORS: dict[str, list[float]] = {
     "momentum": [0.0, 0.9],
-    "weight_decay": [0.0, 0.1, 1.0],
+    "weight_decay": [0.0, 1.0],
     "learning_rate": [2e-3, 6e-3],
     "batch": [512, 2048],
 }
@@ -100,11 +100,11 @@ def main() -> int:
     runs = arguments.runs.resolve()
     record = next(iter(sorted(runs.glob("*/data.json"))), None)
     corpus = json.loads(record.read_text())["prepared"] if record else str(prepare(load_recipe(RECIPE).recipe.data).folder)
+    jobs = [(name, [*overrides_of(MIDDLE), *overrides]) for name, (_, overrides) in BESIDE.items()]
+    jobs += [(name_of(settings), overrides_of(settings)) for settings in settings_of_grid()]
     for seed in arguments.seeds:
-        for name, (_, overrides) in BESIDE.items():
-            train(name, [*overrides_of(MIDDLE), *overrides], seed, runs, corpus, arguments.keep_checkpoints)
-        for settings in settings_of_grid():
-            train(name_of(settings), overrides_of(settings), seed, runs, corpus, arguments.keep_checkpoints)
+        for name, overrides in jobs:
+            train(name, overrides, seed, runs, corpus, arguments.keep_checkpoints)
     return 0
 
 
