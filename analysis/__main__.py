@@ -95,15 +95,17 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def step(arguments: argparse.Namespace) -> None:
+    from analysis import pictures
     from analysis.optimizer_step import analyze_step, describe
     from analysis.output import write_json
 
     for run, out in places(arguments, find_run):
         result = analyze_step(run, not arguments.skip_checksums)
-        print(f"{describe(result)}\n  {write_json(out / 'step.json', result)}")
+        print(f"{describe(result)}\n  {write_json(out / 'step.json', result)}\n  {pictures.step_picture(result, out / 'step.png')}")
 
 
 def weights(arguments: argparse.Namespace) -> None:
+    from analysis import pictures
     from analysis.output import write_json
     from analysis.weights import analyze_weights, describe
 
@@ -111,6 +113,7 @@ def weights(arguments: argparse.Namespace) -> None:
     for run, out in places(arguments, find_run):
         result = analyze_weights(run, other, not arguments.skip_checksums)
         print(f"{describe(result)}\n  {write_json(out / 'weights.json', result)}")
+        print(f"  {pictures.weights_picture(result, out / 'weights.png')}")
 
 
 def inspect(arguments: argparse.Namespace) -> None:

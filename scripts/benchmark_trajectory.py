@@ -10,7 +10,8 @@ Makes checkpoints in DeepSpeed's ZeRO layout (stage 2 or 3), then times, in one 
     ours, N processes    `torchrun --nproc_per_node N -m analysis trajectory`, start and pictures included; compared with one process
     peer      zero_to_fp32 of each checkpoint; then torch.load of its output, and a dot product a pair of checkpoints
 
-The limit is the larger of the first two. Anonymous memory is sampled while ours runs; files on disk are compared before and after.
+The limit is the larger of the first two. Where other work shares the machine, seconds of the processor say more than the clock.
+Anonymous memory is sampled while ours runs; files on disk are compared before and after.
 With --peer-checkpoints P the peer works on P checkpoints and its times are scaled: converting by K / P, the rest by the pairs.
 """
 
@@ -124,8 +125,8 @@ def read_once(folder: Path) -> float:
     return time.perf_counter() - start
 
 
-def multiply(count: int, parameters: int) -> float:
-    """Seconds of the float64 products of a pass, (K, c) times its transpose, at the piece size that suits this processor best."""
+def multiply(count: int, parameters: int) -> tuple[float, float]:
+    """Seconds, by the clock and of the processor, of a pass's products, (K, c) float64 times its transpose, in the best pieces."""
     seconds = []
     for kilobytes in (512, 1024, 2048, 4096, 8192):
         columns = kilobytes * 2**10 // (8 * count)
@@ -133,10 +134,11 @@ def multiply(count: int, parameters: int) -> float:
         pieces = math.ceil(parameters / columns)
         measured = min(pieces, 300)
         gram += torch.mm(rows, rows.T)
-        start = time.perf_counter()
+        start, started = time.perf_counter(), time.process_time()
         for _ in range(measured):
             gram += torch.mm(rows, rows.T)
-        seconds.append((time.perf_counter() - start) * pieces / measured)
+        scale = pieces / measured
+        seconds.append(((time.perf_counter() - start) * scale, (time.process_time() - started) * scale))
     return min(seconds)
 
 
@@ -204,12 +206,14 @@ def main() -> None:
         for step, path in enumerate(steps):
             write_checkpoint(path, shapes, step, arguments.ranks, arguments.stage)
         before, size = digest(folder), sum(path.stat().st_size for path in folder.rglob("*optim_states.pt"))
-        seconds = {"read": read_once(folder), "multiply": multiply(count, parameters)}
+        seconds = {"read": read_once(folder)}
+        seconds["multiply"], seconds["multiply, of the processor"] = multiply(count, parameters)
         drop_caches(folder)
         with Memory() as memory:
-            start = time.perf_counter()
+            start, started = time.perf_counter(), time.process_time()
             grams = increment_grams([open_checkpoint(path) for path in steps], arguments.memory_megabytes, progress=False)
             seconds["ours"] = time.perf_counter() - start
+            seconds["ours, of the processor"] = time.process_time() - started
         seconds["read again"] = read_once(folder)
         limit = max(min(seconds["read"], seconds["read again"]), seconds["multiply"])
         result = {
@@ -248,7 +252,7 @@ def main() -> None:
         result["predicted_hours_of_154_checkpoints_of_12B"] = {
             "reading, fp16 files": round(154 * 12e9 * 2 / rate / 3600, 1),
             "reading, float32 shards": round(154 * 12e9 * 4 / rate / 3600, 1),
-            "multiplying, one process": round(multiply(154, 12_000_000_000) / 3600, 1),
+            "multiplying, one process": round(multiply(154, 12_000_000_000)[0] / 3600, 1),
         }
         result["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
     finally:
