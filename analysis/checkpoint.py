@@ -41,6 +41,7 @@ class AdamSettings(NamedTuple):
     betas: tuple[float, float]
     epsilon: float
     weight_decay: float
+    learning_rate_factor: float = 1.0  # of this parameter's group, in learning_rate already: the parametrization's
 
 
 class Checkpoint:

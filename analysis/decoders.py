@@ -213,21 +213,23 @@ class Projections(NamedTuple):
     """The linear maps of one layer, by what they are for."""
 
     attention_inputs: list[nn.Linear]  # query, key, value
-    attention_output: list[nn.Linear]
+    attention_output: list[nn.Linear]  # none in a simplified block
     mlp_expansion: list[nn.Linear]  # and the gate
     mlp_contraction: list[nn.Linear]
 
 
 @torch.no_grad()
 def projection_groups(decoder: Decoder, name: str) -> list[Projections]:
-    """What each linear map of each layer is for, from one forward pass over two tokens.
+    """What each linear map of each layer is for: of a Burnish network by name, else from one forward pass over two tokens.
 
-    Maps that read the same tensor, one after the other, belong together. The last to be called contracts the MLP, the ones
+    There, maps that read the same tensor, one after the other, belong together. The last to be called contracts the MLP, the ones
     before it expand it, before those comes attention's output, and everything earlier reads into attention.
 
     Raises:
         InputError: a layer is not made of such maps (experts, for example).
     """
+    if isinstance(decoder.network, Transformer):
+        return [_burnish_projections(block) for block in decoder.network.blocks]
     calls: list[list[tuple[nn.Linear, Tensor]]] = [[] for _ in decoder.layers]
 
     def note(module: nn.Linear, layer: int) -> Any:
@@ -254,6 +256,15 @@ def projection_groups(decoder: Decoder, name: str) -> list[Projections]:
         *attention, output, expansion, contraction = groups
         result.append(Projections([module for group in attention for module in group], output, expansion, contraction))
     return result
+
+
+def _burnish_projections(block: Any) -> Projections:
+    def linear(*modules: nn.Module | None) -> list[nn.Linear]:
+        return [module for module in modules if isinstance(module, nn.Linear)]
+
+    attention, mlp = block.attention, block.mlp
+    inputs, output = linear(attention.query, attention.key, attention.value), linear(attention.output)
+    return Projections(inputs, output, linear(mlp.up, mlp.gate), linear(mlp.down))
 
 
 def _one_line(error: Exception) -> str:

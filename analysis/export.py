@@ -261,7 +261,7 @@ def _burnish_files(run: Run, source: Path, folder: Path, dtype: torch.dtype) -> 
         ids, line = _copy_tokenizer(tokenizer, folder)
         end, lines = ({"eos_token_id": ids, "pad_token_id": ids} if ids is not None else {}), [line]
     transformers_config(network, dtype, **end).save_pretrained(folder)
-    GenerationConfig(use_cache=False, **end).save_pretrained(folder)
+    GenerationConfig(**end).save_pretrained(folder)
     return lines
 
 

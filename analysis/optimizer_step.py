@@ -132,8 +132,8 @@ def analyze_step(run: Run, verify: bool = True, progress: bool = True, piece: in
     ) as bar:
         for name in trained:
             settings = checkpoint.adam_settings(name)
-            if recorded is not None and settings.learning_rate != recorded:
-                settings = settings._replace(learning_rate=float(recorded))
+            if recorded is not None:
+                settings = settings._replace(learning_rate=float(recorded) * settings.learning_rate_factor)
             rates.add(settings.learning_rate)
             sums[name] = StepSums()
             for start in range(0, checkpoint.shapes[name].numel(), piece):
@@ -176,7 +176,9 @@ def describe(result: dict[str, Any]) -> str:
     lines = [
         f"{result['run']}: the step that ended at {result['step']}, rebuilt from Adam's moments; learning rate "
         f"{', '.join(f'{rate:.3g}' for rate in result['learning_rates'])} (from {result['learning_rate_from']})",
-        f"  |u| / |theta| {network['relative_update']:.3g}, weight decay {network['decay_share']:.1%} of |u|",
+        f"  |u| / |theta| {network['relative_update']:.3g}, weight decay {network['decay_share']:.1%} of |u|"
+        if network["update_norm"]
+        else "  the learning rate was 0: it moved nothing",
         f"  degrees from u to the weights {_text(network['angle_to_weights'])}, "
         f"to the displacement {_text(network['angle_to_displacement'])}",
         f"  sign-like coordinates {network['sign_like']:.1%}; mean squared gradient {network['curvature']:.3g}",

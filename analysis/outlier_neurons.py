@@ -118,9 +118,12 @@ class OutlierFeatures:
         self.here = {}
 
     def measures(self) -> dict[str, Any]:
-        """{kind: {"features": [{"dimension", "layers", "positions", "largest"}], "largest": the largest magnitude of all}}."""
+        """{kind: {"features": [{"dimension", "layers", "positions", "largest"}], "largest": the largest magnitude of all}}.
+
+        A kind that no layer reads is left out: simplified blocks have no output projection.
+        """
         result = {}
-        for kind in self.KINDS:
+        for kind in self.magnitudes:
             layers = torch.stack([layer for layer in self.in_layer[kind] if layer is not None]).double().mean(dim=0).cpu()
             positions = self.at_positions[kind].double().cpu() / self.positions
             meets = (layers >= self.thresholds.feature_layers) & (positions >= self.thresholds.feature_positions) & (layers > 0)
@@ -150,7 +153,7 @@ def watch_projections(decoder: Decoder, groups: list[Projections], features: Out
     for i, group in enumerate(groups):
         # maps of one group that read the same tensor see the same, so looking at it twice changes nothing
         handles += [hook(module, "residual", i) for module in (*group.attention_inputs, group.mlp_expansion[0])]
-        handles.append(hook(group.attention_output[0], "heads", i))
+        handles += [hook(module, "heads", i) for module in group.attention_output]
     try:
         yield
     finally:

@@ -1,13 +1,15 @@
-"""Causal self-attention: projections, RoPE, QK-norm and the softmax core."""
+"""Causal self-attention: projections, RoPE, QK-norm, the softmax core, and shaped attention around it."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.cache import LayerCache
 from model.config import ModelConfig
 
 
@@ -39,14 +41,28 @@ def make_norm(kind: str, width: int, config: ModelConfig, scaled: bool = True) -
     return nn.Identity()
 
 
-def rotary_tables(length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of RoPE (arXiv 2104.09864), each (length, 1, head_dim / 2), float32.
+class Context(NamedTuple):
+    """What the tokens of a forward pass may look at, and where they stand; all blocks share it.
+
+    rotary: cosines and sines of RoPE, from `rotary_tables`; None without RoPE.
+    mask: (batch or 1, 1, tokens, keys), added to the scores: 0 where a query may look, -inf elsewhere, in the dtype of the
+        network; None: causal attention over all keys.
+    starts: (batch or 1, tokens), the first key that each query may look at; None: key 0. The keys up to the query follow it.
+    """
+
+    rotary: tuple[Tensor, Tensor] | None = None
+    mask: Tensor | None = None
+    starts: Tensor | None = None
+
+
+def rotary_tables(first: int, length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of RoPE (arXiv 2104.09864) at positions from `first` on, each (length, 1, head_dim / 2), float32.
 
     Made anew in each forward pass rather than kept as buffers: a buffer would be cast to bf16 with the model, and positions
     above 256 are not representable there.
     """
     frequencies = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)[:, None]
+    angles = torch.outer(torch.arange(first, first + length, device=device, dtype=torch.float32), frequencies)[:, None]
     return angles.cos(), angles.sin()
 
 
@@ -57,16 +73,16 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1).type_as(x)
 
 
-def softcapped_attention(query: Tensor, key: Tensor, value: Tensor, cap: float, mask: Tensor | None) -> Tensor:
-    """softmax(c tanh(Q K^T / (c sqrt(d_k))) + M) V, with the scores whole and in float32: no fused kernel caps them.
+def softcapped_attention(query: Tensor, key: Tensor, value: Tensor, cap: float, scale: float, mask: Tensor | None) -> Tensor:
+    """softmax(c tanh(scale Q K^T / c) + M) V, with the scores whole and in float32: no fused kernel caps them.
 
-    query (batch, heads, length, head_dim), key and value (batch, kv_heads, length, head_dim), `mask` as in `Attention.forward`
+    query (batch, heads, length, head_dim), key and value (batch, kv_heads, length, head_dim), `mask` as in `Context`
     -> (batch, heads, length, head_dim).
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = (query @ key.transpose(2, 3)).float() / math.sqrt(query.shape[-1])
+    scores = (query @ key.transpose(2, 3)).float() * scale
     scores = cap * torch.tanh(scores / cap)
     if mask is None:
         length = query.shape[2]
@@ -77,40 +93,104 @@ def softcapped_attention(query: Tensor, key: Tensor, value: Tensor, cap: float, 
     return scores.softmax(dim=-1).type_as(value) @ value
 
 
-class Attention(nn.Module):
-    """Multi-head (or grouped-query) causal attention: concat_h softmax(Norm(X W_Q) Norm(X W_K)^T / sqrt(d_k) + M) X W_V, times W_P."""
+def causal_mean(value: Tensor, starts: Tensor | None, queries: int) -> Tensor:
+    """C V: for each of the last `queries` tokens the mean of the values that it may look at.
 
-    def __init__(self, config: ModelConfig) -> None:
+    value (batch, kv_heads, keys, head_dim), `starts` as in `Context` -> (batch, kv_heads, queries, head_dim), at least float32. Sums
+    are kept so, since a running sum in bf16 stops growing; where they are subtracted from one another, in float64.
+    """
+    keys, dtype = value.shape[2], torch.promote_types(value.dtype, torch.float32)
+    if starts is None:
+        counts = torch.arange(1, keys + 1, device=value.device)[:, None]
+        return (value.cumsum(2, dtype=dtype) / counts)[:, :, keys - queries :]
+    sums = value.cumsum(2, dtype=torch.float64)
+    before = F.pad(sums, (0, 0, 1, 0)).gather(2, starts[:, None, :, None].expand(*value.shape[:2], queries, value.shape[3]))
+    counts = torch.arange(keys - queries + 1, keys + 1, device=value.device) - starts
+    return ((sums[:, :, keys - queries :] - before) / counts[:, None, :, None]).to(dtype)
+
+
+def attention_scale(config: ModelConfig) -> float:
+    """What scores are multiplied by: 1 / sqrt(d_k), 1 / (tau0 sqrt(n d_k)) with a temperature, or sqrt(base d_k) / d_k under muP."""
+    assert config.head_dim is not None
+    if config.attention_temperature is not None:
+        return 1.0 / (config.attention_temperature * math.sqrt(config.width * config.head_dim))
+    if config.base_head_dim not in (None, config.head_dim):
+        return math.sqrt(config.base_head_dim) / config.head_dim
+    return 1.0 / math.sqrt(config.head_dim)
+
+
+class Attention(nn.Module):
+    """Multi-head (or grouped-query) causal attention: concat_h A_h X W_V, times W_P.
+
+    A = softmax(scale Norm(X W_Q) Norm(X W_K)^T + M), or shaped (arXiv 2306.17759, 2311.01906 eq. 5), alpha I + beta A - gamma C, where C
+    is A at equal scores: the mean over what a token may look at. That is linear in the values, so any kernel for A serves:
+    alpha V + beta A V - gamma C V. Blocks with `simplified` have no W_P, and W_V in the first layer alone (2311.01906, section 4).
+    """
+
+    def __init__(self, config: ModelConfig, first: bool = False) -> None:
         super().__init__()
         assert config.kv_heads is not None and config.head_dim is not None and config.qk_norm is not None
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        all_biases = config.biases == "all"
+        all_biases, full = config.biases == "all", not config.is_simplified
         self.query = Linear(config.width, self.heads * self.head_dim, bias=config.biases != "none")
         self.key = Linear(config.width, self.kv_heads * self.head_dim, bias=config.biases != "none")
-        self.value = Linear(config.width, self.kv_heads * self.head_dim, bias=all_biases)
-        self.output = Linear(self.heads * self.head_dim, config.width, bias=all_biases)
+        self.value = Linear(config.width, self.kv_heads * self.head_dim, bias=all_biases) if full or first else nn.Identity()
+        self.output = Linear(self.heads * self.head_dim, config.width, bias=all_biases) if full else nn.Identity()
         # QK-norm comes before RoPE, which keeps norms: the order of the Hugging Face ports.
         self.query_norm = make_norm(config.qk_norm, self.head_dim, config, config.qk_norm_gains == "trainable")
         self.key_norm = make_norm(config.qk_norm, self.head_dim, config, config.qk_norm_gains == "trainable")
-        self.softcap = config.attention_softcap
+        self.softcap, self.scale = config.attention_softcap, attention_scale(config)
+        self.shaped = config.attention == "shaped"
+        if self.shaped and config.attention_gains == "trainable":
+            self.identity_gain = nn.Parameter(torch.empty(self.heads))  # alpha
+            self.softmax_gain = nn.Parameter(torch.empty(self.heads))  # beta
+            self.centering_gain = nn.Parameter(torch.empty(self.heads))  # gamma
+        else:
+            self.identity_gain = self.softmax_gain = self.centering_gain = None
 
-    def forward(self, x: Tensor, x_value: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor:
-        """x (batch, length, width), from which queries and keys are made, and x_value, from which values -> (batch, length, width).
+    def forward(self, x: Tensor, x_value: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+        """x (batch, tokens, width), from which queries and keys are made, and x_value, from which values -> (batch, tokens, width).
 
-        `mask` (batch, 1, length, length) is added to the scores: 0 where a query may look, -inf elsewhere, in the dtype of x;
-        None means plain causal attention.
+        With a cache the tokens follow those that it holds, and are added to it.
         """
-        batch, length, _ = x.shape
-        query = self.query_norm(self.query(x).view(batch, length, self.heads, self.head_dim))
-        key = self.key_norm(self.key(x).view(batch, length, self.kv_heads, self.head_dim))
-        value = self.value(x_value).view(batch, length, self.kv_heads, self.head_dim)
-        if rotary is not None:
-            query, key = rotate(query, rotary), rotate(key, rotary)
+        batch, tokens, _ = x.shape
+        query = self.query_norm(self.query(x).view(batch, tokens, self.heads, self.head_dim))
+        key = self.key_norm(self.key(x).view(batch, tokens, self.kv_heads, self.head_dim))
+        value = self.value(x_value).view(batch, tokens, self.kv_heads, self.head_dim)
+        if context.rotary is not None:
+            query, key = rotate(query, context.rotary), rotate(key, context.rotary)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        new = value
+        if cache is not None:
+            key, value = cache.extend(key, value)
         if self.softcap is not None:
-            mixed = softcapped_attention(query, key, value, self.softcap, mask)
+            mixed = softcapped_attention(query, key, value, self.softcap, self.scale, context.mask)
         else:
             mixed = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.kv_heads != self.heads
+                query,
+                key,
+                value,
+                attn_mask=context.mask,
+                is_causal=context.mask is None and tokens == key.shape[2],
+                scale=self.scale,
+                enable_gqa=self.kv_heads != self.heads,
             )
-        return self.output(mixed.transpose(1, 2).reshape(batch, length, self.heads * self.head_dim))
+        if self.shaped:
+            mixed = self._shape(mixed, new, value, context, cache)
+        return self.output(mixed.transpose(1, 2).reshape(batch, tokens, self.heads * self.head_dim))
+
+    def _shape(self, mixed: Tensor, new: Tensor, value: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
+        """alpha V + beta A V - gamma C V: `mixed` is A V (batch, heads, tokens, head_dim), `new` the tokens' own values, `value` all."""
+        tokens, keys = new.shape[2], value.shape[2]
+        if cache is not None and context.starts is None:
+            mean = cache.running_sum(new) / torch.arange(keys - tokens + 1, keys + 1, device=new.device)[:, None]
+        else:
+            mean = causal_mean(value, context.starts, tokens)
+        mean = mean.type_as(mixed)
+        if self.kv_heads != self.heads:
+            groups = self.heads // self.kv_heads
+            new, mean = new.repeat_interleave(groups, dim=1), mean.repeat_interleave(groups, dim=1)
+        if self.identity_gain is None or self.softmax_gain is None or self.centering_gain is None:
+            return new + mixed - mean
+        alpha, beta, gamma = (g.view(-1, 1, 1) for g in (self.identity_gain, self.softmax_gain, self.centering_gain))
+        return torch.addcmul(torch.addcmul(alpha * new, beta, mixed), gamma, mean, value=-1)

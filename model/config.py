@@ -21,7 +21,8 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 # The Outlier-Protected network as its paper describes it for CodeParrot, the one setting that it gives in full
-# (arXiv 2405.19279, appendix D), and as its authors' released code builds it by default, which differs.
+# (arXiv 2405.19279, appendix D), and as its authors' released code builds it by default, which differs; and the Shaped Transformer
+# (arXiv 2306.17759), whose branches keep variance 1 without norms where init_std is 1 / sqrt(width): lambda^2 + beta^2 = 1.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "block": "outlier_protected",
@@ -44,8 +45,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         "final_norm": True,
         "embedding_multiplier": 1.0,
     },
+    "shaped_transformer": {
+        "attention": "shaped",
+        "attention_temperature": 1.0,
+        "activation": "shaped_relu",
+        "norm_places": [],
+        "residual_gain": math.sqrt(1 / 8),
+        "skip_gain": math.sqrt(7 / 8),
+        "scaled_output_init": False,
+    },
 }
 
+Block = Literal["pre_norm", "post_norm", "outlier_protected", "simplified", "simplified_parallel"]
+Activation = Literal["gelu", "relu", "swiglu", "shaped_relu"]
+Parametrization = Literal["standard", "mup", "depth_mup", "complete_p"]
+DEPTH_EXPONENTS: dict[Parametrization, float] = {"depth_mup": 0.5, "complete_p": 1.0}  # alpha of arXiv 2505.01618
 Norm = Literal["rms_norm", "layer_norm", "simple_rms_norm"]
 NormPlace = Literal["query_key", "value", "mlp"]
 NORM_PLACES: tuple[NormPlace, ...] = ("query_key", "value", "mlp")
@@ -69,49 +83,73 @@ class ModelConfig:
     kv_heads: int | None = None  # grouped-query attention when below `heads`; default: `heads`
     head_dim: int | None = None  # default: width / heads
     mlp_width: int | None = None  # default: 4 width; SwiGLU: 8/3 width, up to a multiple of 64
-    block: Literal["pre_norm", "post_norm", "outlier_protected"] = "pre_norm"
+    block: Block = "pre_norm"
     norm: Norm = "rms_norm"  # simple_rms_norm: without a scale
     norm_epsilon: float = 1e-5
     norm_biases: bool | None = None  # of LayerNorm; default: with `biases` all
     positions: Literal["rope", "learned"] = "rope"
     rope_base: float = 10000.0
-    activation: Literal["gelu", "relu", "swiglu"] = "gelu"
+    activation: Activation = "gelu"
+    activation_slopes: tuple[float, float] | None = None  # c+ and c- of shaped_relu: slopes 1 + c / sqrt(width); default: 0, -1
     tied_embeddings: bool = True
     biases: Literal["none", "query_key", "all"] = "none"  # of the linear layers
     init_std: float = 0.02
     attention_softcap: float | None = None  # c: attention scores become c tanh(scores / c); None: as they are
+    attention_window: int | None = None  # each query sees itself and the window - 1 keys before it; None: all before it
+    attention_gains: Literal["trainable", "fixed"] = "trainable"  # alpha, beta, gamma of shaped attention, each 1 at first
+    attention_temperature: float | None = None  # tau0: scores over tau0 sqrt(width head_dim); None: over sqrt(head_dim)
+    skip_gain: float = 1.0  # lambda, on what both branches are added to
+    # How scales follow the size (model/parametrization.py); mup needs the base width, depth_mup and complete_p the base depth too.
+    parametrization: Parametrization = "standard"
+    base_width: int | None = None
+    base_depth: int | None = None
+    base_head_dim: int | None = None  # default: head_dim, so width grows by heads
     first_norm: bool = False  # a norm before the first block's attention, where the block has none
-    # The rest default to what the block asks for; `docs/outlier_protected.md` says why.
-    norm_places: tuple[NormPlace, ...] | None = None  # what a norm stands before; pre_norm: all, else none
+    # The rest default to what the block asks for; `docs/outlier_protected.md` and `docs/signal_propagation.md` say why.
+    attention: Literal["softmax", "shaped"] | None = None  # shaped: alpha I + beta softmax - gamma C; default of the simplified blocks
+    query_init: Literal["normal", "zero"] | None = None  # zero, of shaped attention without a temperature: softmax starts at C
+    norm_places: tuple[NormPlace, ...] | None = None  # what a norm stands before; pre_norm and simplified: all, else none
     qk_norm: Norm | Literal["none"] | None = None  # outlier_protected: rms_norm, or none with an attention_softcap
     qk_norm_gains: Literal["trainable", "frozen"] = "trainable"  # frozen: the scales are 1 and no parameters
-    final_norm: bool | None = None  # pre_norm alone
-    embedding_multiplier: float | None = None  # outlier_protected: 1 / init_std
-    residual_gain: float | None = None  # beta; outlier_protected: 1 / sqrt(depth)
-    residual_gain_form: Literal["fixed", "scalar", "vector"] | None = None  # outlier_protected: scalar (trainable)
-    mlp_input_scale: float | None = None  # alpha; outlier_protected: pre-activations of unit scale, 1 for ReLU
+    final_norm: bool | None = None  # pre_norm, and simplified with norms
+    embedding_multiplier: float | None = None  # blocks without norms: 1 / init_std
+    residual_gain: float | None = None  # beta; outlier_protected: 1 / sqrt(depth); simplified, its MLP's: 0.1 sqrt(18 / depth)
+    residual_gain_form: Literal["fixed", "scalar", "vector"] | None = None  # outlier_protected, simplified: scalar (trainable)
+    mlp_input_scale: float | None = None  # alpha; blocks without norms: pre-activations of unit scale, 1 for ReLU
     scaled_output_init: bool | None = None  # init_std / sqrt(2 depth) for what writes to the residual: pre_norm of gain 1
 
     def __post_init__(self) -> None:
         problems = self._problems()
         if problems:
             raise InputError("\n".join(f"model.{problem}" for problem in problems))
-        protected = self.block == "outlier_protected"
-        if self.norm_places is not None:  # a list in JSON
-            object.__setattr__(self, "norm_places", tuple(self.norm_places))
-        unit_scale = 1.0 / (self.init_std * math.sqrt(self.width))  # MLP input of mean square 1 -> output of mean square 1
+        protected, simplified = self.block == "outlier_protected", self.is_simplified
+        for name in ("norm_places", "activation_slopes"):  # lists in JSON
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        places = NORM_PLACES if self.block == "pre_norm" or simplified else ()
+        places = places if self.norm_places is None else self.norm_places
+        unnormed = protected or (simplified and not places)
+        # What follows the depth or the width by itself stays at the base's where the parametrization does that instead.
+        depth, width = self.base_depth or self.depth, self.base_width or self.width
+        unit_scale = 1.0 / (self.init_std * math.sqrt(width))  # MLP input of mean square 1 -> output of mean square 1
+        head_dim = self.head_dim or self.width // self.heads
+        shaped = self.attention == "shaped" or (self.attention is None and simplified)
         defaults: dict[str, Any] = {
             "kv_heads": self.heads,
-            "head_dim": self.width // self.heads,
+            "head_dim": head_dim,
+            "base_head_dim": head_dim if self.base_width else None,
             "mlp_width": 64 * math.ceil(self.width * 8 / 3 / 64) if self.activation == "swiglu" else 4 * self.width,
+            "activation_slopes": (0.0, -1.0) if self.activation == "shaped_relu" else None,
+            "attention": "shaped" if simplified else "softmax",
+            "query_init": "zero" if shaped and self.attention_temperature is None else "normal",
             "norm_biases": self.biases == "all",
-            "norm_places": NORM_PLACES if self.block == "pre_norm" else (),
+            "norm_places": places,
             "qk_norm": "rms_norm" if protected and self.attention_softcap is None else "none",
-            "final_norm": self.block == "pre_norm",
-            "embedding_multiplier": 1.0 / self.init_std if protected else 1.0,
-            "residual_gain": 1.0 / math.sqrt(self.depth) if protected else 1.0,
-            "residual_gain_form": "scalar" if protected else "fixed",
-            "mlp_input_scale": unit_scale if protected and self.activation != "relu" else 1.0,
+            "final_norm": self.block == "pre_norm" or (simplified and not unnormed),
+            "embedding_multiplier": 1.0 / self.init_std if unnormed else 1.0,
+            "residual_gain": 1.0 / math.sqrt(depth) if protected else 0.1 * math.sqrt(18 / depth) if simplified else 1.0,
+            "residual_gain_form": "scalar" if protected or simplified else "fixed",
+            "mlp_input_scale": unit_scale if unnormed and self.activation not in ("relu", "shaped_relu") else 1.0,
         }
         for name, value in defaults.items():
             if getattr(self, name) is None:
@@ -119,10 +157,31 @@ class ModelConfig:
         if self.scaled_output_init is None:
             object.__setattr__(self, "scaled_output_init", self.block == "pre_norm" and self.residual_gain == 1.0)
 
+    @property
+    def is_simplified(self) -> bool:
+        """SAS or SAS-P: values and projection are the identity."""
+        return self.block in ("simplified", "simplified_parallel")
+
+    @property
+    def width_ratio(self) -> float:
+        """m_N: width over the base's; 1 in the standard parametrization."""
+        return self.width / (self.base_width or self.width)
+
+    @property
+    def depth_ratio(self) -> float:
+        """m_L: depth over the base's; 1 where the parametrization has no rule for depth."""
+        return self.depth / (self.base_depth or self.depth)
+
+    @property
+    def depth_exponent(self) -> float:
+        """alpha of CompleteP's table: residual branches are multiplied by m_L^-alpha."""
+        return DEPTH_EXPONENTS.get(self.parametrization, 0.0)
+
     def _problems(self) -> list[str]:
         """Every wrong field, as `name: what is wrong`."""
         problems = []
-        for name in ("width", "depth", "heads", "vocab_size", "sequence_length", "kv_heads", "head_dim", "mlp_width"):
+        sizes = ("width", "depth", "heads", "vocab_size", "sequence_length", "kv_heads", "head_dim", "mlp_width", "attention_window")
+        for name in (*sizes, "base_width", "base_depth", "base_head_dim"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 problems.append(f"{name}: {value} is not a positive number")
@@ -136,17 +195,56 @@ class ModelConfig:
             problems.append("head_dim: RoPE rotates pairs, so it must be even")
         if self.norm_places and len(set(self.norm_places)) < len(self.norm_places):
             problems.append(f"norm_places: {list(self.norm_places)} names a place twice")
-        if self.norm_places and self.block != "pre_norm":
+        if self.norm_places and self.block not in ("pre_norm", "simplified", "simplified_parallel"):
             problems.append(f"norm_places: {self.block} has its norms elsewhere; leave it out, or use block pre_norm")
+        if self.block == "simplified_parallel" and self.norm_places and set(self.norm_places) != set(NORM_PLACES):
+            problems.append("norm_places: both branches of simplified_parallel share one norm; name all three places, or none: []")
         if self.first_norm and "query_key" in (self.norm_places or (NORM_PLACES if self.block == "pre_norm" else ())):
             problems.append("first_norm: this block has a norm before its attention already; leave it out")
+        return problems + self._attention_problems() + self._parametrization_problems()
+
+    def _attention_problems(self) -> list[str]:
+        problems = []
+        shaped = self.attention == "shaped" or (self.attention is None and self.is_simplified)
+        if self.is_simplified and (self.kv_heads or self.heads) * (self.head_dim or self.width // self.heads) != self.width:
+            problems.append(
+                f"heads: values of {self.block} are slices of its input, so kv_heads x head_dim has to be width {self.width}; "
+                "leave kv_heads and head_dim out"
+            )
+        if self.attention_gains == "fixed" and not shaped:
+            problems.append("attention_gains: only shaped attention has them; leave it out, or use attention shaped")
+        if self.attention_temperature is not None and self.parametrization != "standard":
+            problems.append(f"attention_temperature: {self.parametrization} scales the scores by itself; leave one of the two out")
+        if self.attention_temperature is not None and self.attention_temperature <= 0:
+            problems.append(f"attention_temperature: {self.attention_temperature} is not a positive number")
+        if self.activation_slopes is not None and self.activation != "shaped_relu":
+            problems.append(f"activation_slopes: {self.activation} has none; leave it out, or use activation shaped_relu")
+        if self.activation_slopes is not None and len(self.activation_slopes) != 2:
+            problems.append(f"activation_slopes: expected two numbers, c+ and c-, found {list(self.activation_slopes)}")
         return problems
+
+    def _parametrization_problems(self) -> list[str]:
+        """A parametrization without its base would silently be the standard one; a base without one would do nothing."""
+        needed = {"standard": (), "mup": ("base_width",)}.get(self.parametrization, ("base_width", "base_depth"))
+        problems = [
+            f"{name}: required with parametrization {self.parametrization}: the size at which it is the standard one"
+            for name in needed
+            if getattr(self, name) is None
+        ]
+        allowed = (*needed, "base_head_dim") if needed else ()
+        return problems + [
+            f"{name}: parametrization {self.parametrization} does not use it; leave it out, or set parametrization"
+            for name in ("base_width", "base_depth", "base_head_dim")
+            if name not in allowed and getattr(self, name) is not None
+        ]
 
     def warnings(self) -> list[str]:
         """What can be built but is known not to work well, and why: one line each."""
-        if self.block != "outlier_protected":
-            return []
         found = []
+        if self.attention_softcap is not None and self.attention == "shaped" and self.query_init == "zero":
+            found.append("model.attention_softcap with zero queries: scores start at 0, where a cap does nothing")
+        if self.block != "outlier_protected":
+            return found
         if self.qk_norm == "none" and self.attention_softcap is None:
             found.append(
                 "model.qk_norm none without model.attention_softcap: nothing keeps attention's entropy up, and the paper's 130M network "

@@ -4,8 +4,8 @@
     model = AutoModelForCausalLM.from_pretrained("exported")     # a folder that `python -m analysis export` wrote
     model.generate(**AutoTokenizer.from_pretrained("exported")("def ", return_tensors="pt"))
 
-The network itself is wrapped, not written again: every block variant of `ModelConfig` exports as it is. There is no key-value
-cache, so generating costs a whole forward pass a token.
+The network itself is wrapped, not written again: every block variant of `ModelConfig` exports as it is. Its cache is the network's
+own (model/cache.py), which shaped attention needs a sum of values in.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from model.cache import Cache
 from model.config import ModelConfig
 from model.errors import InputError
 from model.parametrization import initialize
@@ -43,7 +44,6 @@ class BurnishConfig(PretrainedConfig):
                 "num_key_value_heads": shape.kv_heads,
                 "max_position_embeddings": shape.sequence_length,
                 "tie_word_embeddings": shape.tied_embeddings,
-                "use_cache": False,
                 **kwargs,
             }
         super().__init__(**kwargs)
@@ -91,37 +91,62 @@ class BurnishForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int = 0,
+        past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
-    ) -> CausalLMOutput | tuple[Tensor, ...]:
+    ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
         """Logits (batch, length, vocab_size), of the last `logits_to_keep` positions where that is above 0.
 
         Args:
             input_ids: (batch, length), int64.
-            attention_mask: (batch, length): 0 marks padding, on either side.
+            attention_mask: (batch, length, those in the cache included): 0 marks padding, on either side.
+            past_key_values: a cache of the tokens before these, which are added to it; begins as `model.cache.Cache()`.
             labels: (batch, length): the tokens themselves, -100 where nothing is to be predicted; shifted here, as transformers has it.
-            use_cache, return_dict: accepted because transformers passes them; there is no cache.
+            use_cache, return_dict: accepted because transformers passes them; `generate` makes the cache.
 
         Raises:
-            InputError: padding on the left, where positions are learned: a text would not start at position 0.
+            InputError: padding on the left, where positions are learned: a text would not start at position 0; or within a text.
         """
         documents = None
         if attention_mask is not None and not attention_mask.all():
             if self.network.config.positions == "learned" and not attention_mask[:, 0].all():
                 raise InputError("padding on the left shifts learned positions: set tokenizer.padding_side = 'right'")
+            changes = attention_mask.diff(dim=1)
+            if ((changes > 0).any(dim=1) & (changes < 0).any(dim=1)).any():
+                raise InputError("attention_mask: padding stands on one side of a text, not within it or on both")
             documents = attention_mask.long()  # text sees text and padding sees padding; RoPE knows distances alone
-        logits = self.network(input_ids, document_ids=documents)
+        logits = self.network(input_ids, document_ids=documents, cache=past_key_values)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
         logits = logits[:, -logits_to_keep:] if logits_to_keep else logits
         if return_dict is False:
             return (logits,) if loss is None else (loss, logits)
-        return CausalLMOutput(loss=loss, logits=logits)  # pyright: ignore[reportArgumentType]
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)  # pyright: ignore[reportArgumentType]
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> dict[str, Any]:
-        """What `generate` hands to `forward`: the whole text each time, since nothing is cached."""
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = True,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What `generate` hands to `forward`: the tokens that the cache does not hold; all of them each time without one."""
+        if attention_mask is not None and not attention_mask[:, -1].all():
+            raise InputError("padding on the right stands between a text and what follows it: set tokenizer.padding_side = 'left'")
+        if use_cache and past_key_values is None:
+            past_key_values = Cache()
+        seen = past_key_values.length if past_key_values is not None else 0
+        return {"input_ids": input_ids[:, seen:], "attention_mask": attention_mask, "past_key_values": past_key_values}
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:  # transformers would make one of its own, without the sum of values
+        return False
+
+    def _reorder_cache(self, past_key_values: Cache, beam_idx: Tensor) -> Cache:  # beam search calls it
+        past_key_values.reorder(beam_idx)
+        return past_key_values
 
 
 def transformers_config(config: ModelConfig, dtype: torch.dtype = torch.float32, **extra: Any) -> BurnishConfig:

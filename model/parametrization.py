@@ -1,4 +1,19 @@
-"""What each parameter starts from, and which are weight-decayed: one rule a tensor, by the module that owns it."""
+"""What each parameter starts from and how it learns: one rule a tensor, by the module that owns it.
+
+The parametrizations are those of CompleteP (arXiv 2505.01618, table 1), with m_N = width / base width, m_L = depth / base depth, and
+alpha 0 for mup, 1/2 for depth_mup, 1 for complete_p. Factors on what the standard parametrization has:
+
+    initial standard deviation      matrices of the blocks m_N^-1/2                              `initialize`
+    learning rate                   matrices of the blocks m_N^-1 m_L^(alpha-1),
+                                    norms, biases, gains of the blocks m_L^(alpha-1)             `learning_factors`
+    weight decay                    matrices of the blocks m_N                                   `learning_factors`
+    Adam's epsilon                  blocks m_N^-1 m_L^-alpha                                     `learning_factors`
+    both residual branches          m_L^-alpha                                                   model/blocks.py
+    logits                          1 / m_N                                                      model/transformer.py
+    attention scores                sqrt(base d_k) / d_k, which is 8 / d_k for heads of 64       model/attention.py
+
+Each is a plain number that follows from `ModelConfig`, so sharding, compiling, saving and exporting keep it; at the base all are 1.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +21,12 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from model.attention import Attention
 from model.blocks import Block
 from model.config import ModelConfig
 from model.transformer import Transformer
@@ -47,17 +64,55 @@ def _initial_value(name: str, module: nn.Module, shape: torch.Size, config: Mode
     if isinstance(module, Block):  # residual gains
         assert config.residual_gain is not None
         return torch.full(shape, config.residual_gain)
+    if isinstance(module, Attention):  # the gains of shaped attention
+        return torch.ones(shape)
     if isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
         return torch.ones(shape) if leaf == "weight" else torch.zeros(shape)
-    if leaf == "bias":
+    if leaf == "bias" or (name.endswith(".attention.query.weight") and config.query_init == "zero"):
         return torch.zeros(shape)
+    if config.is_simplified and name.endswith(".attention.value.weight"):
+        return torch.eye(*shape)
     standard_deviation = config.init_std
+    if is_hidden(name, module):
+        standard_deviation /= math.sqrt(config.width_ratio)
     if config.scaled_output_init and name.endswith((".attention.output.weight", ".mlp.down.weight")):
-        # 2 depth branches add up in the residual stream (GPT-2); a block with a residual gain has that for it
-        standard_deviation /= math.sqrt(2 * config.depth)
+        # 2 depth branches add up in the residual stream (GPT-2); a block with a residual gain has that for it, and so has a
+        # parametrization that follows the depth
+        standard_deviation /= math.sqrt(2 * (config.base_depth or config.depth))
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     return torch.empty(shape).normal_(0.0, standard_deviation, generator=generator)
+
+
+def is_hidden(name: str, module: nn.Module) -> bool:
+    """Matrices from width to width, those of the blocks: muP has a rule of their own for them."""
+    return isinstance(module, nn.Linear) and name.startswith("blocks.") and name.endswith("weight")
+
+
+@dataclass(frozen=True)
+class LearningFactors:
+    """On the recipe's learning rate, weight decay and epsilon."""
+
+    learning_rate: float = 1.0
+    weight_decay: float = 1.0
+    epsilon: float = 1.0
+
+
+def learning_factors(name: str, module: nn.Module, config: ModelConfig, relative: bool = False) -> LearningFactors:
+    """How a parameter of this network learns, by the table above.
+
+    Args:
+        relative: the optimizer's step is in proportion to the weights' own size (Adafactor), of which m_N^-1/2 is in the initial
+            values already. Step x decay stays free of the width in either case, as for AdamW.
+    """
+    if not name.startswith("blocks."):
+        return LearningFactors()
+    width, depth, alpha = config.width_ratio, config.depth_ratio, config.depth_exponent
+    rate, epsilon = depth ** (alpha - 1) if alpha else 1.0, depth**-alpha / width
+    if not is_hidden(name, module):
+        return LearningFactors(rate, 1.0, epsilon)
+    by_width = math.sqrt(width) if relative else width
+    return LearningFactors(rate / by_width, by_width, epsilon)
 
 
 def is_decayed(name: str, module: nn.Module) -> bool:

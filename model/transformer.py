@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import Embedding, Linear, make_norm, rotary_tables
+from model.attention import Context, Embedding, Linear, make_norm, rotary_tables
 from model.blocks import Block
+from model.cache import Cache
 from model.config import ModelConfig
 from model.errors import InputError
 from model.linear_cross_entropy import IGNORED_TARGET as IGNORED_TARGET
@@ -46,15 +47,21 @@ class Transformer(nn.Module):
             self.unembedding.weight = self.embedding.weight
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, document_ids: Tensor | None = None, frozen: FrozenHead | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        frozen: FrozenHead | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Logits, or the summed loss.
 
         Args:
             tokens: (batch, length), int64.
             targets: (batch, length), int64; `IGNORED_TARGET` where nothing is to be predicted.
-            document_ids: (batch, length), int: attention stays within equal ids.
+            document_ids: (batch, length), int: attention stays within equal ids, which stand together; with a cache, of all its tokens too.
             frozen: the loss's derivative at the logits, taken at other weights; what is returned is then `linear_product`.
+            cache: the tokens follow those that it holds, and are added to it.
 
         Returns:
             Without targets: logits (batch, length, vocab_size) in the model's dtype. With targets: the sum (not the mean) over
@@ -63,7 +70,7 @@ class Transformer(nn.Module):
         Raises:
             InputError: the sequence is longer than the model accepts.
         """
-        hidden = self.hidden_states(tokens, document_ids)
+        hidden = self.hidden_states(tokens, document_ids, cache)
         if frozen is not None:
             return self.unembedding(hidden, frozen)
         logits = self.unembedding(hidden)
@@ -71,43 +78,75 @@ class Transformer(nn.Module):
             return logits
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET, reduction="sum")
 
-    def hidden_states(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
+    def hidden_states(self, tokens: Tensor, document_ids: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """What the unembedding is given, (batch, length, width); arguments as in `forward`."""
-        length = tokens.shape[1]
+        first = cache.length if cache is not None else 0
+        length = first + tokens.shape[1]
         if length > self.config.sequence_length:
             raise InputError(
                 f"sequence of {length} tokens: this model accepts at most {self.config.sequence_length} (model.sequence_length)"
             )
         x = self.embedding(tokens)
         if self.position_embedding is not None:
-            x = x + self.position_embedding(torch.arange(length, device=tokens.device))
+            x = x + self.position_embedding(torch.arange(first, length, device=tokens.device))
         if self.config.embedding_multiplier != 1.0:
             x = x * self.config.embedding_multiplier
-        rotary = None
-        if self.config.positions == "rope":
-            assert self.config.head_dim is not None
-            rotary = rotary_tables(length, self.config.head_dim, self.config.rope_base, tokens.device)
-        mask = None if document_ids is None else document_mask(document_ids, x.dtype)
+        context = self._context(first, length, document_ids, x)
         for i, block in enumerate(self.blocks):
             if self.watch is not None:
                 self.watch(f"layer {i}", x)
             if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, rotary, mask, use_reentrant=False)
+                x = checkpoint(block, x, context, use_reentrant=False)
+            elif cache is not None:
+                x = block(x, context, cache.layer(i))
             else:
-                x = block(x, rotary, mask)
+                x = block(x, context)
+        if cache is not None:
+            cache.length = length
         x = self.final_norm(x)
         if self.watch is not None:
             self.watch("unembedding", x)
-        return x
+        # muP's factor 1 / m_N on the logits, put on what they are made of
+        return x if self.config.width_ratio == 1.0 else x / self.config.width_ratio
+
+    def _context(self, first: int, length: int, document_ids: Tensor | None, x: Tensor) -> Context:
+        """For the tokens from position `first` up to `length`."""
+        config = self.config
+        rotary = None
+        if config.positions == "rope":
+            assert config.head_dim is not None
+            rotary = rotary_tables(first, length - first, config.head_dim, config.rope_base, x.device)
+        window = config.attention_window if config.attention_window is not None and config.attention_window < length else None
+        starts = None
+        if document_ids is not None or window is not None:
+            starts = first_keys(first, length, document_ids, window, x.device)
+        # One new token sees all that came before, which needs no mask; several with a cache, some of it.
+        several_cached = first > 0 and length - first > 1
+        mask = None if starts is None and not several_cached else attention_mask(first, length, starts, x.dtype, x.device)
+        return Context(rotary, mask, starts)
 
 
-def document_mask(document_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Who may look at whom when documents are packed: causal, and within the same document.
+def first_keys(first: int, length: int, document_ids: Tensor | None, window: int | None, device: torch.device) -> Tensor:
+    """The first key that each of the queries from `first` up to `length` may look at, (batch or 1, length - first), int64.
 
-    document_ids (batch, length) -> (batch, 1, length, length) of `dtype`: 0 where the query (row) sees the key (column), -inf
-    elsewhere. Additive, since every block would turn a boolean mask into this anew, and keep it.
+    Within the query's document, whose ids (batch, length) stand together, and the window that ends at it.
     """
-    length = document_ids.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
-    allowed = (document_ids[:, :, None] == document_ids[:, None, :]) & causal
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)[:, None]
+    positions = torch.arange(length, device=device)[None]
+    starts = torch.zeros_like(positions)
+    if document_ids is not None:
+        begins = torch.ones_like(document_ids, dtype=torch.bool)
+        begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+        starts = torch.where(begins, positions, 0).cummax(dim=1).values
+    if window is not None:
+        starts = starts.maximum(positions - (window - 1))
+    return starts[:, first:]
+
+
+def attention_mask(first: int, length: int, starts: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Who may look at whom, (batch or 1, 1, length - first, length) of `dtype`: 0 where the query (row) sees the key (column), -inf
+    elsewhere. Additive, since every block would turn a boolean mask into this anew, and keep it."""
+    keys, queries = torch.arange(length, device=device), torch.arange(first, length, device=device)
+    allowed = (keys <= queries[:, None])[None]
+    if starts is not None:
+        allowed = allowed & (keys >= starts[:, :, None])
+    return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, -torch.inf)[:, None]

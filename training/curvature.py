@@ -22,6 +22,7 @@ from training.data import Batch, PreparedData, Sequences
 from training.distributed import sum_over_ranks
 from training.engine import Engine
 from training.master_weights import MasterWeights, Vector
+from training.optimizers import parameter_groups
 from training.recipe import Recipe
 
 STEP = 1e-3  # h: small beside what curves the loss, large beside float32's rounding
@@ -35,7 +36,11 @@ class Curvature:
     """
 
     def __init__(self, engine: Engine, data: PreparedData, recipe: Recipe) -> None:
-        self.engine, self.iterations = engine, recipe.evaluation.curvature_iterations
+        self.engine, self.iterations, self.lanczos_steps = (
+            engine,
+            recipe.evaluation.curvature_iterations,
+            recipe.evaluation.curvature_lanczos,
+        )
         self.batch = _fixed_batch(engine, data, recipe)
         (counted,) = sum_over_ranks(self.batch.valid_tokens, device=engine.device)
         self.scale = 1.0 / max(counted, 1.0)
@@ -45,31 +50,43 @@ class Curvature:
         """What metrics.jsonl gets; every rank calls it. Weights, optimizer and random state are left as they are.
 
         Returns:
-            hessian_top, gauss_newton_top: eigenvalues of largest magnitude, as Rayleigh quotients. hessian_trace: by Hutchinson's
-            method with two probes, so a rough one. preconditioned_hessian_top: of P^-1/2 H P^-1/2 with P = sqrt(v) + epsilon, AdamW's,
-            where it keeps a second moment; stability_line: (2 + 2 beta1) / ((1 - beta1) learning_rate), where full-batch Adam
-            becomes unstable (arXiv 2207.14484).
+            hessian_top, gauss_newton_top: eigenvalues of largest magnitude, as Rayleigh quotients; with Lanczos the largest, and
+            hessian_bottom the smallest. hessian_trace: by Hutchinson's method with two probes, so a rough one.
+            preconditioned_hessian_top: of P^-1/2 H P^-1/2, where AdamW keeps a second moment v, with P = (sqrt(v) + epsilon) / f, f a
+            parameter group's factor on the learning rate; stability_line: (2 + 2 beta1) / ((1 - beta1) learning_rate), where full-batch
+            Adam becomes unstable (arXiv 2207.14484), at every size of a parametrization.
         """
         masters, optimizer = self.engine.masters, self.engine.recipe.optimizer
-        values = {
-            "hessian_top": self._top("hessian", self.hessian),
-            "gauss_newton_top": self._top("gauss_newton", self.gauss_newton),
-        }
+        values: dict[str, float] = {}
+        values["hessian_top"], bottom = self._top("hessian", self.hessian)
+        if bottom is not None:
+            values["hessian_bottom"] = bottom
+        values["gauss_newton_top"], _ = self._top("gauss_newton", self.gauss_newton)
         probes = [_unit(masters.normal(seed), masters) for seed in range(PROBES)]
         elements = sum(int(np.prod(shape)) for shape in masters.shapes)
         values["hessian_trace"] = elements * sum(masters.dot(v, self.hessian(v)) for v in probes) / PROBES
-        moments, beta1, beta2 = masters.state("exp_avg_sq"), *optimizer.betas
+        moments = masters.state("exp_avg_sq")
         if moments is not None and optimizer.kind == "adamw":
-            corrected = 1 - beta2 ** masters.steps()
-            roots = [((m / corrected).sqrt_() + optimizer.epsilon).rsqrt_() for m in moments]
-
-            def preconditioned(v: Vector) -> Vector:
-                product = self.hessian([x * r for x, r in zip(v, roots, strict=True)])
-                return [x * r for x, r in zip(product, roots, strict=True)]
-
-            values["preconditioned_hessian_top"] = self._top("preconditioned", preconditioned)
-            values["stability_line"] = (2 + 2 * beta1) / ((1 - beta1) * learning_rate)
+            product = self.preconditioned(moments, 1 - optimizer.betas[1] ** masters.steps())
+            values["preconditioned_hessian_top"], _ = self._top("preconditioned", product)
+            values["stability_line"] = (2 + 2 * optimizer.betas[0]) / ((1 - optimizer.betas[0]) * learning_rate)
         return values
+
+    def preconditioned(self, moments: Vector, correction: float) -> Callable[[Vector], Vector]:
+        """v -> P^-1/2 H P^-1/2 v, for second moments over their bias correction."""
+        masters, model = self.engine.masters, self.engine.model
+        groups = {id(p): group for group in parameter_groups(model, self.engine.recipe.optimizer).values() for p in group["params"]}
+        by_name = {name: groups[id(p)] for name, p in model.named_parameters() if id(p) in groups}
+        roots = masters.zeros()
+        for segment in masters.segments:
+            group, second = by_name[masters.names[segment.tensor]], masters.part(moments, segment) / correction
+            masters.part(roots, segment).copy_(second.sqrt_().add_(group["eps"]).div_(group["lr_factor"]).rsqrt_())
+
+        def product(v: Vector) -> Vector:
+            there = self.hessian([x * r for x, r in zip(v, roots, strict=True)])
+            return [x * r for x, r in zip(there, roots, strict=True)]
+
+        return product
 
     def hessian(self, v: Vector) -> Vector:
         """H v; v of any norm, left as it is."""
@@ -104,16 +121,43 @@ class Curvature:
             raise RuntimeError("curvature: a gradient near the weights is not finite")
         return gradient
 
-    def _top(self, name: str, product: Callable[[Vector], Vector]) -> float:
+    def _top(self, name: str, product: Callable[[Vector], Vector]) -> tuple[float, float | None]:
+        """The top eigenvalue, and with Lanczos the smallest one."""
         masters = self.engine.masters
-        count = self.iterations if name in self.found else max(self.iterations, FIRST_ITERATIONS)
         vector, value = self.found.get(name) or _unit(masters.normal(PROBES), masters), 0.0
+        if self.lanczos_steps is not None:
+            self.found[name], value, bottom = lanczos(product, vector, self.lanczos_steps, masters)
+            return value, bottom
+        count = self.iterations if name in self.found else max(self.iterations, FIRST_ITERATIONS)
         for _ in range(count):
             moved = product(vector)
             value = masters.dot(vector, moved)
             vector = _unit(moved, masters)
         self.found[name] = vector
-        return value
+        return value, None
+
+
+def lanczos(product: Callable[[Vector], Vector], start: Vector, steps: int, masters: MasterWeights) -> tuple[Vector, float, float]:
+    """Top eigenvector, largest and smallest eigenvalue that so many products show, each new direction made orthogonal to all before, twice.
+
+    Holds `steps` vectors of this rank's share in float32. `start` is of unit norm.
+    """
+    basis, tridiagonal = [start], np.zeros((steps, steps))
+    for i in range(steps):
+        moved = product(basis[i])
+        tridiagonal[i, i] = masters.dot(moved, basis[i])
+        for q in basis * 2:
+            masters.add(moved, q, -masters.dot(moved, q))
+        norm = masters.norm(moved)
+        if i + 1 == steps or norm < 1e-6 * np.abs(tridiagonal).max():  # the second: the space is used up
+            break
+        tridiagonal[i, i + 1] = tridiagonal[i + 1, i] = norm
+        basis.append(masters.scale(moved, 1 / norm))
+    values, vectors = np.linalg.eigh(tridiagonal[: len(basis), : len(basis)])
+    top = masters.zeros()
+    for q, weight in zip(basis, vectors[:, -1], strict=True):
+        masters.add(top, q, float(weight))
+    return _unit(top, masters), float(values[-1]), float(values[0])
 
 
 def _unit(vector: Vector, masters: MasterWeights) -> Vector:

@@ -215,13 +215,13 @@ class Engine:
         return loss.detach()
 
     def step(self, learning_rate: float, gradient: Vector | None = None) -> StepResult:
-        """Clip, and apply the optimizer with this learning rate; a step with non-finite gradients is skipped.
+        """Clip, and apply the optimizer with this learning rate times each group's `lr_factor`; or skip, if gradients are not finite.
 
         Within `perturbed` the gradients are those at the perturbed weights, and the update is applied to the masters. The
         gradient before clipping is written into `gradient` if one is given.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_factor"]
         if self._perturbed and self.masters.aliased:
             self._restore()
         skipped_before = self.deepspeed.skipped_steps

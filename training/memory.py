@@ -169,7 +169,7 @@ def activation_bytes(config: ModelConfig, sequence_length: int, compute: int, ma
 
     Args:
         compute: bytes of an activation: 4 in fp32, 2 in bf16.
-        masked: document masks, one additive (length, length) mask a sequence that all blocks share.
+        masked: document masks, one additive (length, length) mask a sequence that all blocks share; a window has one for all sequences.
         fused_norm: RMSNorm is one kernel that keeps its input (CUDA), not several that keep two float32 tensors (CPU).
     """
     assert config.kv_heads is not None and config.head_dim is not None and config.mlp_width is not None
@@ -195,8 +195,8 @@ def activation_bytes(config: ModelConfig, sequence_length: int, compute: int, ma
         + compute * width  # input of the projections
         + norm(config.qk_norm, queries, config.heads, scaled)
         + norm(config.qk_norm, keys, config.kv_heads, scaled)
-        + compute * (2 * queries + 2 * keys)  # query, output, key, value
-        + gain
+        + compute * (2 * queries + keys)  # query, output, key
+        + (0 if config.is_simplified else compute * keys + gain)  # value, which is the projections' input where it has no map
         + norm(after_norm, width, 1)
     )
     if len({"query_key", "value"} & set(config.norm_places or ())) == 1 and config.norm != "layer_norm" and not fused_norm and compute < 4:
@@ -206,10 +206,19 @@ def activation_bytes(config: ModelConfig, sequence_length: int, compute: int, ma
     else:  # the scores' tanh and softmax in float32, the softmax again in the compute dtype; grouped keys and values repeated
         attention += config.heads * sequence_length * (8 + (compute if compute < 4 else 0))
         attention += 2 * compute * (queries - keys)
-    hidden = {"gelu": 2, "relu": 1, "swiglu": 4}[config.activation] * config.mlp_width
-    mlp = norm(norm_on("mlp"), width, 1) + compute * width + compute * hidden + gain + norm(after_norm, width, 1)
+    masked = masked or config.attention_window is not None
+    if config.attention == "shaped":
+        attention += 0 if config.is_simplified else compute * queries  # the sum of the three, which the projection is given
+        if config.attention_gains == "trainable":  # the mean, and grouped values repeated
+            attention += compute * queries + (compute * queries if keys < queries else 0)
+        attention += 8 * keys if masked else 0  # where in the running sum each mean begins
+    hidden = {"gelu": 2, "relu": 1, "shaped_relu": 2, "swiglu": 4}[config.activation] * config.mlp_width
+    mlp = compute * hidden + gain + norm(after_norm, width, 1)
+    if config.block != "simplified_parallel" or config.mlp_input_scale != 1.0:  # else it has the projections' input
+        mlp += norm(norm_on("mlp"), width, 1) + compute * width
     head = norm(config.norm if config.final_norm else "none", width, 1) + compute * width
     head += compute * sequence_length if masked and config.attention_softcap is None else 0
+    head += compute * keys if config.is_simplified else 0  # the first block's values
     if config.first_norm:
         head += norm(config.norm, width, 1)
     return attention + mlp, head

@@ -6,39 +6,52 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from model.parametrization import is_decayed, owned_parameters
+from model.parametrization import is_decayed, learning_factors, owned_parameters
+from model.transformer import Transformer
 from training.recipe import OptimizerSection
 
 LARGEST_PRECONDITIONER = 10_000  # SOAP's default: a longer side of a matrix is not rotated
 
 
-def parameter_groups(model: nn.Module, section: OptimizerSection) -> dict[str, dict[str, Any]]:
-    """Name -> {params, weight_decay}, none empty: the blocks' matrices, the embeddings, and the rest, which is not decayed."""
-    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "embeddings": [], "the rest": []}
+def parameter_groups(model: Transformer, section: OptimizerSection) -> dict[str, dict[str, Any]]:
+    """Name -> {params, weight_decay, lr_factor, and eps where the optimizer has one}, none empty.
+
+    The blocks' matrices, the embeddings, and what is not decayed: the blocks' vectors, and the rest. Each has the factors of the
+    network's parametrization in it; `Engine.step` multiplies the learning rate by `lr_factor`.
+    """
+    groups: dict[str, dict[str, Any]] = {name: {} for name in ("matrices", "embeddings", "vectors", "the rest")}
     for name, module, parameter in owned_parameters(model):
-        decayed = "matrices" if name.startswith("blocks.") else "embeddings"
-        groups[decayed if is_decayed(name, module) else "the rest"].append(parameter)
-    return {
-        name: {"params": parameters, "weight_decay": 0.0 if name == "the rest" else section.weight_decay}
-        for name, parameters in groups.items()
-        if parameters
-    }
+        inside, decayed = name.startswith("blocks."), is_decayed(name, module)
+        group = groups[("matrices" if inside else "embeddings") if decayed else ("vectors" if inside else "the rest")]
+        if not group:  # the factors are the same for all of a group
+            factors = learning_factors(name, module, model.config, relative=section.kind == "adafactor")
+            embedded = section.embedding_learning_rate_factor if decayed and not inside else 1.0
+            group.update(params=[], lr_factor=factors.learning_rate * embedded, lr=factors.learning_rate * embedded * section.learning_rate)
+            group["weight_decay"] = factors.weight_decay * section.weight_decay if decayed else 0.0
+            if section.kind in ("adamw", "soap") or (section.kind == "muon" and not (inside and decayed)):
+                group["eps"] = factors.epsilon * section.epsilon
+        group["params"].append(parameter)
+    return {name: group for name, group in groups.items() if group}
 
 
-def describe_groups(model: nn.Module, section: OptimizerSection) -> str:
+def describe_groups(model: Transformer, section: OptimizerSection) -> str:
     """What updates which parameters: a line for each group."""
     lines = []
     for name, group in parameter_groups(model, section).items():
         kind = "adamw" if section.kind == "muon" and name != "matrices" else section.kind
         # ds_numel: at ZeRO stage 3 a parameter itself is empty
         count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in group["params"])
-        lines.append(f"{kind} on {name}: {len(group['params'])} tensors, {count:,} parameters, weight decay {group['weight_decay']:g}")
+        line = f"{kind} on {name}: {len(group['params'])} tensors, {count:,} parameters, weight decay {group['weight_decay']:g}"
+        factors = f", learning rate x {group['lr_factor']:g}" if group["lr_factor"] != 1 else ""
+        if group.get("eps", section.epsilon) != section.epsilon:
+            factors += f", epsilon {group['eps']:.3g}"
+        lines.append(line + factors)
     return "\n".join(lines)
 
 
-def state_elements(model: nn.Module, section: OptimizerSection) -> int:
+def state_elements(model: Transformer, section: OptimizerSection) -> int:
     """Numbers that the optimizer keeps for the whole of these parameters, float32 each, beside the weights."""
     count = 0
     for name, group in parameter_groups(model, section).items():
@@ -56,7 +69,7 @@ def state_elements(model: nn.Module, section: OptimizerSection) -> int:
 
 
 def make_optimizer(
-    model: nn.Module, section: OptimizerSection, fused: bool, sharded: bool = True, max_norm: float | None = None
+    model: Transformer, section: OptimizerSection, fused: bool, sharded: bool = True, max_norm: float | None = None
 ) -> torch.optim.Optimizer:
     """The recipe's base optimizer over `parameter_groups`.
 
@@ -66,15 +79,14 @@ def make_optimizer(
         max_norm: what that one clips to; None where DeepSpeed does.
     """
     groups = parameter_groups(model, section)
-    adam: dict[str, Any] = {"lr": section.learning_rate, "betas": section.betas, "eps": section.epsilon}
+    adam: dict[str, Any] = {"betas": section.betas}
     if section.kind == "adamw":
         members: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups.values(), **adam, fused=fused)]
     elif section.kind == "adafactor":
-        members = [torch.optim.Adafactor(groups.values(), lr=section.learning_rate)]
+        members = [torch.optim.Adafactor(groups.values())]
     elif section.kind == "muon":  # orthogonalised momentum, with AdamW's size of step so that one learning rate serves both
-        matrices = groups.pop("matrices")
         momentum = 0.95 if section.momentum is None else section.momentum
-        muon = torch.optim.Muon(**matrices, lr=section.learning_rate, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+        muon = torch.optim.Muon([groups.pop("matrices")], momentum=momentum, adjust_lr_fn="match_rms_adamw")
         members = [muon, torch.optim.AdamW(groups.values(), **adam, fused=fused)]
     else:
         from pytorch_optimizer import SOAP

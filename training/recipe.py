@@ -15,16 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
-from model.config import PRESETS, SIZES, ModelConfig, Norm, NormPlace
+from model.config import SIZES, ModelConfig
 from model.errors import InputError
-
-
-class Section(BaseModel):
-    """A part of the recipe: unknown keys are errors, values do not change after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+from model.section import ModelSection, Section, stands_for
 
 
 class RunSection(Section):
@@ -36,76 +31,6 @@ class RunSection(Section):
     stop_at_step: int | None = Field(
         default=None, ge=1, description="Save and stop after this step; the schedule still spans the whole run."
     )
-
-
-class ModelSection(Section):
-    """The network: a size and a preset of the tables in model/config.py, or neither; any other field overrides theirs."""
-
-    size: str | None = Field(default=None, description=f"Width, depth and heads: one of {', '.join(SIZES)}.")
-    preset: Literal["paper", "released_code"] | None = Field(
-        default=None, description="The Outlier-Protected network as its paper has it for CodeParrot, or as its authors' code builds it."
-    )
-    width: int | None = Field(default=None, ge=1, description="Width of the residual stream.")
-    depth: int | None = Field(default=None, ge=1, description="Number of blocks.")
-    heads: int | None = Field(default=None, ge=1, description="Number of query heads.")
-    sequence_length: int | None = Field(
-        default=None, ge=1, description="Longest sequence the model accepts; default: training.sequence_length."
-    )
-    kv_heads: int | None = Field(default=None, ge=1, description="Key and value heads, for grouped-query attention; default: heads.")
-    head_dim: int | None = Field(default=None, ge=1, description="Width of a head; default: width / heads.")
-    mlp_width: int | None = Field(default=None, ge=1, description="Hidden width of the MLP; default: 4 width, or 8/3 width for SwiGLU.")
-    block: Literal["pre_norm", "post_norm", "outlier_protected"] = "pre_norm"
-    norm: Norm = Field(default="rms_norm", description="simple_rms_norm has no scale.")
-    norm_epsilon: float = Field(default=1e-5, gt=0)
-    norm_biases: bool | None = Field(default=None, description="Of LayerNorm; default: with biases all.")
-    norm_places: list[NormPlace] | None = Field(
-        default=None, description="pre_norm: which inputs a norm stands before; default: all of query_key, value and mlp."
-    )
-    first_norm: bool = Field(default=False, description="A norm before the first block's attention, where the block has none.")
-    positions: Literal["rope", "learned"] = "rope"
-    rope_base: float = Field(default=10000.0, gt=0)
-    activation: Literal["gelu", "relu", "swiglu"] = "gelu"
-    tied_embeddings: bool = Field(default=True, description="The unembedding shares the embedding's weight.")
-    biases: Literal["none", "query_key", "all"] = Field(default="none", description="Of the linear layers.")
-    init_std: float = Field(default=0.02, gt=0, description="Standard deviation of the initial weights.")
-    scaled_output_init: bool | None = Field(
-        default=None, description="What writes to the residual stream starts at init_std / sqrt(2 depth); default: pre_norm of gain 1."
-    )
-    qk_norm: Norm | Literal["none"] | None = Field(
-        default=None, description="Norm of queries and keys; outlier_protected: rms_norm, or none with attention_softcap."
-    )
-    qk_norm_gains: Literal["trainable", "frozen"] = Field(default="trainable", description="frozen: the scales of QK-norm stay at 1.")
-    attention_softcap: float | None = Field(
-        default=None, gt=0, description="c: attention scores become c tanh(scores / c), and are held whole; default: as they are."
-    )
-    final_norm: bool | None = Field(default=None, description="Norm before the unembedding; default: pre_norm yes, others no.")
-    embedding_multiplier: float | None = Field(default=None, gt=0, description="Factor on the embeddings; outlier_protected: 1 / init_std.")
-    residual_gain: float | None = Field(default=None, gt=0, description="beta, on both branches; outlier_protected: 1 / sqrt(depth).")
-    residual_gain_form: Literal["fixed", "scalar", "vector"] | None = Field(
-        default=None, description="A constant, a trainable number or a trainable vector; outlier_protected: scalar."
-    )
-    mlp_input_scale: float | None = Field(
-        default=None, gt=0, description="alpha, on the MLP's input; outlier_protected: what gives pre-activations unit scale, 1 for ReLU."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _expand(cls, fields: Any) -> Any:
-        """Add what the preset and the size stand for, where the recipe itself says nothing."""
-        if isinstance(fields, dict):
-            fields = dict(fields)
-            for field, (_, value) in _stands_for(fields.get("preset"), fields.get("size")).items():
-                fields.setdefault(field, value)
-        return fields
-
-
-def _stands_for(preset: Any, size: Any) -> dict[str, tuple[str, Any]]:
-    """Field -> (which name brings it, value): what a preset and a size of model/config.py say; unknown names say nothing."""
-    found: dict[str, tuple[str, Any]] = {}
-    for origin, name, table in (("size", size, SIZES), ("preset", preset, PRESETS)):
-        if isinstance(name, str):
-            found.update({field: (f"{origin} {name}", value) for field, value in table.get(name, {}).items()})
-    return found
 
 
 class TokenizerSection(Section):
@@ -213,6 +138,9 @@ class OptimizerSection(Section):
         default="adamw", description="All but adamw need whole matrices, so ZeRO stage 0. muon: the blocks' matrices, adamw the rest."
     )
     learning_rate: float = Field(default=1e-3, gt=0, description="The peak; adafactor: relative to the RMS of each tensor.")
+    embedding_learning_rate_factor: float = Field(
+        default=1.0, gt=0, description="On the learning rate of embedding and unembedding; the width ratio is a baseline for muP."
+    )
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="Of adamw and soap.")
     epsilon: float = Field(default=1e-8, gt=0, description="Of adamw and soap, added to the root of the second moment.")
     momentum: float | None = Field(default=None, ge=0, lt=1, description="Of muon; default: 0.95.")
@@ -241,6 +169,9 @@ class EvaluationSection(Section):
     )
     curvature_iterations: int = Field(
         default=5, ge=1, description="Hessian products of each power iteration, which start where the last ended."
+    )
+    curvature_lanczos: int | None = Field(
+        default=None, ge=2, description="Lanczos with so many products, and vectors kept, instead; also finds the smallest eigenvalue."
     )
 
 
@@ -315,7 +246,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> LoadedR
     if recipe is None or problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise InputError("\n".join([f"{path}: {count} in the recipe", *(f"  {problem}" for problem in problems)]))
-    for field, (origin, _) in _stands_for(recipe.model.preset, recipe.model.size).items():
+    for field, (origin, _) in stands_for(recipe.model.preset, recipe.model.size).items():
         provenance.setdefault(f"model.{field}", origin)
     for leaf in _leaves(recipe.model_dump()):
         provenance.setdefault(leaf, "default")
@@ -351,9 +282,7 @@ def _remove(tree: Any, location: tuple[int | str, ...]) -> None:
 
 def model_config(recipe: Recipe, vocab_size: int) -> ModelConfig:
     """The network this recipe asks for."""
-    fields = recipe.model.model_dump(exclude={"size", "preset"}, exclude_none=True)
-    fields.setdefault("sequence_length", recipe.training.sequence_length)
-    return ModelConfig(vocab_size=vocab_size, **fields)
+    return recipe.model.config(vocab_size, recipe.training.sequence_length)
 
 
 def dump_recipe(loaded: LoadedRecipe) -> str:

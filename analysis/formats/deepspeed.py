@@ -323,7 +323,8 @@ def adam_settings(state: dict[str, Any], number: int, path: Path) -> AdamSetting
     if step is None:
         raise InputError(f"{path}: the optimizer does not say how many steps it took, so its moments cannot be unbiased")
     betas = (float(group["betas"][0]), float(group["betas"][1]))
-    return AdamSettings(int(step), float(group["lr"]), betas, float(group["eps"]), float(group.get("weight_decay", 0.0)))
+    decay, factor = float(group.get("weight_decay", 0.0)), float(group.get("lr_factor", 1.0))
+    return AdamSettings(int(step), float(group["lr"]), betas, float(group["eps"]), decay, factor)
 
 
 def _chunks(numel: int, chunk: int, world_size: int) -> list[tuple[int, int]]:

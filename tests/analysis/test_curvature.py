@@ -65,6 +65,26 @@ def test_products_are_the_matrices(name: str, network: tuple[Transformer, Tensor
     assert all(torch.equal(p, b) for p, b in zip(surface.parameters, before, strict=True))
 
 
+def test_eigenvalues_are_pyhessians(network: tuple[Transformer, Tensor], result: dict[str, Any]) -> None:
+    """A peer's own products, by double backward, and its own power iteration."""
+    from pyhessian import hessian as pyhessian
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = Transformer(network[0].config)
+            self.network.load_state_dict(network[0].state_dict())
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.network(tokens).flatten(0, 1)
+
+    with sdpa_kernel(SDPBackend.MATH):
+        theirs = pyhessian(Logits(), F.cross_entropy, data=(network[1][:, :-1], network[1][:, 1:].flatten()), cuda=False)
+        torch.manual_seed(0)
+        values, _ = theirs.eigenvalues(maxIter=300, tol=1e-6, top_n=2)
+    assert [result["hessian"]["bottom"], result["hessian"]["top"][0]] == pytest.approx(values, rel=5e-3)  # it orders by magnitude
+
+
 @pytest.mark.parametrize("name", ["hessian", "gauss_newton"])
 def test_eigenvalues_are_the_matrices(name: str, result: dict[str, Any], exact: dict[str, Tensor]) -> None:
     values = torch.linalg.eigvalsh(exact[name])

@@ -13,7 +13,9 @@ from torch import nn
 from analysis.__main__ import main
 from analysis.decoders import Decoder, Pretrained, find_decoder, huggingface_decoder, open_decoder, projection_groups, run_decoder, watch
 from analysis.fake_quantization import check_sites, intercept
+from analysis.outlier_neurons import OutlierFeatures, Thresholds, watch_projections
 from analysis.outliers import analyze_outliers, measure
+from analysis.quantization import quantise_linears
 from model.config import ModelConfig
 from model.errors import InputError
 from model.parametrization import initialize
@@ -103,6 +105,23 @@ def test_our_projections_by_name():
     assert names[1:] == [["blocks.1.attention.output"], ["blocks.1.mlp.up", "blocks.1.mlp.gate"], ["blocks.1.mlp.down"]]
 
 
+@pytest.mark.parametrize("block", ["simplified", "simplified_parallel"])
+def test_simplified_blocks_have_only_the_projections_that_they_have(block):
+    decoder = ours(block=block)
+    first, second = projection_groups(decoder, "toy")
+    assert [decoder.name(module) for module in first.attention_inputs[2:]] == ["blocks.0.attention.value"]
+    assert [decoder.name(module) for module in second.attention_inputs] == ["blocks.1.attention.query", "blocks.1.attention.key"]
+    assert first.attention_output == second.attention_output == []
+    features = OutlierFeatures(2, Thresholds())
+    with torch.no_grad(), watch_projections(decoder, [first, second], features):
+        decoder.logits(TOKENS[:, :-1])
+        features.end_batch()
+    assert list(features.measures()) == ["residual"]
+    before = decoder.logits(TOKENS[:, :-1])
+    after = quantise_linears(decoder, [first, second], "w8a8_per_token").logits(TOKENS[:, :-1])
+    assert not torch.equal(before, after) and torch.allclose(before, after, atol=0.05 * before.abs().max().item())
+
+
 def test_a_folder_is_read_with_its_own_tokenizer(tmp_path, capsys):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -151,7 +170,7 @@ def test_what_is_no_decoder_is_refused(tmp_path):
     model.config.n_layer = 3
     with pytest.raises(InputError, match="its decoder layers cannot be told: 0 lists of 3 modules"):
         huggingface_decoder(model, "x")
-    decoder = ours()
+    decoder = huggingface_decoder(family("qwen3"), "x")
     decoder.layers[1].mlp.forward = lambda x: x
     with pytest.raises(InputError, match="x: layer 1 is not attention and one MLP"):
         projection_groups(decoder, "x")

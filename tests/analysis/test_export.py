@@ -59,7 +59,7 @@ def test_generate_is_greedy_decoding_and_padding_changes_nothing(tmp_path):
     live = network(1, tied_embeddings=False, init_std=0.3)  # tied and barely trained, it would repeat a token
     model_ = model.huggingface.BurnishForCausalLM(model.huggingface.transformers_config(live.config))
     model_.network.load_state_dict(live.state_dict())
-    tokens = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(0))  # transformers takes 0 for padding
     expected = tokens
     with torch.no_grad():
         for _ in range(6):
@@ -77,6 +77,43 @@ def test_generate_is_greedy_decoding_and_padding_changes_nothing(tmp_path):
     learned = model.huggingface.BurnishForCausalLM(model.huggingface.transformers_config(network(positions="learned").config))
     with pytest.raises(InputError, match="padding on the left shifts learned positions"):
         learned(tokens, attention_mask=torch.tensor([[0] + [1] * 8, [1] * 9]))
+
+
+CACHED = [
+    {},
+    {"attention": "shaped", "kv_heads": 1, "parametrization": "mup", "base_width": 16},
+    {"block": "simplified_parallel"},
+    {"block": "outlier_protected", "attention_window": 4},
+]
+
+
+@pytest.mark.parametrize("fields", CACHED)
+def test_generating_with_the_cache_is_generating_without(fields):
+    """Greedy, beams, sampling with one seed, and a batch padded on the left, against its texts alone."""
+    live = network(1, init_std=0.3, tied_embeddings=False, **fields)
+    model_ = model.huggingface.BurnishForCausalLM(model.huggingface.transformers_config(live.config)).eval()
+    model_.network.load_state_dict(live.state_dict())
+    tokens = torch.randint(1, 64, (2, 7), generator=torch.Generator().manual_seed(0))
+    for options in ({"do_sample": False}, {"num_beams": 3, "do_sample": False}, {"do_sample": True}):
+        found = []
+        for use_cache in (True, False):
+            torch.manual_seed(0)
+            found.append(model_.generate(tokens, max_new_tokens=7, pad_token_id=0, use_cache=use_cache, **options))
+        assert torch.equal(*found) and found[0].shape == (2, 14)
+    calls = []
+    handle = model_.network.register_forward_pre_hook(lambda module, args: calls.append(args[0].shape[1]))
+    model_.generate(tokens, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    handle.remove()
+    assert calls == [7, 1, 1, 1, 1]
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.int64), tokens[:1, :4]], dim=1)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7])
+    both = model_.generate(torch.cat([padded, tokens[1:]]), attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    alone = model_.generate(tokens[:1, :4], max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(both[0, 7:], alone[0, 4:])
+    with pytest.raises(InputError, match="on one side of a text"):
+        model_(tokens, attention_mask=torch.tensor([[1, 1, 0, 1, 1, 1, 1], [1] * 7]))
+    with pytest.raises(InputError, match="padding on the right"):
+        model_.generate(tokens, attention_mask=mask.flip(1), max_new_tokens=2, pad_token_id=0)
 
 
 def test_a_new_model_is_initialized_and_a_partial_one_refused(tmp_path):

@@ -158,7 +158,7 @@ def test_what_is_rounded_is_what_the_block_computes():
         from model.attention import rotary_tables, rotate
 
         block, x = network.blocks[0], network.embedding(TOKENS)
-        rotary = rotary_tables(16, 8, 10000.0, TOKENS.device)
+        rotary = rotary_tables(0, 16, 8, 10000.0, TOKENS.device)
         normed = block.attention_norm(x)
         query, key, value = (getattr(block.attention, name)(normed).view(3, 16, 2, 8) for name in ("query", "key", "value"))
         query, key = (rotate(y, rotary).transpose(1, 2) for y in (query, key))

@@ -24,6 +24,18 @@ from training.optimizers import JointOptimizer, make_optimizer
 from training.recipe import LoadedRecipe, load_recipe, model_config
 
 VOCAB, LENGTH, SEQUENCES, SIZE = 333, 32, 8, 2
+# Blocks with gains of their own, each with a parametrization whose factors reach into the network and the optimizer
+NETWORKS = {
+    "simplified": ["model.block=simplified", "model.activation=relu", "model.parametrization=complete_p", "model.base_depth=1"],
+    "simplified_parallel": ["model.block=simplified_parallel", "model.activation=relu", "model.parametrization=mup"],
+    "shaped": ["model.attention=shaped", "model.kv_heads=1", "model.parametrization=depth_mup", "model.base_depth=1"],
+    "outlier_protected": ["model.block=outlier_protected", "model.attention=shaped", "model.activation=shaped_relu"],
+}
+VARIANTS = {
+    **{f"fp32-{stage}": ["training.precision=fp32", f"deepspeed.zero_optimization.stage={stage}"] for stage in range(4)},
+    "bf16-2": ["training.precision=bf16", "deepspeed.zero_optimization.stage=2"],
+}
+COMPILED = ["training.compile=true", "training.activation_checkpointing=true", "deepspeed.zero_optimization.stage=3"]
 
 
 def batches(step: int, ranks: Ranks) -> list[Batch]:
@@ -123,7 +135,7 @@ def reference_losses(recipe: LoadedRecipe) -> list[float]:
         loss = model(tokens, targets) / (targets != -100).sum()
         loss.backward()
         for group in optimizer.param_groups:
-            group["lr"] = 1e-2
+            group["lr"] = 1e-2 * group["lr_factor"]
         optimizer.step()
         losses.append(loss.item())
     return losses
@@ -151,6 +163,14 @@ def main() -> None:
             results[f"{kind}-{precision}"] = losses_of_steps(load_recipe(path, named), ranks, device)
             gc.collect()
         results[f"{kind}-reference"] = reference_losses(load_recipe(path, named))
+    for name, network in NETWORKS.items():
+        network = [*base, *network, *([] if name == "outlier_protected" else ["model.base_width=16"])]
+        for variant, overrides in VARIANTS.items():
+            results[f"{name}-{variant}"] = losses_of_steps(load_recipe(path, [*network, *overrides]), ranks, device)
+            gc.collect()
+        if name in ("simplified", "shaped"):  # compiling takes long, and these two have all that is new
+            results[f"{name}-compiled"] = losses_of_steps(load_recipe(path, [*network, *COMPILED]), ranks, device)
+        results[f"{name}-reference"] = reference_losses(load_recipe(path, [*network, "deepspeed.zero_optimization.stage=0"]))
     if ranks.is_first:
         results["reference"] = reference(load_recipe(path, base))
         Path(out).write_text(json.dumps(results))

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from model.config import ModelConfig
 from model.parametrization import initialize, is_decayed, owned_parameters
 from model.transformer import Transformer
-from training.curvature import Curvature
+from training.curvature import Curvature, lanczos
 from training.data import Batch
 from training.distributed import Ranks, discover, leave
 from training.engine import Engine, deepspeed, start_distributed
@@ -345,6 +345,7 @@ def in_float32(path: str, ranks: Ranks, device: torch.device, *options: str) -> 
 def curvature(path: str, ranks: Ranks, device: torch.device, *options: str) -> dict[str, Any]:
     """Products and top eigenvalues by differences of gradients beside exact ones in float64, for a network of 1500 weights."""
     shape = ["model.width=8", "model.depth=1", "model.mlp_width=16", "model.block=pre_norm", "model.init_std=0.4"]
+    shape += ["model.parametrization=mup", "model.base_width=4", "model.base_head_dim=4"]  # the preconditioner has its factors in it
     engine = make(path, ranks, device, 1, "optimizer.sharpness_aware=none", *shape, *options)
     masters, reference = engine.masters, Reference(engine.recipe, engine.model.config)
     reference.weights = weights_of(engine)
@@ -352,7 +353,7 @@ def curvature(path: str, ranks: Ranks, device: torch.device, *options: str) -> d
     (mine,) = batches(0, ranks, 1)
     measure = Curvature.__new__(Curvature)
     measure.engine, measure.batch, measure.scale = engine, mine, 1.0 / float((targets != -100).sum())
-    measure.iterations, measure.found = 40, {}
+    measure.iterations, measure.lanczos_steps, measure.found = 40, None, {}
 
     sizes = {name: w.numel() for name, w in reference.weights.items()}
     flat = torch.cat([w.flatten() for w in reference.weights.values()])
@@ -374,7 +375,21 @@ def curvature(path: str, ranks: Ranks, device: torch.device, *options: str) -> d
     v = masters.normal(4)
     order = torch.cat([_normal(4, name, w.shape).flatten() for name, w in reference.weights.items()]).double()
     seen: dict[str, Any] = {}
-    for name, product, matrix in (("hessian", measure.hessian, exact), ("gauss_newton", measure.gauss_newton, gauss_newton)):
+    # AdamW's P by the equation, with second moments as if there had been steps: matrices of the block have rate and epsilon over m_N = 2
+    seconds = [x.square() for x in masters.normal(5)]
+    epsilon, roots = engine.recipe.optimizer.epsilon, []
+    for name, weight in reference.weights.items():
+        factor = 0.5 if name.startswith("blocks.") and weight.ndim == 2 else 1.0
+        smaller = 0.5 if name.startswith("blocks.") else 1.0
+        second = _normal(5, name, weight.shape).double().square() / 0.8
+        roots.append((factor / (second.sqrt() + epsilon * smaller)).sqrt().flatten())
+    diagonal = torch.cat(roots)
+    products = (
+        ("hessian", measure.hessian, exact),
+        ("gauss_newton", measure.gauss_newton, gauss_newton),
+        ("preconditioned", measure.preconditioned(seconds, 0.8), diagonal[:, None] * exact * diagonal),
+    )
+    for name, product, matrix in products:
         expected, found = named(matrix @ order), product(v)
         difference = masters.zeros()
         for segment in masters.segments:
@@ -383,8 +398,10 @@ def curvature(path: str, ranks: Ranks, device: torch.device, *options: str) -> d
         eigenvalues = torch.linalg.eigvalsh(matrix)
         seen[name] = {
             "error": masters.norm(difference) / float((matrix @ order).norm()),
-            "top": measure._top(name, product),
+            "top": measure._top(name, product)[0],
             "exact": float(eigenvalues[eigenvalues.abs().argmax()]),
+            "lanczos": lanczos(product, masters.scale(masters.normal(6), 1 / masters.norm(masters.normal(6))), 30, masters)[1:],
+            "ends": [float(eigenvalues[-1]), float(eigenvalues[0])],
         }
     kept = weights_of(engine)
     seen["clean"] = clean(engine) and all(torch.equal(kept[n], w) for n, w in reference.weights.items())

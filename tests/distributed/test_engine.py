@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.distributed.conftest import LIMIT, ROOT
+from tests.distributed.engine_worker import NETWORKS, VARIANTS
 
 pytestmark = pytest.mark.distributed
 KEYS = [f"{precision}-{stage}" for precision in ("fp32", "bf16") for stage in range(4)]
@@ -80,3 +81,17 @@ def test_optimizers_step_as_in_one_process(kind: str, seen: dict[str, Any]) -> N
     assert reference[4] < reference[0] - 0.01
     assert seen[f"{kind}-fp32"] == pytest.approx(reference, rel={"muon": 1e-4, "soap": 5e-3}.get(kind, 2e-6))
     assert seen[f"{kind}-bf16"] == pytest.approx(reference, rel=5e-3)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_and_parametrizations_train_as_in_one_process(name: str, variant: str, seen: dict[str, Any]) -> None:
+    """Five steps at every stage and in bf16, against plain autograd."""
+    reference = seen[f"{name}-reference"]
+    assert reference[4] < reference[0] - 0.01
+    assert seen[f"{name}-{variant}"] == pytest.approx(reference, rel=5e-3 if variant == "bf16-2" else 1e-5)
+
+
+@pytest.mark.parametrize("name", ["simplified", "shaped"])
+def test_networks_compile_over_gathered_weights_with_activation_checkpointing(name: str, seen: dict[str, Any]) -> None:
+    assert seen[f"{name}-compiled"] == pytest.approx(seen[f"{name}-reference"], rel=1e-5)

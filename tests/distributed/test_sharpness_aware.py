@@ -185,10 +185,11 @@ def test_a_float32_pass_brings_the_perturbation_back(name: str, seen: dict[int, 
 
 
 def test_curvature_is_that_of_the_exact_matrices(seen: dict[int, dict[str, Any]]) -> None:
-    """Hessian and Gauss-Newton products at ZeRO-3 against matrices in float64, and the eigenvalue that power iteration tends to."""
+    """Products at ZeRO-3 against matrices in float64, the eigenvalue that power iteration tends to, and those that Lanczos finds."""
     run = seen[2]["curvature"]
-    for name in ("hessian", "gauss_newton"):
+    for name in ("hessian", "gauss_newton", "preconditioned"):
         assert run[name]["error"] < 2e-3, name
+        assert run[name]["lanczos"] == pytest.approx(run[name]["ends"], rel=5e-3, abs=2e-3 * run[name]["exact"]), name
         assert run[name]["top"] == pytest.approx(run[name]["exact"], rel=0.1), name  # power iteration is slow here
         assert abs(run[name]["top"]) < abs(run[name]["exact"]) * (1 + 1e-3)
     assert run["gauss_newton"]["exact"] < 0.9 * run["hessian"]["exact"]  # so that neither is taken for the other
@@ -196,12 +197,13 @@ def test_curvature_is_that_of_the_exact_matrices(seen: dict[int, dict[str, Any]]
 
 
 def test_curvature_is_written_down(launch: Launch, workplace: Path) -> None:
-    launch("curvature", 1, "evaluation.curvature_every=4", "deepspeed.zero_optimization.stage=1", launcher="python")
+    lanczos = ("evaluation.curvature_every=4", "evaluation.curvature_lanczos=4")
+    launch("curvature", 1, *lanczos, "deepspeed.zero_optimization.stage=1", launcher="python")
     written = {r["step"]: r for r in records(workplace / "runs" / "curvature") if "hessian_top" in r}
     assert sorted(written) == [4, 8]
     for record in written.values():
         assert record["gauss_newton_top"] > 0 and math.isfinite(record["hessian_trace"])
-        assert record["preconditioned_hessian_top"] > 0
+        assert record["preconditioned_hessian_top"] > 0 and record["hessian_bottom"] < record["hessian_top"]
     assert written[4]["stability_line"] == pytest.approx(38 / records_at(workplace, 4)["learning_rate"])
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model.activation_statistics import DEFINITIONS, ActivationMoments, watch_residuals
-from model.attention import rotary_tables
+from model.attention import Context, rotary_tables
 from model.config import ModelConfig
 from model.parametrization import initialize
 from model.transformer import Transformer
@@ -106,9 +106,9 @@ def test_places_are_the_residual_entering_attention_and_the_unembedding(checkpoi
     model(tokens)  # watching has ended
     with torch.no_grad():
         x = model.embedding(tokens)
-        rotary = rotary_tables(8, 8, 10000.0, tokens.device)
-        x_1 = model.blocks[0](x, rotary, None)
-        final = model.final_norm(model.blocks[1](x_1, rotary, None))
+        context = Context(rotary_tables(0, 8, 8, 10000.0, tokens.device))
+        x_1 = model.blocks[0](x, context)
+        final = model.final_norm(model.blocks[1](x_1, context))
     assert list(moments) == ["layer 0", "layer 1", "unembedding"]
     for place, x_place in (("layer 0", x), ("layer 1", x_1), ("unembedding", final)):
         assert moments[place].sums[0] == 24

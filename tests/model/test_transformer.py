@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from model.attention import rotary_tables, rotate, softcapped_attention
+from model.attention import Context, rotary_tables, rotate, softcapped_attention
 from model.config import PRESETS, SIZES, ModelConfig
 from model.errors import InputError
 from model.parametrization import initialize, is_decayed, owned_parameters
@@ -106,7 +106,7 @@ def test_outlier_protected_block_is_the_papers_equation() -> None:
         heads.append(scores.softmax(-1) @ (x @ block.attention.value.weight[rows].T))
     x_hat = x + 0.3 * torch.cat(heads, dim=-1) @ block.attention.output.weight.T
     expected = x_hat + 0.3 * F.gelu(0.7 * x_hat @ block.mlp.up.weight.T) @ block.mlp.down.weight.T
-    torch.testing.assert_close(block(x, None, None), expected, rtol=0, atol=1e-7)  # gains and alpha pass through float32
+    torch.testing.assert_close(block(x, Context()), expected, rtol=0, atol=1e-7)  # gains and alpha pass through float32
 
 
 def test_outlier_protected_defaults_have_unit_scale() -> None:
@@ -142,7 +142,7 @@ def test_post_norm_is_torchs_encoder_layer() -> None:
     theirs.norm2.load_state_dict(block.after_mlp_norm.state_dict())
     x = torch.randn(2, 10, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     mask = torch.nn.Transformer.generate_square_subsequent_mask(10, dtype=torch.float64)
-    torch.testing.assert_close(block(x, None, None), theirs(x, src_mask=mask, is_causal=True), rtol=0, atol=1e-12)
+    torch.testing.assert_close(block(x, Context()), theirs(x, src_mask=mask, is_causal=True), rtol=0, atol=1e-12)
     assert isinstance(model.final_norm, torch.nn.Identity)
 
 
@@ -157,7 +157,7 @@ def test_norms_stand_only_where_they_are_placed(places: list[str]) -> None:
         module.register_forward_pre_hook(lambda module, inputs, name=name: seen.update({name: inputs[0]}))
     added = []
     block.attention.register_forward_hook(lambda module, inputs, output: added.append(output))
-    block(x, None, None)
+    block(x, Context())
 
     def normed(v: torch.Tensor) -> torch.Tensor:
         return v / (v.square().mean(-1, keepdim=True) + 1e-5).sqrt()
@@ -178,7 +178,7 @@ def test_softcap_is_its_formula_and_vanishes_when_large() -> None:
         torch.testing.assert_close(loose(tokens, document_ids=document_ids), expected, rtol=0, atol=1e-3 * scale)  # float32 scores inside
         assert not torch.allclose(capped(tokens, document_ids=document_ids), expected, rtol=0, atol=0.1 * scale)
     query, key, value = (torch.randn(1, h, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(h)) for h in (4, 2, 2))
-    mixed = softcapped_attention(3 * query, 3 * key, value, 2.0, None)
+    mixed = softcapped_attention(3 * query, 3 * key, value, 2.0, 1 / math.sqrt(query.shape[-1]), None)
     for head in range(4):
         for t in range(5):
             scores = 9 * query[0, head, t] @ key[0, head // 2, : t + 1].T / math.sqrt(8)
@@ -193,10 +193,10 @@ def test_qk_norm_comes_before_rope() -> None:
         for norm in (attention.query_norm, attention.key_norm):
             norm.weight.copy_(torch.linspace(0.5, 2.0, 12))
     x = torch.randn(1, 6, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    rotary = rotary_tables(6, 12, 10000.0, x.device)
+    rotary = rotary_tables(0, 6, 12, 10000.0, x.device)
     seen: list[torch.Tensor] = []
     attention.output.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    attention(x, x, rotary, None)
+    attention(x, x, Context(rotary))
 
     def heads(weight: torch.Tensor) -> torch.Tensor:
         return (x @ weight.T).view(1, 6, 4, 12)
@@ -268,7 +268,7 @@ def test_preset_released_code_is_what_the_authors_script_builds() -> None:
     x = model.embedding.weight[tokens] + model.position_embedding.weight[:32]
     for i, block in enumerate(model.blocks):
         read = F.layer_norm(x, (96,)) if i == 0 else x
-        x = x + 0.2 * block.attention(read, read, None, None)
+        x = x + 0.2 * block.attention(read, read, Context())
         x = x + 0.2 * F.relu(x @ block.mlp.up.weight.T) @ block.mlp.down.weight.T
     torch.testing.assert_close(model(tokens), F.layer_norm(x, (96,)) @ model.embedding.weight.T, rtol=0, atol=1e-7)
 

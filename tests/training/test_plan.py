@@ -92,6 +92,14 @@ OPTIONS: list[dict[str, Any]] = [
     {"norm": "simple_rms_norm", "norm_places": ["value"], "qk_norm": "rms_norm"},
     {"norm": "layer_norm", "norm_places": ["mlp"], "qk_norm": "layer_norm", "qk_norm_gains": "frozen"},
     {"block": "outlier_protected", "first_norm": True, "norm": "layer_norm", "norm_biases": True, "biases": "query_key"},
+    {"attention": "shaped", "activation": "shaped_relu"},
+    {"attention": "shaped", "kv_heads": 2, "skip_gain": 0.8},
+    {"attention": "shaped", "attention_gains": "fixed", "parametrization": "mup", "base_width": 16},
+    {"attention": "shaped", "block": "outlier_protected"},
+    {"block": "simplified", "activation": "relu"},
+    {"block": "simplified", "norm_places": []},
+    {"block": "simplified_parallel", "activation": "relu"},
+    {"block": "simplified_parallel", "norm_places": []},
 ]
 
 

@@ -159,7 +159,8 @@ def test_a_preset_fills_in_what_the_recipe_leaves_out(recipe: Path) -> None:
     assert loaded.provenance["model.residual_gain"] == "command line"
     assert "activation: relu  # preset paper" in dump_recipe(loaded)
     assert model_config(loaded.recipe, 300).embedding_multiplier == 50
-    assert "model.preset: 'papers' is not one of 'paper' or 'released_code'; did you mean paper?" in problems(recipe, "model.preset=papers")
+    expected = "model.preset: 'papers' is not one of 'paper', 'released_code' or 'shaped_transformer'; did you mean paper?"
+    assert expected in problems(recipe, "model.preset=papers")
 
 
 @pytest.mark.parametrize("kind", ["adafactor", "muon", "soap"])

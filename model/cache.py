@@ -1,0 +1,55 @@
+"""What cached decoding keeps of the tokens that were read before: keys, values, and for shaped attention the sum of values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class LayerCache:
+    """Of one layer. keys and values: (batch, kv_heads, tokens, head_dim); value_sum: (batch, kv_heads, head_dim), at least float32."""
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    value_sum: Tensor | None = None
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append new tokens; returns those of all tokens so far."""
+        self.keys = keys if self.keys is None else torch.cat((self.keys, keys), dim=2)
+        self.values = values if self.values is None else torch.cat((self.values, values), dim=2)
+        return self.keys, self.values
+
+    def running_sum(self, values: Tensor) -> Tensor:
+        """Sum of the values up to each of the new tokens, (batch, kv_heads, tokens, head_dim), at least float32; kept for the next call."""
+        sums = values.cumsum(2, dtype=torch.promote_types(values.dtype, torch.float32))
+        if self.value_sum is not None:
+            sums += self.value_sum[:, :, None]
+        self.value_sum = sums[:, :, -1].clone()
+        return sums
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep these rows of the batch, in this order: what beam search asks for."""
+        for name in ("keys", "values", "value_sum"):
+            kept = getattr(self, name)
+            if kept is not None:
+                setattr(self, name, kept.index_select(0, rows))
+
+
+@dataclass
+class Cache:
+    """Of a whole network, layer by layer; `Transformer.forward` fills it."""
+
+    layers: list[LayerCache] = field(default_factory=list)
+    length: int = 0  # tokens so far
+
+    def layer(self, number: int) -> LayerCache:
+        if number == len(self.layers):
+            self.layers.append(LayerCache())
+        return self.layers[number]
+
+    def reorder(self, rows: Tensor) -> None:
+        for layer in self.layers:
+            layer.reorder(rows)
