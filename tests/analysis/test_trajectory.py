@@ -111,6 +111,19 @@ def test_memory_bound_does_not_change_the_result(tmp_path):
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
 
 
+def test_sums_over_many_elements_round_little(tmp_path):
+    """Against exactly rounded sums: an order of addition that rounds more would make several processes differ from one by over 1e-12."""
+    generator = torch.Generator().manual_seed(0)
+    points = [torch.randn(1 << 18, generator=generator)]
+    for _ in range(31):
+        points.append(points[-1] + 0.01 * torch.randn(1 << 18, generator=generator))
+    checkpoints = [open_checkpoint(write(tmp_path / f"{i}", i, {"a": point})) for i, point in enumerate(points)]
+    found = increment_grams(checkpoints, progress=False)["a"]
+    steps = [points[0].double(), *(b.double() - a.double() for a, b in pairwise(points))]
+    exact = [math.fsum((step * step).tolist()) for step in steps[:4]]
+    np.testing.assert_allclose(found.diag()[:4].numpy(), exact, rtol=1e-13)
+
+
 def test_what_is_refused(tmp_path, run_folder):
     one = open_checkpoint(write(tmp_path / "1", 1, {"a": torch.ones(3)}))
     with pytest.raises(InputError, match="at least two checkpoints"):
