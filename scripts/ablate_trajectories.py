@@ -99,7 +99,7 @@ MEASURES = {
     "total_angle": "degrees to the whole displacement",
     "length": "length of the path",
     "displacement": "displacement",
-    "norm_growth": "|θ| last / first",
+    "norm_growth": "norm, last over first",
     "participation_ratio": "participation ratio",
     "validation_loss": "validation loss",
 }
