@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -240,18 +241,25 @@ def _padding(group: _Group, rank: int) -> int:
     return min(max((rank + 1) * group.size - total, 0), group.size)
 
 
+def _deepspeed(module: str) -> Any:
+    """A module of DeepSpeed, whose own objects its files have to hold. All else here reads without it. Raises InputError without it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise InputError("--ranks writes DeepSpeed's own files, for which DeepSpeed has to be installed: pip install deepspeed") from None
+
+
 def _slices(group: _Group, rank: int) -> dict[str, Any]:
     """Where a rank's vector holds each parameter, as DeepSpeed's conversion to a universal checkpoint reads it."""
-    from deepspeed.utils.tensor_fragment import fragment_address
-
+    fragment_address = _deepspeed("deepspeed.utils.tensor_fragment").fragment_address
     return {run.name: fragment_address(numel=run.stop - run.start, start=run.position) for run in group.runs[rank]}
 
 
 def _revived(stand_in: StandIn, dynamic: bool) -> Any:
     """DeepSpeed's own loss scaler with the attributes that were saved."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-
-    scaler = DynamicLossScaler.__new__(DynamicLossScaler) if dynamic else LossScaler.__new__(LossScaler)
+    scalers = _deepspeed("deepspeed.runtime.fp16.loss_scaler")
+    kind = scalers.DynamicLossScaler if dynamic else scalers.LossScaler
+    scaler = kind.__new__(kind)
     scaler.__dict__.update(stand_in.__dict__)
     return scaler
 
