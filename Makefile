@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint format benchmark soak clean
+.PHONY: help setup quickstart test browser lint format benchmark soak clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +43,9 @@ quickstart: $(STAMP) ## set up, train two small models on this machine and write
 
 test: lint ## set up, then lint and every test that this machine can run
 	$(RUN) -m pytest $(PYTEST_OPTIONS)
+
+browser: $(STAMP) ## the report in a headless Chromium, which has to be installed (BURNISH_CHROMIUM=path names one)
+	BURNISH_BROWSER=required $(RUN) -m pytest tests/analysis/test_page.py $(PYTEST_OPTIONS)
 
 lint: $(STAMP) ## style, types, and imports that point one way
 	$(RUN) -m ruff check .

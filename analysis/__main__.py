@@ -99,15 +99,17 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def step(arguments: argparse.Namespace) -> None:
+    from analysis import pictures
     from analysis.optimizer_step import analyze_step, describe
     from analysis.output import write_json
 
     for run, out in places(arguments, find_run):
         result = analyze_step(run, not arguments.skip_checksums)
-        print(f"{describe(result)}\n  {write_json(out / 'step.json', result)}")
+        print(f"{describe(result)}\n  {write_json(out / 'step.json', result)}\n  {pictures.step_picture(result, out / 'step.png')}")
 
 
 def weights(arguments: argparse.Namespace) -> None:
+    from analysis import pictures
     from analysis.output import write_json
     from analysis.weights import analyze_weights, describe
 
@@ -115,6 +117,7 @@ def weights(arguments: argparse.Namespace) -> None:
     for run, out in places(arguments, find_run):
         result = analyze_weights(run, other, not arguments.skip_checksums)
         print(f"{describe(result)}\n  {write_json(out / 'weights.json', result)}")
+        print(f"  {pictures.weights_picture(result, out / 'weights.png')}")
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -135,10 +138,14 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 def export(arguments: argparse.Namespace) -> None:
     from analysis.export import export as export_checkpoint
+    from analysis.export import export_to_ranks
 
     if arguments.out is None:
         raise InputError("export needs --out: a file that ends in .safetensors, or a folder")
     out, compare, verify = Path(arguments.out), not arguments.skip_comparison, not arguments.skip_checksums
+    if arguments.ranks is not None:
+        print(export_to_ranks(only_one(arguments), out, arguments.ranks, verify))
+        return
     print(export_checkpoint(only_one(arguments), out, arguments.precision, arguments.shard_gigabytes, compare, verify))
 
 
@@ -232,10 +239,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             verb.add_argument(
                 "--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the written weights (default: fp32)"
             )
+            verb.add_argument("--ranks", type=int, metavar="N", help="a DeepSpeed checkpoint that N ranks load, in the folder --out")
             verb.add_argument("--shard-gigabytes", type=float, default=5, metavar="GB", help="size of a folder's files (default: 5)")
             verb.add_argument("--skip-comparison", action="store_true", help="do not load both models to compare their logits")
         if name == "trajectory":
-            verb.add_argument("--memory-megabytes", type=float, default=4, metavar="MB", help="bounds the working memory (default: 4)")
+            verb.add_argument("--memory-megabytes", type=float, default=64, metavar="MB", help="bounds the working memory (default: 64)")
             verb.add_argument("--every", type=int, metavar="STEPS", help="only checkpoints at multiples of this many steps")
             verb.add_argument("--heads", metavar="H[,KV]", help="attention heads, to take fused query, key and value apart")
         if name == "outliers":

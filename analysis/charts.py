@@ -1,10 +1,11 @@
-"""Charts as inline SVG for the report: they take the page's colours, light or dark, and say their values on hover.
+"""Charts as inline SVG for the report: they take the page's colours, light or dark, and carry their values for the page's script.
 
 Colours are CSS: `var(--run-0)` and the like are set by the page. Every text is escaped here.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class Line:
     dots: bool = False
     faint: bool = False
     dashed: bool = False
+    unnamed: bool = False  # not in the legend
 
 
 def line_chart(
@@ -62,7 +64,20 @@ def line_chart(
         share = math.log(y / low) / math.log(high / low) if log else (y - low) / (high - low)
         return height - bottom - min(max(share, 0.0), 1.0) * (height - top - bottom)
 
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(alt)}">']
+    # what a reader sees when pointing at an x: the label, and (place on the page, x, y) of each point
+    series = [
+        {
+            "label": line.label,
+            "colour": line.colour,
+            "points": [[round(across(x), 1), round(up(y), 1), _plain(x), _plain(y)] for x, y in points],
+        }
+        for line in lines
+        if (points := [point for run in _unbroken(line.points, log) for point in run])
+    ]
+    parts = [
+        f'<svg class="lines" tabindex="0" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(alt)}" '
+        f'data-x="{escape(x_label)}" data-series="{escape(json.dumps(series))}">'
+    ]
     for tick in log_ticks(low, high) if log else ticks(low, high):
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>')
         parts.append(f'<text class="tick" x="{left - 7}" y="{up(tick) + 4:.1f}" text-anchor="end">{short(tick)}</text>')
@@ -85,34 +100,33 @@ def line_chart(
             path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in run)
             parts.append(f'<polyline class="curve" style="{style}" points="{path}"/>')
             if line.dots:
-                parts += [
-                    f'<circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="3" style="fill:{line.colour}">'
-                    f"<title>{escape(line.label)}, {escape(x_label)} {short(x)}: {y:.4g}</title></circle>"
-                    for x, y in run
-                ]
+                parts += [f'<circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="3" style="fill:{line.colour}"/>' for x, y in run]
     legend = "".join(
         f'<span><i style="color:{line.colour}"{" class=dashed" if line.dashed else ""}></i>{escape(line.label)}</span>'
         for line in lines
-        if not line.faint
+        if not line.faint and not line.unnamed
     )
     return "".join([*parts, "</svg>", f'<div class="legend">{legend}</div>'])
 
 
 def heat_map(values: Sequence[Sequence[float | None]], steps: Sequence[int], alt: str, floor: float) -> str:
-    """A square map of cosines between checkpoints, colours from `floor` to 1, each cell's value on hover."""
+    """A square map of cosines between checkpoints, colours from `floor` to 1."""
     kept = list(range(len(steps)))
     if len(kept) > LARGEST_MAP:
         kept = sorted({round(i) for i in np.linspace(0, len(steps) - 1, LARGEST_MAP)})
     count, size, left, top = len(kept), 250, 52, 8
     cell = size / count
-    parts = [f'<svg class="map" viewBox="0 0 {left + size + 72} {top + size + 46}" role="img" aria-label="{escape(alt)}">']
-    for row, i in enumerate(kept):
-        for column, j in enumerate(kept):
-            value = values[i][j]
-            label = "undefined" if value is None else f"{value:.4f}"
+    shown = [[None if (value := values[i][j]) is None else round(value, 5) for j in kept] for i in kept]
+    data = {"left": left, "top": top, "size": size, "steps": [steps[i] for i in kept], "values": shown}
+    parts = [
+        f'<svg class="map" tabindex="0" viewBox="0 0 {left + size + 72} {top + size + 46}" role="img" aria-label="{escape(alt)}" '
+        f'data-map="{escape(json.dumps(data))}">'
+    ]
+    for row in range(count):
+        for column in range(count):
             parts.append(
                 f'<rect x="{left + column * cell:.2f}" y="{top + row * cell:.2f}" width="{cell + 0.3:.2f}" height="{cell + 0.3:.2f}" '
-                f'fill="{_colour(value, floor)}"><title>steps {steps[i]} and {steps[j]}: {label}</title></rect>'
+                f'fill="{_colour(shown[row][column], floor)}"/>'
             )
     for position in range(0, count, max(1, math.ceil(count / 5))):
         centre, label = (position + 0.5) * cell, short(steps[kept[position]])
@@ -169,6 +183,11 @@ def _unbroken(points: Sequence[tuple[float, float | None]], log: bool) -> list[l
         elif runs[-1]:
             runs.append([])
     return [run for run in runs if run]
+
+
+def _plain(value: float) -> float:
+    """A number in five digits, which is what a label shows."""
+    return float(f"{value:.5g}")
 
 
 def _colour(value: float | None, floor: float) -> str:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analysis.checkpoint import Checkpoint
+from analysis.formats.deepspeed import DeepSpeedCheckpoint
 from analysis.formats.tensor_files import BURNISH_PREFIX, DTYPES, read_safetensors
+from analysis.resharding import reshard
 from analysis.runs import Run, read_json
 from analysis.shards import open_checkpoint
 from model.config import ModelConfig
@@ -50,23 +52,52 @@ def export(run: Run, out: Path, precision: str = "fp32", shard_gigabytes: float 
     checkpoint = open_checkpoint(run.checkpoints[-1])
     if verify:
         checkpoint.verify()
+
+    def write(path: Path) -> list[str]:
+        if out.suffix == ".safetensors":
+            return [_one_file(checkpoint, path, PRECISIONS[precision])]
+        path.mkdir()
+        return _folder(run, checkpoint, path, PRECISIONS[precision], shard_gigabytes, compare)
+
+    return _written(checkpoint, out, write)
+
+
+def _written(checkpoint: Checkpoint, out: Path, write: Callable[[Path], list[str]]) -> str:
+    """Have `write` fill a hidden path, and rename it to `out` when that is done; what was written, to print."""
     if out.exists():
         raise InputError(f"{out}: exists already; give another name or remove it")
     writing = out.with_name(f".{out.name}.{os.getpid()}.writing")
-    is_file = out.suffix == ".safetensors"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        if is_file:
-            lines = [_one_file(checkpoint, writing, PRECISIONS[precision])]
-        else:
-            writing.mkdir()
-            lines = _folder(run, checkpoint, writing, PRECISIONS[precision], shard_gigabytes, compare)
+        lines = write(writing)
         os.rename(writing, out)
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror or error}") from None
     finally:
-        writing.unlink(missing_ok=True) if is_file else shutil.rmtree(writing, ignore_errors=True)
+        writing.unlink(missing_ok=True) if writing.is_file() else shutil.rmtree(writing, ignore_errors=True)
     return "\n".join([f"{checkpoint.path}: {checkpoint.format}, step {checkpoint.step} -> {out}", *(f"  {line}" for line in lines)])
+
+
+def export_to_ranks(run: Run, out: Path, ranks: int, verify: bool = True) -> str:
+    """Write the run's last checkpoint, which is DeepSpeed's, as `ranks` ranks would have: OUT/TAG, and OUT/latest that names the tag.
+
+    Raises:
+        InputError: `out` exists; the checkpoint is not DeepSpeed's own; no space.
+    """
+    checkpoint = open_checkpoint(run.checkpoints[-1])
+    if not isinstance(checkpoint, DeepSpeedCheckpoint):
+        raise InputError(f"{checkpoint.path}: --ranks is for DeepSpeed's own checkpoints, and this is {checkpoint.format}")
+    if verify:
+        checkpoint.verify()
+    tag = checkpoint.path.resolve().name
+
+    def write(folder: Path) -> list[str]:
+        (folder / tag).mkdir(parents=True)
+        line = reshard(checkpoint, folder / tag, ranks)
+        (folder / "latest").write_text(tag)
+        return [line]
+
+    return _written(checkpoint, out, write)
 
 
 def _one_file(checkpoint: Checkpoint, path: Path, dtype: torch.dtype) -> str:

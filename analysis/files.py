@@ -75,24 +75,25 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-class _Opaque:
-    """Stands for an object in a checkpoint that the reader has no use for: DeepSpeed's, or Megatron's arguments."""
+class StandIn:
+    """Stands for an object in a checkpoint that is not run: DeepSpeed's, or Megatron's arguments. It keeps the attributes."""
 
     def __init__(self, *arguments: Any) -> None:
         pass
 
     def __setstate__(self, state: Any) -> None:
-        pass
+        if isinstance(state, dict):
+            self.__dict__.update(state)
 
 
 # The only classes outside torch that DeepSpeed's own state and Megatron's refer to. Anything else in a pickle is refused.
 _STAND_INS = [
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
-    (_Opaque, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (_Opaque, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-    (_Opaque, "deepspeed.utils.tensor_fragment.fragment_address"),
-    (_Opaque, "argparse.Namespace"),
-    (_Opaque, "_io.BytesIO"),  # TransformerEngine's _extra_state
+    (StandIn, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (StandIn, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    (StandIn, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (StandIn, "argparse.Namespace"),
+    (StandIn, "_io.BytesIO"),  # TransformerEngine's _extra_state
     (int, "megatron.core.enums.ModelType"),
     (int, "megatron.core.transformer.enums.AttnBackend"),
 ]

@@ -7,7 +7,7 @@ Inner products are summed in the increment basis
 because steps are a thousand times shorter than weights: from inner products of the weights themselves, rounded to float32, the
 angle between two steps comes out wrong even in sign. B of a layer or of the network is the sum over its tensors.
 
-Cost, for K checkpoints of N parameters of b bytes: K N b bytes read once, K^2 N multiply-adds, K rows of the buffer in memory. What
+Cost, for K checkpoints of N parameters of b bytes: K N b bytes read once while K^2 N multiply-adds run beside; memory as asked. What
 is kept in a file need not be computed again: a checkpoint more takes one reading of all, and multiply-adds for its own row alone.
 """
 
@@ -17,6 +17,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +35,7 @@ from analysis.ranks import Ranks
 from model.errors import InputError
 
 SAVE_SECONDS = 60.0  # how often unfinished work is written down
+BLOCK_BYTES = 1 << 20  # multiplied at once: stays in a core's cache, and sums of few thousand elements round little
 
 
 class _Unit(NamedTuple):
@@ -58,7 +60,7 @@ class _Kept:
 
 def increment_grams(
     checkpoints: Sequence[Checkpoint],
-    memory_megabytes: float = 4,
+    memory_megabytes: float = 64,
     progress: bool = True,
     keep: Path | None = None,
     ranks: Ranks | None = None,
@@ -70,7 +72,7 @@ def increment_grams(
 
     Args:
         checkpoints: K checkpoints of one model, in order of step.
-        memory_megabytes: bounds the buffer, K rows of float64 of as many elements as fit; a small one stays in the processor's caches.
+        memory_megabytes: bounds the buffers: two, each K rows of float64 of as many elements as fit.
         keep: a file to keep the matrices in. What it holds of these checkpoints is not computed again, and a pass that was cut off
             goes on where it last wrote (each rank beside it, under its own name).
         ranks: the processes that share the work; each takes a run of the elements and gets the whole result.
@@ -85,9 +87,9 @@ def increment_grams(
     ranks = ranks or Ranks()
     _check_one_model(checkpoints)
     count, first = len(checkpoints), checkpoints[0]
-    columns = int(memory_megabytes * 2**20 / (8 * count))
+    columns = int(memory_megabytes * 2**20 / (2 * 8 * count))
     if columns < 1:
-        raise InputError(f"--memory-megabytes {memory_megabytes}: {count} checkpoints need at least {8 * count / 2**20:.6f}")
+        raise InputError(f"--memory-megabytes {memory_megabytes}: {count} checkpoints need at least {16 * count / 2**20:.6f}")
 
     identities = [identity(checkpoint) for checkpoint in checkpoints] if keep else []
     units = list(_units(first, columns, heads or heads_of(first)))
@@ -145,22 +147,37 @@ def _multiply(
     todo = [unit for unit in units if unit.part not in done]
     if not todo:
         return
-    buffer = torch.empty(count * max(unit.width for unit in todo), dtype=torch.float64)
+    width = max(unit.width for unit in todo)
+    buffers = torch.empty(2, count * width, dtype=torch.float64)
+    block_columns = max(BLOCK_BYTES // (8 * count), 256)
+    increments = torch.empty(count, min(block_columns, width), dtype=torch.float64)
     written = time.monotonic()
     total = sum(unit.width for unit in todo)
-    with tqdm(
-        total=4 * count * total, unit="B", unit_scale=True, desc="trajectory", mininterval=1.0, disable=not (progress and ranks.is_first)
-    ) as bar:
+
+    def load(i: int) -> Tensor:
+        rows = buffers[i % 2, : count * todo[i].width].view(count, todo[i].width)
+        for row, checkpoint in zip(rows, checkpoints, strict=True):
+            position = 0
+            for start, stop in todo[i].runs:
+                checkpoint.read(todo[i].tensor, start, row[position : position + stop - start])
+                position += stop - start
+        return rows
+
+    quiet = not (progress and ranks.is_first)
+    with (
+        ThreadPoolExecutor(1) as reader,  # reads a unit while the one before is multiplied
+        tqdm(total=4 * count * total, unit="B", unit_scale=True, desc="trajectory", mininterval=1.0, disable=quiet) as bar,
+    ):
+        coming = reader.submit(load, 0)
         for i, unit in enumerate(todo):
-            rows = buffer[: count * unit.width].view(count, unit.width)
-            for row, checkpoint in zip(rows, checkpoints, strict=True):
-                position = 0
-                for start, stop in unit.runs:
-                    checkpoint.read(unit.tensor, start, row[position : position + stop - start])
-                    position += stop - start
-            for t in range(count - 1, 0, -1):
-                rows[t] -= rows[t - 1]  # exact: both are float32 numbers held in float64
-            share[unit.part].addmm_(rows[old:], rows.T)
+            rows = coming.result()
+            if i + 1 < len(todo):
+                coming = reader.submit(load, i + 1)
+            for block in rows.split(block_columns, dim=1):
+                steps = increments[:, : block.shape[1]]
+                steps[0] = block[0]
+                torch.sub(block[1:], block[:-1], out=steps[1:])  # exact: all are float32 numbers held in float64
+                share[unit.part] += torch.mm(steps[old:], steps.T)  # a sum of its own first: addmm_ adds element by element to the total
             bar.update(4 * count * unit.width)
             ends_part = i + 1 == len(todo) or todo[i + 1].part != unit.part
             if keep and ends_part:

@@ -1,9 +1,14 @@
-"""The shell of an HTML page that needs nothing but itself: style, frame, tables. Every text passed in is escaped here."""
+"""The shell of an HTML page that needs nothing but itself: style, frame, tables, script. Every text passed in is escaped here."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
+
+SCRIPT = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
 
 # Colour-blind-safe run colours (Okabe and Ito), a shade lighter on a dark page.
 _STYLE = """
@@ -18,7 +23,7 @@ main { max-width: 1180px; margin: 0 auto; padding: 40px 24px 80px; }
 h1 { overflow-wrap: anywhere; font-size: 1.9rem; line-height: 1.2; margin: 0 0 6px; letter-spacing: -.01em; }
 h2 { font-size: 1.25rem; margin: 52px 0 4px; letter-spacing: -.005em; }
 h3 { font-size: 1rem; margin: 0 0 8px; overflow-wrap: anywhere; }
-p { margin: 6px 0 14px; max-width: 75ch; }
+p { margin: 6px 0 14px; max-width: 75ch; overflow-wrap: anywhere; }
 .lead, .note, figcaption { color: var(--soft); }
 .note, figcaption { font-size: .88rem; }
 figcaption { margin-top: 6px; }
@@ -44,6 +49,17 @@ th { font-weight: 600; color: var(--soft); font-size: .82rem; vertical-align: bo
 th:first-child, td:first-child { text-align: left; padding-left: 0; white-space: nowrap; }
 table + h3, .grid + h3 { margin-top: 26px; }
 svg.map { shape-rendering: crispEdges; }
+svg.map, svg.lines { cursor: crosshair; touch-action: pan-y; }
+svg .mark { fill: none; stroke: #ffffff; stroke-width: 2; paint-order: stroke; pointer-events: none; }
+svg .ruler { stroke: var(--soft); stroke-width: 1; pointer-events: none; }
+svg:focus-visible { outline: 2px solid var(--accent); outline-offset: 3px; }
+#tip { position: fixed; z-index: 9; pointer-events: none;
+  max-width: min(340px, 90vw); padding: 7px 10px; border-radius: 7px;
+  font-size: .85rem; line-height: 1.4; background: var(--ink); color: var(--page); font-variant-numeric: tabular-nums;
+  white-space: pre-line; }
+.sortable button { all: unset; cursor: pointer; } .sortable button:focus-visible { outline: 2px solid var(--accent); }
+.sortable th[aria-sort="ascending"] button::after { content: " \\2191"; }
+.sortable th[aria-sort="descending"] button::after { content: " \\2193"; }
 td.text, th.text { text-align: left; }
 td b { font-weight: 650; }
 td.text { color: var(--soft); font-size: .86rem; min-width: 16em; }
@@ -60,24 +76,29 @@ footer { margin-top: 60px; padding-top: 16px; border-top: 1px solid var(--line);
 
 
 def page(title: str, body: str) -> str:
-    """A whole document. The security policy lets the page load nothing and run nothing, whatever text it shows."""
+    """A whole document. The security policy lets the page load nothing, and run its own script alone, whatever text it shows."""
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
+        f'<div id="tip" role="status" hidden></div>\n<script>{SCRIPT}</script>\n</body>\n</html>\n'
     )
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: Sequence[int] = ()) -> str:
-    """A table that scrolls sideways on a narrow screen. Cells are HTML already; heads are text."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: Sequence[int] = (), sortable: bool = False) -> str:
+    """A table that scrolls sideways on a narrow screen. Cells are HTML already; heads are text, and sort the rows when pressed."""
 
     def cell(tag: str, i: int, content: str) -> str:
         return f"<{tag}{' class=text' if i in text_columns else ''}>{content}</{tag}>"
 
-    header = "".join(cell("th", i, escape(text)) for i, text in enumerate(head))
+    heads = [f'<button type="button">{escape(text)}</button>' if sortable else escape(text) for text in head]
+    header = "".join(cell("th", i, text) for i, text in enumerate(heads))
     body = "".join("<tr>" + "".join(cell("td", i, content) for i, content in enumerate(row)) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>'
+    kind = ' class="sortable"' if sortable else ""
+    return f'<div class="scroll"><table{kind}><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def facts(pairs: Sequence[tuple[str, str]]) -> str:
@@ -104,4 +125,9 @@ def grid(*panels: str) -> str:
 
 def folded(title: str, text: str) -> str:
     """Text that a reader may unfold."""
-    return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
+    return folded_html(title, f"<pre>{escape(text)}</pre>")
+
+
+def folded_html(title: str, content: str) -> str:
+    """HTML that a reader may unfold."""
+    return f"<details><summary>{escape(title)}</summary>{content}</details>"

@@ -42,10 +42,10 @@ _STYLE: Any = {
 
 
 def trajectory_picture(result: dict[str, Any], path: Path) -> Path:
-    """Both maps, angles and lengths along the run, and directional similarity by layer and kind."""
+    """Both maps, the path's principal components, angles and lengths along the run, and directional similarity by layer and kind."""
     network, steps = result["network"], result["steps"]
     with mpl.rc_context(_STYLE):
-        figure, axes = plt.subplots(2, 3, figsize=(13, 7.6), layout="constrained")
+        figure, axes = plt.subplots(2, 4, figsize=(17.5, 7.6), layout="constrained")
         figure.suptitle(f"{result['run']}: trajectory through weight space, {len(steps)} checkpoints", x=0.01, ha="left", fontsize=12)
         _heat_map(axes[0, 0], network["trajectory_map"], steps, f"From the origin, ω = {_value(network['omega'])}")
         walk = result["null_values"]["random_walk"]["omega_relative"]
@@ -75,6 +75,8 @@ def trajectory_picture(result: dict[str, Any], path: Path) -> Path:
         )
         for axis in (angles, norms, updates):
             _step_axis(axis)
+        _path(axes[0, 3], network["principal_components"], steps)
+        _shares(axes[1, 3], network, result["null_values"])
         return _save(figure, path)
 
 
@@ -462,4 +464,80 @@ def transfer_picture(result: dict[str, Any], path: Path) -> Path:
             axes[0, 0].set_ylim(min(best) - 0.05 * (max(best) - min(best) + 0.2), max(best) + max(best) - min(best) + 0.3)
         axes[0, 0].set_ylabel("validation loss, nats a token")
         axes[0, 0].legend(fontsize=8)
+        return _save(figure, path)
+
+
+def _path(axis: Axes, components: dict[str, Any] | None, steps: list[int]) -> None:
+    """The checkpoints in the plane of their first two principal components, first to last."""
+    axis.set(title="Path along its principal components")
+    if components is None:
+        return
+    points = np.array([[*point, 0.0][:2] for point in components["coordinates"]])
+    axis.plot(*points.T, "-", color="#bbbbbb", lw=1)
+    axis.scatter(*points.T, c=range(len(steps)), cmap=MAP_COLOURS, s=22, zorder=3)
+    for i in (0, len(steps) - 1):
+        axis.annotate(f"step {short(steps[i])}", points[i], (4, 4), textcoords="offset points", fontsize=8)
+    axis.set(xlabel=f"first   ({components['shares'][0]:.0%} of the variance)", ylabel="second")
+    axis.margins(0.12)
+
+
+def _shares(axis: Axes, network: dict[str, Any], nulls: dict[str, dict[str, float]]) -> None:
+    """How much of the path's variance each principal component has."""
+    shares = network["principal_components"]["shares"] if network["principal_components"] else []
+    axis.bar(range(1, len(shares) + 1), shares, color=RUN_COLOURS[0])
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ratio = f"{_value(network['participation_ratio'])} (line 1, random walk {nulls['random_walk']['participation_ratio']:.2f})"
+    axis.set(title="Variance by component", xlabel=f"component   participation ratio {ratio}")
+
+
+def weights_picture(result: dict[str, Any], path: Path) -> Path:
+    """Singular values of every matrix, and its ranks by layer and kind."""
+    matrices = {name: found for name, found in result["tensors"].items() if found.get("spectrum")}
+    layers = sorted({found["layer"] for found in matrices.values() if found["layer"] is not None})
+    kinds = list(dict.fromkeys(found["kind"] for found in matrices.values() if found["layer"] is not None))
+    with mpl.rc_context(_STYLE):
+        figure, axes = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
+        figure.suptitle(f"{result['run']}: spectra of the weights at step {result['step']}", x=0.01, ha="left", fontsize=12)
+        for found in matrices.values():
+            inner = found["layer"] is not None
+            colour = layer_colour(layers.index(found["layer"]) / max(1, len(layers) - 1)) if inner else "#777777"
+            axes[0].plot(range(1, len(found["spectrum"]) + 1), found["spectrum"], "-" if inner else "--", color=colour, lw=1)
+        axes[0].set(title="Singular values", xlabel="number   (violet first layer, orange last; dashed: embeddings)", yscale="log")
+        for axis, measure, title in ((axes[1], "stable_rank", "Stable rank"), (axes[2], "tail_exponent", "Tail exponent")):
+            for i, kind in enumerate(kinds):
+                of_kind = [(found["layer"], found[measure]) for found in matrices.values() if found["kind"] == kind]
+                points = sorted((layer, value) for layer, value in of_kind if layer is not None and value is not None)
+                if points:
+                    axis.plot(*zip(*points, strict=True), "o", ms=4, color=RUN_COLOURS[i % len(RUN_COLOURS)], label=kind)
+            axis.set(title=f"{title} by layer", xlabel="layer")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes[1].legend(fontsize=8)
+        return _save(figure, path)
+
+
+def step_picture(result: dict[str, Any], path: Path) -> Path:
+    """The last step by layer and kind: its length, its angle to the weights, sign-like coordinates, and the spread of curvature."""
+    groups = [("network", result["network"])]
+    groups += [(f"layer {layer}", found) for layer, found in result["layers"].items()] if len(result["layers"]) <= 12 else []
+    groups += list(result["kinds"].items())
+    places = np.arange(len(groups))[::-1]
+    with mpl.rc_context(_STYLE):
+        figure, axes = plt.subplots(1, 4, figsize=(16, 1.6 + 0.28 * len(groups)), layout="constrained", sharey=True)
+        figure.suptitle(f"{result['run']}: the step that ended at {result['step']}, from Adam's moments", x=0.01, ha="left", fontsize=12)
+        for axis, measure, title in (
+            (axes[0], "relative_update", "|u| / |θ|"),
+            (axes[1], "angle_to_weights", "Degrees between u and the weights"),
+            (axes[2], "sign_like", "Share of sign-like coordinates"),
+        ):
+            axis.barh(places, _floats([found[measure] for _, found in groups]), height=0.62, color=RUN_COLOURS[0])
+            axis.set(title=title)
+            axis.grid(axis="y", visible=False)
+        axes[0].set_yticks(places, [name for name, _ in groups])
+        axes[1].axvline(90, color="#888888", lw=1, ls=":")
+        for place, (_, found) in zip(places, groups, strict=True):
+            low, tenth, median, ninetieth, high = found["curvature_percentiles"]
+            axes[3].plot([low, high], [place, place], color="#bbbbbb", lw=2)
+            axes[3].plot([tenth, ninetieth], [place, place], color=RUN_COLOURS[2], lw=5)
+            axes[3].plot(median, place, "o", ms=4, color="#222222")
+        axes[3].set(title="log₁₀ of squared gradients", xlabel="1, 10, 50, 90, 99 percent of the coordinates")
         return _save(figure, path)

@@ -12,17 +12,18 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from analysis import outliers, pictures, trajectory
+from analysis import optimizer_step, outliers, pictures, trajectory, weights
 from analysis.charts import Line, heat_map, layer_colour, line_chart, padded_range
 from analysis.output import short, write_json, write_whole
-from analysis.page import facts, folded, grid, page, panel, section, table
+from analysis.page import facts, folded, folded_html, grid, page, panel, section, table
 from analysis.runs import Run, read_json, read_metrics
 from analysis.shards import open_checkpoint
+from analysis.tensorboard import write_tensorboard
 from model.errors import InputError
 
 
 def write_report(runs: list[Run], out: str | Path | None = None, verify: bool = True) -> list[Path]:
-    """Analyse what has not been analysed yet, and write the page and overview.png beside it.
+    """Analyse what has not been analysed yet; write the page, overview.png beside it, and what TensorBoard shows of each run.
 
     Args:
         out: a folder, or an .html file; default: report/ of a single run, else the folder that holds the runs.
@@ -36,6 +37,9 @@ def write_report(runs: list[Run], out: str | Path | None = None, verify: bool = 
         target = Path(out)
     file = target if target.suffix == ".html" else target / "report.html"
     gathered = [gather(run, verify) for run in runs]
+    for run, found in zip(runs, gathered, strict=True):
+        if run.folder is not None and (run.folder / "tensorboard").is_dir():
+            write_tensorboard(found, run.default_report(), run.folder / "tensorboard" / "report")
     names = [run["name"] for run in gathered]
     for run in gathered:
         if names.count(run["name"]) > 1:
@@ -53,14 +57,20 @@ def gather(run: Run, verify: bool = True) -> dict[str, Any]:
     report = run.default_report()
     found: dict[str, dict[str, Any] | None] = {}
     for verb, analyze, draw in (
-        ("trajectory", trajectory.analyze_trajectory, pictures.trajectory_picture),
-        ("outliers", outliers.analyze_outliers, pictures.outliers_picture),
+        (
+            "trajectory",
+            lambda run: trajectory.analyze_trajectory(run, verify=False, keep=report / "grams.safetensors"),
+            pictures.trajectory_picture,
+        ),
+        ("outliers", lambda run: outliers.analyze_outliers(run, verify=False), pictures.outliers_picture),
+        ("weights", lambda run: weights.analyze_weights(run, verify=False), pictures.weights_picture),
+        ("step", lambda run: optimizer_step.analyze_step(run, verify=False), pictures.step_picture),
     ):
         found[verb] = _up_to_date(run, report / f"{verb}.json")
         if found[verb] is None:
             run.open(verify)  # damage stops the report; what follows only says that an analysis does not apply
             try:
-                result = analyze(run, verify=False)
+                result = analyze(run)
             except InputError as error:
                 notes.append(f"{verb}: {error}")
                 print(f"note: no {verb}: {error}", file=sys.stderr)
@@ -85,20 +95,24 @@ def gather(run: Run, verify: bool = True) -> dict[str, Any]:
         "checkpoint": {"step": last.step, "format": last.format, "ranks": last.world_size, "precision": last.precision},
         "trajectory": found["trajectory"],
         "outliers": found["outliers"],
+        "weights": found["weights"],
+        "step": found["step"],
         "notes": notes,
     }
 
 
 def _up_to_date(run: Run, path: Path) -> dict[str, Any] | None:
     """The result in this file, unless there is none or a checkpoint came, went or changed since."""
-    if not path.exists() or any(file.stat().st_mtime > path.stat().st_mtime for folder in run.checkpoints for file in folder.glob("*.pt")):
+    opened = [open_checkpoint(folder) for folder in run.checkpoints]
+    if not path.exists() or any(file.stat().st_mtime > path.stat().st_mtime for checkpoint in opened for file in checkpoint.files()):
         return None
     try:
         result = read_json(path)
     except InputError:
         return None
-    same = result.get("format") == 1 and result.get("steps") == [open_checkpoint(folder).step for folder in run.checkpoints]
-    return result if same else None
+    steps = [checkpoint.step for checkpoint in opened]
+    same = result["steps"] == steps if "steps" in result else result.get("step") == steps[-1] and not result.get("compared_with")
+    return result if result.get("format") == 1 and same else None
 
 
 def _data_manifest(run: Run) -> dict[str, Any]:
@@ -114,11 +128,14 @@ def render(runs: list[dict[str, Any]], command: str) -> str:
     parts = [
         f"<header><h1>{escape(title)}</h1>"
         '<p class="lead">What these training runs are, how well they learned, and what happened inside them, read from the checkpoints '
-        "they left on disk. Hover over a point or a cell for its value.</p></header>",
+        "they left on disk. Point at a map or a curve for its values (or use the arrow keys); "
+        "press a column's head to sort by it.</p></header>",
         _summary(runs),
         _losses(runs, colours),
         _outliers(runs, colours),
         _trajectories(runs, colours),
+        _weights(runs, colours),
+        _steps(runs, colours),
         _identities(runs, colours),
         _commands(runs, command),
     ]
@@ -244,6 +261,7 @@ def _outliers(runs: list[dict[str, Any]], colours: list[str]) -> str:
         table(
             ["run", "largest kurtosis", "largest at the last step", "largest / median activation, last step", "activation RMS, last step"],
             rows,
+            sortable=True,
         ),
         *([f"<p>{_LIVE}</p>", grid(*live)] if live else []),
     )
@@ -275,7 +293,7 @@ def _trajectories(runs: list[dict[str, Any]], colours: list[str]) -> str:
     shown = [(run, run["trajectory"], colour) for run, colour in zip(runs, colours, strict=True) if run["trajectory"]]
     if not shown:
         return ""
-    panels, angles, lengths = [], [], []
+    panels, angles, lengths, paths = [], [], [], []
     for run, result, colour in shown:
         network, steps = result["network"], result["steps"]
         maps = "".join(
@@ -296,6 +314,10 @@ def _trajectories(runs: list[dict[str, Any]], colours: list[str]) -> str:
         panels.append(panel(run["name"], f'<div class="maps">{maps}</div>', colour, caption))
         angles.append(Line(run["name"], list(zip(steps[1:-1], network["consecutive_update_angles"], strict=True)), colour, dots=True))
         lengths.append(Line(run["name"], list(zip(steps, network["displacement_norms"], strict=True)), colour, dots=True))
+        if network["principal_components"]:
+            shares, points = network["principal_components"]["shares"], network["principal_components"]["coordinates"]
+            label = f"{run['name']} ({', '.join(f'{share:.0%}' for share in shares[:2])} of the variance)"
+            paths.append(Line(label, [(point[0], [*point, 0.0][1]) for point in points], colour, dots=True))
     kinds = list(dict.fromkeys(kind for _, result, _ in shown for kind in result["kinds"]))
     rows = [
         [f'<span class="swatch" style="background:{colour}"></span>{escape(run["name"])}', _number(result["network"]["omega_relative"], 3)]
@@ -315,9 +337,91 @@ def _trajectories(runs: list[dict[str, Any]], colours: list[str]) -> str:
                 caption="0: straight on. 90: unrelated. Above 90: turning back.",
             ),
             panel("Distance from the start", line_chart(lengths, "Distance from the first checkpoint over training", "step", "|θ − θ₀|")),
+            panel(
+                "The path in the plane of its first two principal components",
+                line_chart(paths, "Paths along their first two principal components", "first component", "second component"),
+                caption="Each run in a plane of its own. A random walk draws a parabola too: its components are cosines.",
+            ),
         ),
         "<h3>ω from the start, by kind of parameter</h3>",
-        table(["run", "network", *kinds], rows),
+        table(["run", "network", *kinds], rows, sortable=True),
+        *(_tensor_table(run["name"], result) for run, result, _ in shown),
+    )
+
+
+def _tensor_table(name: str, result: dict[str, Any]) -> str:
+    columns = [
+        ("parameters", "parameters", 0),
+        ("omega", "ω origin", 4),
+        ("omega_relative", "ω start", 4),
+        ("straightness", "straightness", 4),
+        ("length", "length", 3),
+        ("mean_consecutive_update_angle", "angle between updates, degrees", 1),
+        ("participation_ratio", "participation ratio", 2),
+    ]
+    rows = [[escape(tensor), *(_number(found[key], digits) for key, _, digits in columns)] for tensor, found in result["tensors"].items()]
+    return folded_html(f"{name}: each tensor's path", table(["tensor", *(label for _, label, _ in columns)], rows, sortable=True))
+
+
+def _weights(runs: list[dict[str, Any]], colours: list[str]) -> str:
+    shown = [(run, run["weights"], colour) for run, colour in zip(runs, colours, strict=True) if run["weights"]]
+    if not shown:
+        return ""
+    panels, tables = [], []
+    for run, result, colour in shown:
+        matrices = {name: found for name, found in result["tensors"].items() if found.get("spectrum")}
+        last = max([found["layer"] for found in matrices.values() if found["layer"] is not None], default=0)
+        lines = [
+            Line(
+                name,
+                list(enumerate(found["spectrum"], 1)),
+                "var(--soft)" if found["layer"] is None else layer_colour(found["layer"] / max(1, last)),
+                dashed=found["layer"] is None,
+                unnamed=True,
+            )
+            for name, found in matrices.items()
+        ]
+        chart = line_chart(lines, f"Largest singular values of each matrix, {run['name']}", "number", "singular value", log=True)
+        caption = f"Step {result['step']}. Violet: the first layer, orange: the last; dashed: embeddings."
+        panels.append(panel(run["name"], chart, colour, caption))
+        columns = [("norm", 3), ("spectral_norm", 3), ("stable_rank", 1), ("entropy_rank", 1), ("tail_exponent", 2)]
+        rows = [
+            [escape(name), " × ".join(map(str, found["shape"])), *(_number(found[key], digits) for key, digits in columns)]
+            for name, found in matrices.items()
+        ]
+        head = ["matrix", "shape", "norm", "spectral norm", "stable rank", "entropy rank", "tail exponent"]
+        tables.append(folded_html(f"{run['name']}: every matrix", table(head, rows, sortable=True)))
+    return section(
+        "Spectra of the weights",
+        "The largest 32 singular values of each matrix at the last checkpoint. Stable and entropy rank say how many directions carry a "
+        "matrix; a tail exponent below about 4 is a heavy tail.",
+        grid(*panels),
+        *tables,
+    )
+
+
+def _steps(runs: list[dict[str, Any]], colours: list[str]) -> str:
+    rows = []
+    for run, colour in zip(runs, colours, strict=True):
+        for kind, found in run["step"]["kinds"].items() if run["step"] else []:
+            rows.append(
+                [
+                    f'<span class="swatch" style="background:{colour}"></span>{escape(run["name"])}',
+                    escape(kind),
+                    _number(found["relative_update"], 6),
+                    _number(found["angle_to_weights"], 1),
+                    _number(found["angle_to_displacement"], 1),
+                    f"{found['sign_like']:.1%}",
+                    _number(found["curvature_percentiles"][2], 1),
+                ]
+            )
+    if not rows:
+        return ""
+    head = ["run", "kind", "|u| / |θ|", "degrees to the weights", "to the displacement", "sign-like", "median of log₁₀ squared gradient"]
+    return section(
+        "The last step",
+        "Rebuilt from Adam's moments in the last checkpoint. Sign-like: coordinates that move by the sign of their gradient.",
+        table(head, rows, sortable=True),
     )
 
 
@@ -372,11 +476,11 @@ def _commands(runs: list[dict[str, Any]], command: str) -> str:
         for run in runs
         if run["environment"].get("command")
     ]
-    definitions = {**trajectory.DEFINITIONS, **outliers.DEFINITIONS}
+    definitions = {**trajectory.DEFINITIONS, **outliers.DEFINITIONS, **weights.DEFINITIONS, **optimizer_step.DEFINITIONS}
     return section(
         "How to get this again",
-        "The commands that made these runs, as each rank saw its own, and this page. The numbers are in trajectory.json and outliers.json "
-        "of each run's report folder.",
+        "The commands that made these runs, as each rank saw its own, and this page. The numbers are in trajectory.json, outliers.json, "
+        "weights.json and step.json of each run's report folder.",
         f"<pre>{escape(chr(10).join([*lines, command]))}</pre>",
         folded("What every number means", "\n".join(f"{name}: {text}" for name, text in definitions.items())),
     )

@@ -252,7 +252,7 @@ def kind_of(name: str) -> str:
 
 def analyze_trajectory(
     run: Run,
-    memory_megabytes: float = 4,
+    memory_megabytes: float = 64,
     verify: bool = True,
     progress: bool = True,
     keep: Path | None = None,

@@ -1,15 +1,18 @@
 """How fast trajectories are read: against the limit of this machine, and against DeepSpeed's own way.
 
-    python -m scripts.benchmark_trajectory --checkpoints 8 --parameters 50e6 --ranks 4 --stage 3 --folder /tmp/benchmark
+    python -m scripts.benchmark_trajectory --checkpoints 32 --parameters 200e6 --ranks 4 --peer-checkpoints 4 --folder /tmp/benchmark
 
 Makes checkpoints in DeepSpeed's ZeRO layout (stage 2 or 3), then times, in one run and one after the other:
 
     read      every byte of the float32 shards once
     multiply  the matrix products of a pass, on data in the processor's caches
     ours      the Gram matrices of all tensors (`analysis.grams`)
-    peer      zero_to_fp32 of each checkpoint, torch.load of its output, and a dot product a pair of checkpoints
+    ours, N processes    `torchrun --nproc_per_node N -m analysis trajectory`, start and pictures included; compared with one process
+    peer      zero_to_fp32 of each checkpoint; then torch.load of its output, and a dot product a pair of checkpoints
 
-The limit is the larger of the first two. Anonymous memory is sampled while ours runs; files on disk are compared before and after.
+The limit is the larger of the first two. Where other work shares the machine, seconds of the processor say more than the clock.
+Anonymous memory is sampled while ours runs; files on disk are compared before and after.
+With --peer-checkpoints P the peer works on P checkpoints and its times are scaled: converting by K / P, the rest by the pairs.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from analysis.grams import increment_grams
 from analysis.shards import open_checkpoint
@@ -121,42 +125,54 @@ def read_once(folder: Path) -> float:
     return time.perf_counter() - start
 
 
-def multiply(count: int, parameters: int) -> float:
-    """Seconds of the float64 products of a pass, (K, c) times its transpose, at the piece size that suits this processor best."""
+def multiply(count: int, parameters: int) -> tuple[float, float]:
+    """Seconds, by the clock and of the processor, of a pass's products, (K, c) float64 times its transpose, in the best pieces."""
     seconds = []
-    for megabytes in (1, 2, 4, 8):
-        columns = megabytes * 2**20 // (8 * count)
+    for kilobytes in (512, 1024, 2048, 4096, 8192):
+        columns = kilobytes * 2**10 // (8 * count)
         rows, gram = torch.randn(count, columns, dtype=torch.float64), torch.zeros(count, count, dtype=torch.float64)
         pieces = math.ceil(parameters / columns)
-        measured = min(pieces, 200)
-        gram.addmm_(rows, rows.T)
-        start = time.perf_counter()
+        measured = min(pieces, 300)
+        gram += torch.mm(rows, rows.T)
+        start, started = time.perf_counter(), time.process_time()
         for _ in range(measured):
-            gram.addmm_(rows, rows.T)
-        seconds.append((time.perf_counter() - start) * pieces / measured)
+            gram += torch.mm(rows, rows.T)
+        scale = pieces / measured
+        seconds.append(((time.perf_counter() - start) * scale, (time.process_time() - started) * scale))
     return min(seconds)
 
 
-def peer(folder: Path, scratch: Path) -> float:
-    """Seconds of zero_to_fp32, torch.load and pairwise dot products, checkpoints two at a time in memory."""
-    drop_caches(folder)
+def peer(steps: list[Path], scratch: Path) -> tuple[float, float]:
+    """Seconds of zero_to_fp32, and of torch.load and a dot product for each pair; checkpoints two at a time in memory."""
+    code = (
+        "import sys\nfrom deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict as convert\n"
+        "for tag in sys.argv[3:]:\n    convert(sys.argv[1], f'{sys.argv[2]}/{tag}', tag=tag, max_shard_size='100GB')"
+    )
+    command = [sys.executable, "-c", code, str(steps[0].parent), str(scratch), *(step.name for step in steps)]
     start = time.perf_counter()
-    whole = []
-    for step in sorted(path for path in folder.iterdir() if path.is_dir()):
-        out = scratch / step.name
-        code = (
-            "import sys\nfrom deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict as convert\n"
-            "convert(sys.argv[1], sys.argv[2], tag=sys.argv[3], max_shard_size='100GB')"
-        )
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-        subprocess.run([sys.executable, "-c", code, str(folder), str(out), step.name], check=True, env=environment, capture_output=True)
-        whole.append(out / "pytorch_model.bin")
+    subprocess.run(command, check=True, env={**os.environ, "DS_ACCELERATOR": "cpu"}, capture_output=True)
+    whole = [scratch / step.name / "pytorch_model.bin" for step in steps]
+    converted = time.perf_counter()
     for i, first in enumerate(whole):
         a = torch.load(first, map_location="cpu", weights_only=True)
         for second in whole[i:]:
             b = torch.load(second, map_location="cpu", weights_only=True)
             sum(float(a[name].flatten() @ b[name].flatten()) for name in a)
-    return time.perf_counter() - start
+    return converted - start, time.perf_counter() - converted
+
+
+def spread_over(processes: int, folder: Path, scratch: Path, expected: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """(seconds of a launch of several processes, its largest deviation from `expected` relative to the lengths multiplied)."""
+    out = scratch / f"processes-{processes}"
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone", "-m", "analysis"]
+    start = time.perf_counter()
+    subprocess.run([*command, "trajectory", str(folder), "--out", str(out)], check=True, capture_output=True)
+    seconds = time.perf_counter() - start
+    deviation = 0.0
+    for name, gram in load_file(out / "grams.safetensors").items():
+        lengths = expected[name].diag().sqrt()
+        deviation = max(deviation, float(((gram - expected[name]).abs() / lengths.outer(lengths)).max()))
+    return seconds, deviation
 
 
 def digest(folder: Path) -> str:
@@ -174,42 +190,71 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--stage", type=int, choices=(2, 3), default=3)
-    parser.add_argument("--memory-megabytes", type=float, default=4)
+    parser.add_argument("--memory-megabytes", type=float, default=64)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/burnish_benchmark_trajectory"), help="is emptied before and after")
-    parser.add_argument("--without-peer", action="store_true")
+    parser.add_argument("--processes", type=int, nargs="*", default=[], help="also spread over so many processes")
+    parser.add_argument("--peer-checkpoints", type=int, metavar="P", help="default: all; 0: without the peer")
     parser.add_argument("--out", type=Path, help="a JSON file")
     arguments = parser.parse_args()
     count, scratch, folder = arguments.checkpoints, arguments.folder / "peer", arguments.folder / "run"
     shutil.rmtree(arguments.folder, ignore_errors=True)
     shapes = shapes_of(int(arguments.parameters), arguments.width)
     parameters = sum(shape.numel() for shape in shapes.values())
+    steps = [folder / f"step{step}" for step in range(count)]
+    peers = count if arguments.peer_checkpoints is None else arguments.peer_checkpoints
     try:
-        for step in range(count):
-            write_checkpoint(folder / f"step{step}", shapes, step, arguments.ranks, arguments.stage)
-        before = digest(folder)
-        seconds = {"read": read_once(folder), "multiply": multiply(count, parameters)}
+        for step, path in enumerate(steps):
+            write_checkpoint(path, shapes, step, arguments.ranks, arguments.stage)
+        before, size = digest(folder), sum(path.stat().st_size for path in folder.rglob("*optim_states.pt"))
+        seconds = {"read": read_once(folder)}
+        seconds["multiply"], seconds["multiply, of the processor"] = multiply(count, parameters)
         drop_caches(folder)
         with Memory() as memory:
-            start = time.perf_counter()
-            increment_grams([open_checkpoint(folder / f"step{step}") for step in range(count)], arguments.memory_megabytes, progress=False)
+            start, started = time.perf_counter(), time.process_time()
+            grams = increment_grams([open_checkpoint(path) for path in steps], arguments.memory_megabytes, progress=False)
             seconds["ours"] = time.perf_counter() - start
+            seconds["ours, of the processor"] = time.process_time() - started
         seconds["read again"] = read_once(folder)
-        if not arguments.without_peer:
-            seconds["peer"] = peer(folder, scratch)
         limit = max(min(seconds["read"], seconds["read again"]), seconds["multiply"])
         result = {
+            "command": "python -m scripts.benchmark_trajectory " + " ".join(sys.argv[1:]),
             "checkpoints": count,
             "parameters": parameters,
             "ranks": arguments.ranks,
             "zero_stage": arguments.stage,
+            "bytes": size,
             "torch": torch.__version__,
+            "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "seconds": {name: round(value, 2) for name, value in seconds.items()},
+            "seconds": seconds,
             "share_of_the_limit": round(limit / seconds["ours"], 2),
-            "times_faster_than_the_peer": round(seconds["peer"] / seconds["ours"], 1) if "peer" in seconds else None,
             "anonymous_megabytes": round(memory.peak / 2**20),
-            "bytes_on_disk_unchanged": digest(folder) == before,
         }
+        deviations = {}
+        for processes in arguments.processes:
+            drop_caches(folder)
+            seconds[f"ours, {processes} processes"], deviations[processes] = spread_over(processes, folder, scratch, grams)
+        if deviations:
+            result["largest_deviation_from_one_process"] = deviations
+        result["bytes_on_disk_unchanged"] = digest(folder) == before
+        if peers:
+            drop_caches(folder)
+            convert, pairs = peer(steps[:peers], scratch)
+            seconds["peer, converting"] = convert * count / peers
+            seconds["peer, loading and dot products"] = pairs * count * (count + 1) / (peers * (peers + 1))
+            whole = seconds["peer, converting"] + seconds["peer, loading and dot products"]
+            result |= {
+                "peer_checkpoints": peers,
+                "times_faster_than_the_peer": round(whole / seconds["ours"], 1),
+                "times_faster_than_its_converting_alone": round(seconds["peer, converting"] / seconds["ours"], 1),
+            }
+        rate = size / min(seconds["read"], seconds["read again"])
+        result["predicted_hours_of_154_checkpoints_of_12B"] = {
+            "reading, fp16 files": round(154 * 12e9 * 2 / rate / 3600, 1),
+            "reading, float32 shards": round(154 * 12e9 * 4 / rate / 3600, 1),
+            "multiplying, one process": round(multiply(154, 12_000_000_000)[0] / 3600, 1),
+        }
+        result["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
     finally:
         shutil.rmtree(arguments.folder, ignore_errors=True)
     print(json.dumps(result, indent=1))

@@ -42,7 +42,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         super().__init__(path)
         model_files, optimizer_files = checkpoint_files(path)
         self._load: Callable[[Path], dict[str, Any]] = cache(load_file)  # one mapping a file, gone with this object
-        self._optimizer_files = optimizer_files
+        self._model_files, self._optimizer_files = model_files, optimizer_files
         self._shapes: dict[str, torch.Size] = {}  # of what is in pieces
         self._whole: dict[str, Tensor] = {}  # parameters that one file holds entirely, in any dtype
         self._pieces: dict[str, list[_Piece]] = {}
@@ -97,7 +97,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         name = self.owner(name)
         if name in self._pieces:
             piece = self._pieces[name][0]
-            base, number = self._base_state(piece.rank), piece.group
+            base, number = self.base_state(piece.rank), piece.group
         elif name in self._moments:
             base, number = self._adam, self._numbers[name]
         else:
@@ -106,11 +106,40 @@ class DeepSpeedCheckpoint(Checkpoint):
             raise InputError(f"{self.path}: an elastic checkpoint, which does not hold the optimizer's settings")
         return adam_settings(base, number, self.path)
 
+    # ---- the files' own contents, for analysis/resharding.py -----------------------------------------------------
+
+    def model_states(self) -> dict[str, Any]:
+        """What the first rank's model-states file holds."""
+        return self._load(self._model_files[0])
+
+    def optimizer_path(self, rank: int) -> Path:
+        return self._optimizer_files[rank]
+
+    def optimizer_states(self, rank: int) -> dict[str, Any]:
+        """What a rank's optimizer-states file holds."""
+        return self._load(self._optimizer_files[rank])
+
+    def optimizer_state(self, rank: int) -> dict[str, Any]:
+        """The state_dict of a rank's ZeRO optimizer, within that file."""
+        state = self.optimizer_states(rank).get("optimizer_state_dict")
+        if not isinstance(state, dict):
+            raise InputError(f"{self._optimizer_files[rank]}: not a DeepSpeed checkpoint: it has no 'optimizer_state_dict'")
+        return state
+
+    def base_state(self, rank: int) -> Any:
+        """A rank's state_dict of the optimizer inside DeepSpeed's: one state a group; a list in the elastic form."""
+        state = self.optimizer_state(rank)
+        return state.get("optimizer_state_dict") or state.get("base_optimizer_state") or {}
+
+    def flat_dtype(self, group: int, kind: Kind) -> torch.dtype:
+        """Of a flat vector in the files."""
+        return self._groups(0, kind)[group].dtype
+
     # ---- the index -----------------------------------------------------------------------------------------------
 
     def _layout(self, first: dict[str, Any], model_files: list[Path]) -> tuple[int, int]:
         """(ZeRO stage, ranks), after checking that every rank's files are there and agree."""
-        state = self._optimizer_state(next(iter(self._optimizer_files)))
+        state = self.optimizer_state(next(iter(self._optimizer_files)))
         count = state.get("partition_count")
         world_size = max(count) if isinstance(count, list) else count
         if not isinstance(world_size, int):
@@ -139,7 +168,7 @@ class DeepSpeedCheckpoint(Checkpoint):
                     raise InputError(f"{file}: of step {step}, among files of step {self.step}; files of two checkpoints are mixed")
         taken: dict[int, int] = {}  # rank -> steps its optimizer took
         for rank in self._optimizer_files:
-            base = self._base_state(rank)
+            base = self.base_state(rank)
             state = next(iter(base.get("state", {}).values()), {}) if isinstance(base, dict) else {}
             if "step" in state:
                 taken[rank] = int(state["step"])
@@ -153,28 +182,17 @@ class DeepSpeedCheckpoint(Checkpoint):
     def _any_optimizer_file(self) -> Path:
         return next(iter(self._optimizer_files.values()))
 
-    def _optimizer_state(self, rank: int) -> dict[str, Any]:
-        state = self._load(self._optimizer_files[rank]).get("optimizer_state_dict")
-        if not isinstance(state, dict):
-            raise InputError(f"{self._optimizer_files[rank]}: not a DeepSpeed checkpoint: it has no 'optimizer_state_dict'")
-        return state
-
     def _groups(self, rank: int, kind: Kind = "weight") -> list[Tensor]:
         """A rank's flat vectors, one a parameter group (ZeRO 3: a sub-group)."""
-        state = self._optimizer_state(rank)
+        state = self.optimizer_state(rank)
         if kind == "weight":
             groups = state.get("fp32_flat_groups") or state.get("single_partition_of_fp32_groups") or []
             return [group.detach() for group in groups]
-        base = self._base_state(rank)
+        base = self.base_state(rank)
         states = base if isinstance(base, list) else [base.get("state", {}).get(i, {}) for i in range(len(self._groups(rank)))]
         if not all(kind in group for group in states):
             raise InputError(f"{self._optimizer_files[rank]}: no {kind}: the optimizer is not Adam, or has not taken a step yet")
         return [group[kind] for group in states]
-
-    def _base_state(self, rank: int) -> Any:
-        """A rank's state_dict of the optimizer inside DeepSpeed's: one state a group; a list in the elastic form."""
-        state = self._optimizer_state(rank)
-        return state.get("optimizer_state_dict") or state.get("base_optimizer_state") or {}
 
     def _view(self, piece: _Piece, kind: Kind) -> Tensor:
         group = self._groups(piece.rank, kind)[piece.group]
@@ -197,7 +215,7 @@ class DeepSpeedCheckpoint(Checkpoint):
     def _index_stages_1_and_2(self, first: dict[str, Any]) -> None:
         shapes_by_group = first["param_shapes"]
         by_rank = [self._check_group_count(rank, len(shapes_by_group)) for rank in range(self.world_size)]
-        alignment = self._optimizer_state(0).get("param_alignment_paddings")
+        alignment = self.optimizer_state(0).get("param_alignment_paddings")
         for group, shapes in enumerate(shapes_by_group):
             # the ranks' parts joined are the group's flat vector
             starts = [0]

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -63,17 +64,19 @@ def test_report_compares_runs_and_needs_no_network(run_folder, capsys):
     assert capsys.readouterr().out.splitlines()[0] == str(report)
     assert (run_folder.parent / "overview.png").read_bytes().startswith(b"\x89PNG")
     for run in (run_folder, other):
-        assert {p.name for p in (run / "report").iterdir()} == {"trajectory.json", "trajectory.png", "outliers.json", "outliers.png"}
+        written = {"trajectory.json", "trajectory.png", "grams.safetensors", "outliers.json", "outliers.png", "weights.json", "weights.png"}
+        assert {p.name for p in (run / "report").iterdir()} == written
     html = report.read_text()
     page = Page(html)
-    assert not {"script", "iframe", "img", "object", "embed"} & set(page.tags)
+    assert not {"iframe", "img", "object", "embed"} & set(page.tags)
+    assert page.tags.count("script") == 1
     for tag, name, value in page.attributes:
         if name in ("src", "href", "xlink:href", "data", "action"):
             assert value == "data:,", (tag, name, value)
-    assert not re.search(r"url\(|@import|https?://", html)
+    assert not re.search(r"url\(|@import|https?://", html.replace("http://www.w3.org/2000/svg", ""))
     assert "default-src 'none'" in html
     charts = [value for tag, name, value in page.attributes if tag == "svg" and name == "aria-label"]
-    assert len(charts) == page.tags.count("svg") == 2 + 2 + 4 + 2  # loss, norm; outliers; maps; angles, distance
+    assert len(charts) == page.tags.count("svg") == 2 + 2 + 4 + 3 + 2  # loss, norm; outliers; maps; angles, distance, path; spectra
     assert all(charts)
     for expected in ("toy and other", "3.5000", "4.1000", "python train.py recipes/toy.yaml", "0123456789ab", "python -m analysis report"):
         assert expected in page.text, expected
@@ -90,7 +93,8 @@ def test_hostile_text_is_escaped(run_folder):
     assert main(["report", str(run), "--out", str(run.parent / "page.html")]) == 0
     html = (run.parent / "page.html").read_text()
     page = Page(html)
-    assert not {"img", "script"} & set(page.tags)
+    assert "img" not in page.tags
+    assert page.tags.count("script") == 1  # the page's own, which its policy names by hash: test_page.py
     assert not [name for _, name, _ in page.attributes if name.startswith("on")]
     assert hostile in page.text
 
@@ -214,7 +218,11 @@ def test_charts_leave_gaps_and_thin_large_maps():
     assert "nothing to draw" in line_chart([Line("a", [(0, -1.0)], "red")], "alt", "x", "y", log=True)
     count = 100
     values: list[list[float | None]] = [[1.0] * count for _ in range(count)]
-    assert heat_map(values, list(range(count)), "alt", 0.0).count("<title>") == 48 * 48
+    drawn = heat_map(values, list(range(count)), "alt", 0.0)
+    shown = json.loads(unescape(re.search('data-map="([^"]*)"', drawn)[1]))
+    assert drawn.count("<rect") == 48 * 48 + 64  # and the colour bar
+    assert len(shown["values"]) == len(shown["steps"]) == 48
+    assert shown["steps"][0] == 0 and shown["steps"][-1] == count - 1
 
 
 def test_report_shows_what_training_measured(run_folder):
@@ -232,4 +240,32 @@ def test_report_shows_what_training_measured(run_folder):
     page = Page((run_folder / "report" / "report.html").read_text())
     charts = [value for tag, name, value in page.attributes if tag == "svg" and name == "aria-label"]
     assert sum("over training tokens" in chart for chart in charts) == 2
-    assert "17.2" in page.text and "99.5" not in page.text
+    series = [json.loads(value) for _, name, value in page.attributes if name == "data-series"]
+    drawn = {point[3] for chart in series for line in chart for point in line["points"]}
+    assert {17.25, 0.25} <= drawn and not {2.0, 99.5, 0.875} & drawn
+
+
+def test_tensorboard_has_recipe_figures_and_pictures(run_folder):
+    """Read back by TensorBoard itself; a second report leaves one event file, not two."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+
+    (run_folder / "tensorboard").mkdir()
+    (run_folder / "recipe.yaml").write_text("model: {size: nano}\noptimizer: {learning_rate: 1.0e-3, betas: [0.9, 0.95]}\n")
+    for _ in range(2):
+        assert main(["report", str(run_folder)]) == 0
+    folder = run_folder / "tensorboard" / "report"
+    assert len(list(folder.iterdir())) == 1
+    events = EventAccumulator(str(folder)).Reload()
+    trajectory = json.loads((run_folder / "report" / "trajectory.json").read_text())["network"]
+    (loss,) = events.Scalars("report/validation_loss")
+    (omega,) = events.Scalars("report/omega_from_the_start")
+    assert (loss.step, loss.value) == (20, 3.5)
+    assert omega.value == pytest.approx(trajectory["omega_relative"], rel=1e-6)
+    assert set(events.Tags()["images"]) == {"report/trajectory", "report/outliers", "report/weights"}
+    (image,) = events.Images("report/trajectory")
+    assert image.encoded_image_string.startswith(b"\x89PNG") and image.width > 1000
+    content = events.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
+    settings = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert settings["model.size"].string_value == "nano" and settings["optimizer.learning_rate"].number_value == 1e-3
+    assert settings["optimizer.betas"].string_value == "[0.9, 0.95]"

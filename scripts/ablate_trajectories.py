@@ -1,0 +1,292 @@
+"""Train the trajectory grid and say what moves the path through weight space: `python -m scripts.ablate_trajectories [--seeds 0 1]`.
+
+Momentum x weight decay x learning rate x batch, on as many tokens each and 25 checkpoints evenly spaced; beside it three widths, an
+Outlier-Protected network, and Functional-SAM. After each run `python -m analysis trajectory` reads its checkpoints, which are then
+deleted (`--keep-checkpoints`). Figures go to the file --out, and a picture beside it. Launched again it carries on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from analysis.runs import Run, read_json, read_metrics
+from training.data import prepare
+from training.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = "recipes/trajectory_grid.yaml"
+TOKENS = 589_824
+INTERVALS = 24
+# factor: its levels, lowest first. Momentum is Adam's beta1.
+FACTORS: dict[str, list[float]] = {
+    "momentum": [0.0, 0.9],
+    "weight_decay": [0.0, 1.0],
+    "learning_rate": [2e-3, 6e-3],
+    "batch": [512, 2048],
+}
+MIDDLE = {"momentum": 0.9, "weight_decay": 0.1, "learning_rate": 4e-3, "batch": 1024}
+# name: what it is, and what differs from the middle of the grid
+BESIDE: dict[str, tuple[str, list[str]]] = {
+    "width32": ("width 32", ["model.width=32"]),
+    "middle": ("width 64, pre-norm, AdamW", []),
+    "width128": ("width 128", ["model.width=128"]),
+    "outlier_protected": ("Outlier-Protected", ["model.block=outlier_protected"]),
+    "functional_sam": ("Functional-SAM, radius 0.05", ["optimizer.sharpness_aware=functional_sam"]),
+}
+
+
+def settings_of_grid() -> list[dict[str, float]]:
+    return [dict(zip(FACTORS, levels, strict=True)) for levels in product(*FACTORS.values())]
+
+
+def name_of(settings: dict[str, float]) -> str:
+    return "grid_" + "_".join(f"{factor}{settings[factor]:g}" for factor in FACTORS)
+
+
+def overrides_of(settings: dict[str, float]) -> list[str]:
+    batch = int(settings["batch"])
+    return [
+        f"optimizer.betas=[{settings['momentum']:g}, 0.95]",
+        f"optimizer.weight_decay={settings['weight_decay']:g}",
+        f"optimizer.learning_rate={settings['learning_rate']:g}",
+        f"training.tokens_per_step={batch}",
+        f"training.micro_batch_size={min(batch // 128, 8)}",
+        f"checkpoint.every={TOKENS // batch // INTERVALS}",
+        f"logging.every={TOKENS // batch // INTERVALS}",
+        f"evaluation.every={TOKENS // batch}",
+        f"training.tokens={TOKENS}",
+    ]
+
+
+def train(name: str, overrides: list[str], seed: int, runs: Path, corpus: str, keep: bool) -> None:
+    """Train a run and analyse it, unless that is done already."""
+    run = runs / f"{name}_seed{seed}"
+    if (run / "report" / "trajectory.json").exists():
+        return
+    common = [f"run.seed={seed}", f"run.name={run.name}", f"run.folder={runs}", f"data.prepared={corpus}"]
+    call(run.name, [sys.executable, "train.py", RECIPE, *overrides, *common], runs / f"{run.name}.log")
+    call(run.name, [sys.executable, "-m", "analysis", "trajectory", str(run)], runs / f"{run.name}.log")
+    if not keep:
+        shutil.rmtree(run / "checkpoints")
+
+
+def call(what: str, command: list[str], log: Path) -> None:
+    """Run a command in one thread, its output into `log`. Ends this program when it fails."""
+    print(f"{what}: {command[1] if command[1] != '-m' else command[3]}", flush=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with open(log, "a") as output:
+        code = subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT).returncode
+    if code:
+        raise SystemExit(f"{what}: failed with exit code {code}; see {log}")
+
+
+# what is measured of a run, and its name in a table
+MEASURES = {
+    "omega": "ω from the origin",
+    "omega_relative": "ω from the start",
+    "straightness": "straightness",
+    "update_angle": "degrees between updates",
+    "total_angle": "degrees to the whole displacement",
+    "length": "length of the path",
+    "displacement": "displacement",
+    "norm_growth": "norm, last over first",
+    "participation_ratio": "participation ratio",
+    "validation_loss": "validation loss",
+}
+
+
+def figures(run: Path) -> dict[str, Any]:
+    """What one run came to; by layer and by query, key and value too."""
+    result = read_json(run / "report" / "trajectory.json")
+    network = result["network"]
+    losses = [record["validation_loss"] for record in read_metrics(Run(run, run)) if "validation_loss" in record]
+    parts = ("attention query", "attention key", "attention value", "attention output", "mlp")
+    return {
+        "checkpoints": len(result["steps"]),
+        "omega": network["omega"],
+        "omega_relative": network["omega_relative"],
+        "straightness": network["straightness"],
+        "update_angle": statistics.fmean(network["consecutive_update_angles"]),
+        "total_angle": statistics.fmean(network["displacement_angles"]),
+        "length": network["length"],
+        "displacement": network["displacement_norms"][-1],
+        "norm_growth": network["weight_norms"][-1] / network["weight_norms"][0],
+        "participation_ratio": network["participation_ratio"],
+        "validation_loss": losses[-1],
+        "layers": {layer: found["omega_relative"] for layer, found in result["layers"].items()},
+        "layers_by_kind": {
+            layer: {part: {key: kinds[part][key] for key in ("omega_relative", "mean_consecutive_update_angle")} for part in parts}
+            for layer, kinds in result["layers_by_kind"].items()
+        },
+        "relative_map": network["relative_map"],
+        "steps": result["steps"],
+    }
+
+
+def effects(grid: list[dict[str, Any]], measure: str) -> dict[str, dict[str, Any]]:
+    """Of each factor: the differences between pairs of runs that differ in it alone, from its lowest level to its highest."""
+    found = {}
+    for factor, levels in FACTORS.items():
+        pairs = [
+            (low["figures"][measure], high["figures"][measure])
+            for low in grid
+            for high in grid
+            if low["settings"][factor] == levels[0]
+            and high["settings"] == {**low["settings"], factor: levels[-1]}
+            and low["seed"] == high["seed"]
+        ]
+        differences = [high - low for low, high in pairs]
+        if differences:
+            found[factor] = {
+                "mean": statistics.fmean(differences),
+                "deviation": statistics.pstdev(differences),
+                "pairs": len(differences),
+                "up": sum(difference > 0 for difference in differences),
+            }
+    return found
+
+
+def interaction(grid: list[dict[str, Any]], measure: str) -> dict[str, float | None]:
+    """What momentum does at each weight decay: the mean difference between runs that differ in momentum alone."""
+    return {
+        f"{decay:g}": effects([run for run in grid if run["settings"]["weight_decay"] == decay], measure).get("momentum", {}).get("mean")
+        for decay in FACTORS["weight_decay"]
+    }
+
+
+def summarize(runs: Path, seeds: list[int]) -> dict[str, Any]:
+    """Figures of the runs that are there, and the effects of the factors; `missing` names the others."""
+    grid, beside, missing = [], [], []
+    for seed in seeds:
+        for settings in settings_of_grid():
+            run = runs / f"{name_of(settings)}_seed{seed}"
+            if (run / "report" / "trajectory.json").exists():
+                grid.append({"settings": settings, "seed": seed, "figures": figures(run)})
+            else:
+                missing.append(run.name)
+        for name, (what, _) in BESIDE.items():
+            run = runs / f"{name}_seed{seed}"
+            if (run / "report" / "trajectory.json").exists():
+                beside.append({"name": name, "what": what, "seed": seed, "figures": figures(run)})
+            else:
+                missing.append(run.name)
+    first = next(runs.glob("*/report/trajectory.json"))
+    environment = read_json(first.parents[1] / "environment.json")
+    del environment["command"]  # of that run alone
+    return {
+        "command": f"python -m scripts.ablate_trajectories --seeds {' '.join(map(str, seeds))}",
+        "environment": environment,
+        "tokens": TOKENS,
+        "factors": FACTORS,
+        "null_values": read_json(first)["null_values"],
+        "effects": {measure: effects(grid, measure) for measure in MEASURES},
+        "momentum_at_each_weight_decay": {measure: interaction(grid, measure) for measure in MEASURES},
+        "grid": grid,
+        "beside": beside,
+        "missing": missing,
+    }
+
+
+def tables(result: dict[str, Any]) -> str:
+    """For the terminal and docs/trajectories.md."""
+    head = "| " + " | ".join(["from lowest to highest", *(f"{f} {v[0]:g} → {v[-1]:g}" for f, v in FACTORS.items())]) + " |"
+    lines = [head, "|---" * (1 + len(FACTORS)) + "|"]
+    for measure, label in MEASURES.items():
+        cells = [label]
+        for factor in FACTORS:
+            one = result["effects"][measure].get(factor)
+            cells.append(f"{one['mean']:+.3g} ± {one['deviation']:.2g} ({one['up']} of {one['pairs']} up)" if one else "–")
+        lines.append("| " + " | ".join(cells) + " |")
+    shown = ("omega", "omega_relative", "straightness", "update_angle", "norm_growth", "participation_ratio", "validation_loss")
+    lines += ["", "| run | " + " | ".join(MEASURES[measure] for measure in shown) + " |", "|---" * (1 + len(shown)) + "|"]
+    for name, (what, _) in BESIDE.items():
+        runs = [run["figures"] for run in result["beside"] if run["name"] == name]
+        if runs:
+            lines.append(f"| {what} | " + " | ".join(" / ".join(f"{run[measure]:.3g}" for run in runs) for measure in shown) + " |")
+    lines += ["", "| ω from the start, by layer | query | key | value | output | MLP |", "|---" * 6 + "|"]
+    everything = [run["figures"] for run in (*result["grid"], *result["beside"])]
+    for layer in everything[0]["layers_by_kind"]:
+        parts = everything[0]["layers_by_kind"][layer]
+        means = [statistics.fmean(run["layers_by_kind"][layer][part]["omega_relative"] for run in everything) for part in parts]
+        lines.append(f"| layer {layer}, mean of all runs | " + " | ".join(f"{mean:.3f}" for mean in means) + " |")
+    return "\n".join(lines)
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Maps from the start at the corners of the grid, and each run's straightness and angle by factor."""
+    import matplotlib.pyplot as plt
+
+    from analysis.pictures import MAP_COLOURS, RUN_COLOURS
+
+    chosen = [
+        run for run in result["grid"] if run["seed"] == result["grid"][0]["seed"] and run["settings"]["batch"] == FACTORS["batch"][-1]
+    ]
+    figure, axes = plt.subplots(2, max(len(chosen), 4), figsize=(2.3 * max(len(chosen), 4), 5.2), layout="constrained")
+    for axis, run in zip(axes[0], chosen, strict=False):
+        axis.imshow([[x or 0.0 for x in row] for row in run["figures"]["relative_map"]], cmap=MAP_COLOURS, vmin=0, vmax=1)
+        setting = run["settings"]
+        title = (
+            f"β₁ {setting['momentum']:g}, decay {setting['weight_decay']:g}\nlr {setting['learning_rate']:g}, batch {setting['batch']:g}"
+        )
+        axis.set_title(f"{title}\nω {run['figures']['omega_relative']:.3f}", fontsize=8)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    for axis in axes[0][len(chosen) :]:
+        axis.set_axis_off()
+    for axis in axes[1]:
+        axis.set_axis_off()
+    grid = axes[1, 0].get_gridspec()
+    half = axes.shape[1] // 2
+    for place, measure in ((slice(0, half), "straightness"), (slice(half, None), "update_angle")):
+        axis = figure.add_subplot(grid[1, place])
+        for number, (factor, levels) in enumerate(FACTORS.items()):
+            for run in result["grid"]:
+                level = levels.index(run["settings"][factor])
+                x = number + (level - 0.5 * (len(levels) - 1)) * 0.4
+                axis.plot(x, run["figures"][measure], "o", ms=4, color=RUN_COLOURS[level], alpha=0.8)
+        axis.set_xticks(range(len(FACTORS)), [f"{factor}\n{' → '.join(f'{v:g}' for v in levels)}" for factor, levels in FACTORS.items()])
+        axis.set_title(MEASURES[measure], fontsize=9)
+        axis.tick_params(labelsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--runs", type=Path, default=Path("runs/trajectory_grid"), help="folder of the runs")
+    parser.add_argument("--keep-checkpoints", action="store_true", help="1.2 GB a seed; default: deleted when they are analysed")
+    parser.add_argument("--summarize-only", action="store_true", help="train nothing: figures of the runs that are there")
+    parser.add_argument("--out", type=Path, default=Path("docs/evidence/trajectories_cpu.json"))
+    arguments = parser.parse_args()
+    runs = arguments.runs.resolve()
+    if not arguments.summarize_only:
+        record = next(iter(sorted(runs.glob("*/data.json"))), None)
+        corpus = json.loads(record.read_text())["prepared"] if record else str(prepare(load_recipe(RECIPE).recipe.data).folder)
+        jobs = [(name, [*overrides_of(MIDDLE), *overrides]) for name, (_, overrides) in BESIDE.items()]
+        jobs += [(name_of(settings), overrides_of(settings)) for settings in settings_of_grid()]
+        for seed in arguments.seeds:
+            for name, overrides in jobs:
+                train(name, overrides, seed, runs, corpus, arguments.keep_checkpoints)
+    result = summarize(runs, arguments.seeds)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    draw(result, arguments.out.with_suffix(".png"))
+    for run in (*result["grid"], *result["beside"]):
+        del run["figures"]["relative_map"]
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(tables(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
