@@ -131,7 +131,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         state = self.optimizer_state(rank)
         return state.get("optimizer_state_dict") or state.get("base_optimizer_state") or {}
 
-    def flat_dtype(self, group: int, kind: Kind) -> torch.dtype:
+    def flat_dtype(self, group: int, kind: str) -> torch.dtype:
         """Of a flat vector in the files."""
         return self._groups(0, kind)[group].dtype
 
@@ -182,7 +182,7 @@ class DeepSpeedCheckpoint(Checkpoint):
     def _any_optimizer_file(self) -> Path:
         return next(iter(self._optimizer_files.values()))
 
-    def _groups(self, rank: int, kind: Kind = "weight") -> list[Tensor]:
+    def _groups(self, rank: int, kind: str = "weight") -> list[Tensor]:
         """A rank's flat vectors, one a parameter group (ZeRO 3: a sub-group)."""
         state = self.optimizer_state(rank)
         if kind == "weight":
