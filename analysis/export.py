@@ -282,7 +282,7 @@ def _copy_tokenizer(source: Path, folder: Path) -> tuple[int | None, str]:
             for file in source.glob(pattern):
                 if file.name != "description.json":
                     shutil.copy(file, folder / file.name)
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True).eos_token_id, "tokenizer copied"
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False).eos_token_id, "tokenizer copied"
     import sentencepiece
 
     from analysis.sentencepiece_tokenizer import as_transformers, first_difference
@@ -311,7 +311,7 @@ def _compare_models(checkpoint: Checkpoint, folder: Path) -> list[str]:
 
     import model.huggingface  # noqa: F401  # makes the class known to transformers
 
-    exported: Any = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32).eval()
+    exported: Any = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, dtype=torch.float32).eval()
     vocabulary = int(exported.config.get_text_config().vocab_size)
     length = min(64, int(getattr(exported.config, "max_position_embeddings", 64) or 64))
     tokens = torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(0))
@@ -329,7 +329,7 @@ def _compare_models(checkpoint: Checkpoint, folder: Path) -> list[str]:
         raise RuntimeError(f"the exported model does not compute what the checkpoint's does: {lines[0]}")
     has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
     if has_tokenizer:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         prompt = tokenizer("The", return_tensors="pt", add_special_tokens=False)["input_ids"]
         text = exported.generate(prompt, max_new_tokens=min(24, length - prompt.shape[1]), do_sample=False)
         lines.append(f"a sample: {tokenizer.decode(text[0])!r}")
@@ -349,4 +349,4 @@ def _live_model(checkpoint: Checkpoint) -> Any:
         network = Transformer(read_config(checkpoint.path))
         checkpoint.load_into(network)
         return network.eval()
-    return AutoModelForCausalLM.from_pretrained(str(checkpoint.path), local_files_only=True, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(str(checkpoint.path), local_files_only=True, trust_remote_code=False, dtype=torch.float32).eval()
