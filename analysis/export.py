@@ -311,7 +311,9 @@ def _compare_models(checkpoint: Checkpoint, folder: Path) -> list[str]:
 
     import model.huggingface  # noqa: F401  # makes the class known to transformers
 
-    exported: Any = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, dtype=torch.float32).eval()
+    exported: Any = AutoModelForCausalLM.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=False, dtype=torch.float32
+    ).eval()
     vocabulary = int(exported.config.get_text_config().vocab_size)
     length = min(64, int(getattr(exported.config, "max_position_embeddings", 64) or 64))
     tokens = torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(0))
@@ -349,4 +351,6 @@ def _live_model(checkpoint: Checkpoint) -> Any:
         network = Transformer(read_config(checkpoint.path))
         checkpoint.load_into(network)
         return network.eval()
-    return AutoModelForCausalLM.from_pretrained(str(checkpoint.path), local_files_only=True, trust_remote_code=False, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        str(checkpoint.path), local_files_only=True, trust_remote_code=False, dtype=torch.float32
+    ).eval()
