@@ -37,6 +37,9 @@ def main() -> int:
         folder = prepare(load_recipe(arguments.recipes[0], arguments.overrides).recipe.data).folder.resolve()
         arguments.runs.mkdir(parents=True, exist_ok=True)
         corpus.write_text(str(folder))
+    content = json.loads((Path(corpus.read_text()) / "manifest.json").read_text())["content_hash"]
+    if result.setdefault("content_hash", content) != content:
+        raise SystemExit(f"{arguments.out}: its runs read another text than {corpus.read_text()}; give another --out")
     for seed in arguments.seeds:
         for recipe in arguments.recipes:
             name = f"{recipe.stem}_seed{seed}"

@@ -116,7 +116,7 @@ def main() -> int:
     rates = {size: study.tuned_rate(size) for size in SIZES if study.is_tuned(size)}  # what earlier calls found is told as well
     summary = summarise(study.results.runs, rates, radii)
     header = {"command": "python -m scripts.compare_sharpness_aware", "environment": study.environment(), "definitions": DEFINITIONS}
-    study.results.write(**header, **summary)
+    study.results.write(**header, content_hash=study.results.header["content_hash"], **summary)
     draw(summary, study.results.path.with_suffix(".png"))
     print(table(summary))
     return 0
@@ -128,15 +128,21 @@ class Study:
     def __init__(self, runs: Path, results: Results, jobs: int) -> None:
         self.folder, self.results, self.jobs = runs, results, jobs
         runs.mkdir(parents=True, exist_ok=True)
-        self.corpus = self._corpus("python", ["data.source=python_source"])
+        self.corpus = self._corpus()
 
-    def _corpus(self, name: str, overrides: list[str]) -> Path:
-        """The prepared corpus of the runs that are there, or a new one: all read the same text, whatever is installed between them."""
-        record = self.folder / f"{name}.corpus"
+    def _corpus(self) -> Path:
+        """The prepared corpus of the runs that are there, or a new one: all read the same text, whatever is installed between them.
+
+        Ends this program when that is not the text of the results so far.
+        """
+        record = self.folder / "corpus"
         if not record.exists():
-            recipe = load_recipe("recipes/adamw_nano.yaml", [*COMMON, *overrides]).recipe
-            record.write_text(str(prepare(recipe.data).folder.resolve()))
-        return Path(record.read_text())
+            record.write_text(str(prepare(load_recipe("recipes/adamw_nano.yaml", COMMON).recipe.data).folder.resolve()))
+        folder = Path(record.read_text())
+        content = json.loads((folder / "manifest.json").read_text())["content_hash"]
+        if self.results.header.setdefault("content_hash", content) != content:
+            raise SystemExit(f"{self.results.path}: its runs read another text than {folder}; give another --out, or bring that text back")
+        return folder
 
     def tune_learning_rate(self, size: str) -> float:
         """Train AdamW at every rate; returns that of the least validation loss on the tuning seed."""
