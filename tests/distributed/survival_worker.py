@@ -20,6 +20,7 @@ from scripts.soak import fork_ranks, import_before_forks, training, visible, wai
 from tests.distributed import resharding_worker
 from tests.distributed.conftest import losses
 
+RUNS = "survival_runs"  # apart from those of the session's other tests
 LIMIT = 500  # seconds a launch may take on a machine that others use too
 
 
@@ -32,11 +33,11 @@ class Launches:
         """One launch of the run `name`; what is seen is kept under `key`."""
         self.number += 1
         log = self.recipe.parent / f"launch{self.number}.log"
-        words = [f"run.name={name}", f"deepspeed.zero_optimization.stage={stage}", *overrides]
+        words = [f"run.name={name}", f"run.folder={self.recipe.parent / RUNS}", f"deepspeed.zero_optimization.stage={stage}", *overrides]
         began = time.monotonic()
         processes = fork_ranks(training(str(self.recipe), *words), ranks, log, faults)
         codes = wait(processes, log, limit=LIMIT)
-        run = self.recipe.parent / "runs" / name
+        run = self.recipe.parent / RUNS / name
         self.done[key] = {
             "codes": codes,
             "log": log.read_text(),
@@ -98,7 +99,7 @@ def full_disk(launch: Launches, place: Path) -> None:
     if mounted.returncode:
         return
     try:
-        (place / "runs" / "full").symlink_to(disk)
+        (place / RUNS / "full").symlink_to(disk)
         # 0.7 MB a checkpoint: there is room for two and a half, and Burnish's own estimate says so before the third is begun
         launch("full", "full", 1, "checkpoint.every=2")
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)

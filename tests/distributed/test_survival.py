@@ -20,6 +20,7 @@ from analysis.shards import open_checkpoint
 from model.transformer import Transformer
 from tests.distributed.conftest import ROOT, records
 from tests.distributed.resharding_worker import LAYOUTS
+from tests.distributed.survival_worker import RUNS
 from training.data import Sequences, open_prepared
 from training.recipe import load_recipe, model_config
 
@@ -84,7 +85,7 @@ def test_killed_inside_a_save(where: str, seen: dict[str, Any]) -> None:
 
 def test_nothing_hidden_is_left(seen: dict[str, Any], workplace: Path) -> None:
     for name in ("kill_saving", "kill_written", "kill_renaming"):
-        assert not [path.name for path in (workplace / "runs" / name / "checkpoints").iterdir() if path.name.startswith(".")]
+        assert not [path.name for path in (workplace / RUNS / name / "checkpoints").iterdir() if path.name.startswith(".")]
 
 
 def test_a_hung_rank_ends_the_run_with_every_stack(seen: dict[str, Any], workplace: Path) -> None:
@@ -94,7 +95,7 @@ def test_a_hung_rank_ends_the_run_with_every_stack(seen: dict[str, Any], workpla
     assert re.search(r"rank 0 on .*: .* in _forward_backward, waiting in all_reduce", hung["log"])
     assert re.search(r"rank 1 on .*: faults.py:\d+ in before_step", hung["log"])
     for rank, function in ((0, "all_reduce"), (1, "before_step")):
-        assert f"in {function}" in (workplace / "runs" / "hung" / "stacks" / f"rank-{rank:05d}.txt").read_text()
+        assert f"in {function}" in (workplace / RUNS / "hung" / "stacks" / f"rank-{rank:05d}.txt").read_text()
 
 
 def test_a_frozen_rank_is_named(seen: dict[str, Any]) -> None:
@@ -138,7 +139,7 @@ def test_a_skipped_spike_leaves_the_step_out(seen: dict[str, Any]) -> None:
 
 def test_a_rewound_run_goes_back_and_passes_over_the_data(seen: dict[str, Any], workplace: Path) -> None:
     """Step 5, taken again from the checkpoint of step 4, has the loss of that model on what would have been the seventh step's data."""
-    run = workplace / "runs" / "rewound"
+    run = workplace / RUNS / "rewound"
     assert "step 6: back to step 4, past the data of 2 steps (2 in all)" in seen["rewound"]["log"]
     assert [r["step"] for r in records(run) if "loss" in r] == [1, 2, 3, 4, 5, 5, 6, 7, 8]
     recipe = load_recipe(run / "recipe.yaml").recipe
