@@ -133,7 +133,6 @@ class ModelConfig:
         depth, width = self.base_depth or self.depth, self.base_width or self.width
         unit_scale = 1.0 / (self.init_std * math.sqrt(width))  # MLP input of mean square 1 -> output of mean square 1
         head_dim = self.head_dim or self.width // self.heads
-        shaped = self.attention == "shaped" or (self.attention is None and simplified)
         defaults: dict[str, Any] = {
             "kv_heads": self.heads,
             "head_dim": head_dim,
@@ -141,7 +140,7 @@ class ModelConfig:
             "mlp_width": 64 * math.ceil(self.width * 8 / 3 / 64) if self.activation == "swiglu" else 4 * self.width,
             "activation_slopes": (0.0, -1.0) if self.activation == "shaped_relu" else None,
             "attention": "shaped" if simplified else "softmax",
-            "query_init": "zero" if shaped and self.attention_temperature is None else "normal",
+            "query_init": "zero" if self.is_shaped and self.attention_temperature is None else "normal",
             "norm_biases": self.biases == "all",
             "norm_places": places,
             "qk_norm": "rms_norm" if protected and self.attention_softcap is None else "none",
@@ -161,6 +160,11 @@ class ModelConfig:
     def is_simplified(self) -> bool:
         """SAS or SAS-P: values and projection are the identity."""
         return self.block in ("simplified", "simplified_parallel")
+
+    @property
+    def is_shaped(self) -> bool:
+        """Attention is shaped: asked for, or by default."""
+        return self.attention == "shaped" or (self.attention is None and self.is_simplified)
 
     @property
     def width_ratio(self) -> float:
@@ -205,13 +209,12 @@ class ModelConfig:
 
     def _attention_problems(self) -> list[str]:
         problems = []
-        shaped = self.attention == "shaped" or (self.attention is None and self.is_simplified)
         if self.is_simplified and (self.kv_heads or self.heads) * (self.head_dim or self.width // self.heads) != self.width:
             problems.append(
                 f"heads: values of {self.block} are slices of its input, so kv_heads x head_dim has to be width {self.width}; "
                 "leave kv_heads and head_dim out"
             )
-        if self.attention_gains == "fixed" and not shaped:
+        if self.attention_gains == "fixed" and not self.is_shaped:
             problems.append("attention_gains: only shaped attention has them; leave it out, or use attention shaped")
         if self.attention_temperature is not None and self.parametrization != "standard":
             problems.append(f"attention_temperature: {self.parametrization} scales the scores by itself; leave one of the two out")

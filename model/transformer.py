@@ -97,10 +97,8 @@ class Transformer(nn.Module):
                 self.watch(f"layer {i}", x)
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, context, use_reentrant=False)
-            elif cache is not None:
-                x = block(x, context, cache.layer(i))
             else:
-                x = block(x, context)
+                x = block(x, context, cache.layer(i) if cache is not None else None)
         if cache is not None:
             cache.length = length
         x = self.final_norm(x)

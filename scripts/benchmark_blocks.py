@@ -20,9 +20,8 @@ from model.attention import Attention, Context
 from model.config import SIZES, ModelConfig
 from model.parametrization import initialize
 from model.transformer import Transformer
-from scripts.benchmark_outliers import take_turns
+from scripts.benchmark_outliers import VOCAB, take_turns, training_step
 
-VOCAB = 16384
 BLOCKS: dict[str, dict[str, Any]] = {
     "pre_norm": {},
     "shaped": {"attention": "shaped"},
@@ -47,7 +46,8 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
     layers = {length: layer_ratio(arguments, length, device, dtype) for length in arguments.lengths}
-    steps = take_turns({name: training_step(arguments, fields, device, dtype) for name, fields in BLOCKS.items()}, arguments.rounds, device)
+    tokens = torch.randint(VOCAB, (arguments.batch, arguments.length), device=device)
+    steps = take_turns({name: training_step(fields, arguments, tokens)[1] for name, fields in BLOCKS.items()}, arguments.rounds, device)
     medians = {name: statistics.median(seconds) for name, seconds in steps.items()}
     result = {
         "command": "python -m scripts.benchmark_blocks " + " ".join(sys.argv[1:]),
@@ -80,26 +80,6 @@ def layer_ratio(arguments: argparse.Namespace, length: int, device: torch.device
 
     seconds = take_turns({attention: layer(attention) for attention in ("softmax", "shaped")}, arguments.rounds, device)
     return statistics.median(seconds["shaped"]) / statistics.median(seconds["softmax"])
-
-
-def training_step(arguments: argparse.Namespace, fields: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
-    """What takes one AdamW step with a network of this block."""
-    shape: dict[str, Any] = {**SIZES[arguments.size], "vocab_size": VOCAB, "sequence_length": arguments.length, **fields}
-    model = Transformer(ModelConfig(**shape))
-    initialize(model, 0)
-    model.to(device, dtype)
-    if arguments.compile:
-        for block in model.blocks:
-            block.compile()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    tokens = torch.randint(VOCAB, (arguments.batch, arguments.length), device=device)
-
-    def step() -> None:
-        (model(tokens, tokens) / tokens.numel()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
 
 
 if __name__ == "__main__":

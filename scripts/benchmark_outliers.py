@@ -38,7 +38,7 @@ def main() -> int:
     tokens = torch.randint(VOCAB, (arguments.batch, arguments.length), device=device)
     subjects: dict[str, Callable[[], None]] = {}
     for block in ("pre_norm", "outlier_protected"):
-        model, step = training_step(block, arguments, tokens)
+        model, step = training_step({"block": block}, arguments, tokens)
         subjects[f"{block} forward"] = lambda model=model: forward(model, tokens)
         subjects[f"{block} step"] = step
     subjects["outlier_protected step, measured"] = lambda: measured(model, step)
@@ -60,9 +60,9 @@ def main() -> int:
     return 0
 
 
-def training_step(block: str, arguments: argparse.Namespace, tokens: torch.Tensor) -> tuple[Transformer, Callable[[], None]]:
-    """A network and what takes one AdamW step with it."""
-    shape: dict[str, Any] = {**SIZES[arguments.size], "vocab_size": VOCAB, "sequence_length": arguments.length, "block": block}
+def training_step(fields: dict[str, Any], arguments: argparse.Namespace, tokens: torch.Tensor) -> tuple[Transformer, Callable[[], None]]:
+    """A network with these fields of the model and what takes one AdamW step with it."""
+    shape: dict[str, Any] = {**SIZES[arguments.size], "vocab_size": VOCAB, "sequence_length": arguments.length, **fields}
     model = Transformer(ModelConfig(**shape))
     initialize(model, 0)
     model.to(tokens.device, torch.bfloat16 if arguments.precision == "bf16" else torch.float32)

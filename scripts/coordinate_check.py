@@ -51,12 +51,7 @@ DEFINITIONS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--widths", type=int, nargs="+", metavar="N")
-    size.add_argument("--depths", type=int, nargs="+", metavar="L")
-    parser.add_argument("--base", type=int, metavar="SIZE", help="at which all are the standard; default: the recipe's, or the smallest")
+    add_size_arguments(parser)
     parser.add_argument("--parametrizations", nargs="+", metavar="NAME", help="default: the recipe's")
     parser.add_argument("--steps", type=int, default=8, help="values are taken before each (default: 8)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -76,11 +71,27 @@ def main() -> int:
     return 0 if all(found["passes"] for found in result["parametrizations"].values()) else 1
 
 
-def check(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the JSON file holds. Raises InputError for a recipe or sizes that make no network."""
+def add_size_arguments(parser: argparse.ArgumentParser) -> None:
+    """A recipe, what differs from it, and the widths or depths that it is taken at."""
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--widths", type=int, nargs="+", metavar="N")
+    size.add_argument("--depths", type=int, nargs="+", metavar="L")
+    parser.add_argument("--base", type=int, metavar="SIZE", help="at which all are the standard; default: the recipe's, or the smallest")
+
+
+def axis_and_sizes(arguments: argparse.Namespace) -> tuple[str, list[int]]:
+    """("width" or "depth", the sizes given). Raises InputError for fewer than two."""
     axis, sizes = ("width", arguments.widths) if arguments.widths else ("depth", arguments.depths)
     if len(set(sizes)) < 2 or min(sizes) < 1:
         raise InputError(f"--{axis}s {' '.join(map(str, sizes))}: expected at least two different positive sizes")
+    return axis, sizes
+
+
+def check(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the JSON file holds. Raises InputError for a recipe or sizes that make no network."""
+    axis, sizes = axis_and_sizes(arguments)
     if arguments.steps <= FIRST_STEP:
         raise InputError(f"--steps {arguments.steps}: expected more than {FIRST_STEP}, from where on slopes are judged")
     recipe = load_recipe(arguments.recipe, arguments.overrides).recipe

@@ -32,7 +32,7 @@ from analysis.pictures import transfer_picture
 from analysis.runs import find_run, read_metrics
 from model.errors import InputError
 from scripts.compare_sharpness_aware import Results
-from scripts.coordinate_check import size_overrides
+from scripts.coordinate_check import add_size_arguments, axis_and_sizes, size_overrides
 from training.data import prepare
 from training.recipe import load_recipe
 
@@ -68,12 +68,7 @@ class Job:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--widths", type=int, nargs="+", metavar="N")
-    size.add_argument("--depths", type=int, nargs="+", metavar="L")
-    parser.add_argument("--base", type=int, metavar="SIZE", help="at which all are the standard; default: the recipe's, or the smallest")
+    add_size_arguments(parser)
     parser.add_argument("--parametrizations", nargs="+", metavar="NAME", default=["standard"])
     parser.add_argument("--exponents", type=float, nargs="+", metavar="E", default=[-10, -9, -8, -7, -6, -5], help="log2 of learning rates")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
@@ -98,10 +93,8 @@ class Sweep:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        self.axis, sizes = ("width", arguments.widths) if arguments.widths else ("depth", arguments.depths)
+        self.axis, sizes = axis_and_sizes(arguments)
         self.sizes, self.exponents = sorted(set(sizes)), sorted(set(arguments.exponents))
-        if len(self.sizes) < 2 or self.sizes[0] < 1:
-            raise InputError(f"--{self.axis}s {' '.join(map(str, sizes))}: expected at least two different positive sizes")
         section = load_recipe(arguments.recipe, arguments.overrides).recipe.model
         own = section.base_width if self.axis == "width" else section.base_depth
         self.base: int = arguments.base or own or self.sizes[0]

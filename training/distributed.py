@@ -103,22 +103,22 @@ def reduce_moments(moments: dict[str, ActivationMoments]) -> None:
 
 def first_problem(problem: str | None) -> str | None:
     """The problem of the first rank that has one, on every rank; every rank calls it."""
-    problems: list[str | None] = [problem]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        problems = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-    return next((p for p in problems if p), None)
+    return next(iter(_problems(problem)), None)
 
 
 def raise_together(problem: str | None) -> None:
     """Raise the same `InputError` on every rank if any rank has a problem, so that none is left waiting for the others."""
+    if found := _problems(problem):
+        raise InputError("\n".join(found))
+
+
+def _problems(problem: str | None) -> list[str]:
+    """What the ranks have met, in their order, each once."""
     problems: list[str | None] = [problem]
-    if dist.is_initialized():
+    if dist.is_initialized() and dist.get_world_size() > 1:
         problems = [None] * dist.get_world_size()
         dist.all_gather_object(problems, problem)
-    found = list(dict.fromkeys(p for p in problems if p))
-    if found:
-        raise InputError("\n".join(found))
+    return list(dict.fromkeys(p for p in problems if p))
 
 
 @contextmanager

@@ -161,7 +161,8 @@ def save_distributed(folder: Path, rank: int, world_size: int) -> None:
         torch.save(truth, folder / "distributed" / "truth.pt")
 
 
-def main() -> None:
+def join() -> tuple[Path, int, int]:
+    """Join the other ranks, as FOLDER RANK WORLD_SIZE PORT of the command line say; returns the first three."""
     folder, rank, world_size, port = Path(sys.argv[1]), *map(int, sys.argv[2:5])
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -169,6 +170,11 @@ def main() -> None:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # no compiler needed
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    return folder, rank, world_size
+
+
+def main() -> None:
+    folder, rank, world_size = join()
     for layout in sys.argv[5:]:
         make(folder, layout, rank, world_size)
     save_distributed(folder, rank, world_size)

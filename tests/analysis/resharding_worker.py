@@ -13,20 +13,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from make_checkpoints import LAYOUTS, Toy, fill
+from make_checkpoints import LAYOUTS, Toy, fill, join
 
 SEQUENCES = 6  # a step; divides by 1, 2 and 3 ranks
 
 
 def main() -> None:
-    folder, rank, world_size, port = Path(sys.argv[1]), *map(int, sys.argv[2:5])
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    folder, rank, world_size = join()
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # no compiler needed
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     for layout in sys.argv[5:]:
         config = {
             "train_micro_batch_size_per_gpu": 1,
