@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -140,6 +140,7 @@ class Attention(nn.Module):
         self.query_norm = make_norm(config.qk_norm, self.head_dim, config, config.qk_norm_gains == "trainable")
         self.key_norm = make_norm(config.qk_norm, self.head_dim, config, config.qk_norm_gains == "trainable")
         self.softcap, self.scale = config.attention_softcap, attention_scale(config)
+        self.context_pruning: Any = None  # an Interaction, where model/context_pruning.py has attached one
         self.shaped = config.attention == "shaped"
         if self.shaped and config.attention_gains == "trainable":
             self.identity_gain = nn.Parameter(torch.empty(self.heads))  # alpha
@@ -163,7 +164,9 @@ class Attention(nn.Module):
         new = value
         if cache is not None:
             key, value = cache.extend(key, value)
-        if self.softcap is not None:
+        if self.context_pruning is not None and self.context_pruning.current is not None:
+            mixed = self.context_pruning.mix(query, key, value, context.mask, self.scale)
+        elif self.softcap is not None:
             mixed = softcapped_attention(query, key, value, self.softcap, self.scale, context.mask)
         else:
             mixed = F.scaled_dot_product_attention(

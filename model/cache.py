@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -42,12 +43,13 @@ class LayerCache:
 class Cache:
     """Of a whole network, layer by layer; `Transformer.forward` fills it."""
 
+    make_layer: Callable[[], LayerCache] = LayerCache
     layers: list[LayerCache] = field(default_factory=list)
     length: int = 0  # tokens so far
 
     def layer(self, number: int) -> LayerCache:
         if number == len(self.layers):
-            self.layers.append(LayerCache())
+            self.layers.append(self.make_layer())
         return self.layers[number]
 
     def reorder(self, rows: Tensor) -> None:

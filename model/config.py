@@ -268,3 +268,38 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `ModelConfig(**config.to_dict()) == config`."""
         return dataclasses.asdict(self)
+
+
+SMALLEST_ALPHA = 1.01  # of the sparse sigmoid, above 1: closer to the logistic sigmoid, powers of 1 / (alpha - 1) round too much
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """What pruning adds to a network.
+
+    Attributes:
+        rank: r, of the interaction queries and keys.
+        normalize: RMSNorm of Q_int and K_int, with a trainable gain a dimension.
+        scale: that gain at first: x then scatters about beta by scale^2.
+        rope: rotate Q_int and K_int by position, so that a decision can depend on the distance.
+        bias: beta at first.
+        sinks: tokens at the start of a text that are always kept.
+        window: the nearest so many tokens, a token itself included, are always kept.
+        propagate_in_depth: what a layer drops, all later layers drop.
+    """
+
+    rank: int = 64
+    normalize: bool = True
+    scale: float = 1.0
+    rope: bool = False
+    bias: float = 4.0
+    sinks: int = 1
+    window: int = 8
+    propagate_in_depth: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("rank", 1), ("sinks", 0), ("window", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"context_pruning.{name}: {getattr(self, name)}, expected at least {least}")
+        if self.rope and self.rank % 2:
+            raise InputError(f"context_pruning.rank: {self.rank} is odd, and rope rotates pairs")

@@ -22,6 +22,7 @@ from model.cache import Cache
 from model.config import ModelConfig
 from model.errors import InputError
 from model.parametrization import initialize
+from model.pruned_cache import PrunedLayer
 from model.transformer import Transformer
 
 PREFIX = "network."  # before each of the Transformer's own names in an exported folder
@@ -136,7 +137,7 @@ class BurnishForCausalLM(PreTrainedModel, GenerationMixin):
         if attention_mask is not None and not attention_mask[:, -1].all():
             raise InputError("padding on the right stands between a text and what follows it: set tokenizer.padding_side = 'left'")
         if use_cache and past_key_values is None:
-            past_key_values = Cache()
+            past_key_values = Cache(PrunedLayer) if self.network.context_pruning_settings is not None else Cache()
         seen = past_key_values.length if past_key_values is not None else 0
         return {"input_ids": input_ids[:, seen:], "attention_mask": attention_mask, "past_key_values": past_key_values}
 

@@ -55,6 +55,8 @@ def initialize(model: Transformer, seed: int, gather: Gather = lambda parameter:
     """
     with torch.no_grad():
         for name, module, parameter in owned_parameters(model):
+            if ".context_pruning." in name:  # model/context_pruning.py, which begins by itself
+                continue
             with gather(parameter):
                 parameter.copy_(_initial_value(name, module, parameter.shape, model.config, seed))
 

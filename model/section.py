@@ -25,6 +25,11 @@ class ModelSection(Section):
         description="The Outlier-Protected network as its paper has it for CodeParrot, or as its authors' code builds it; "
         "or the Shaped Transformer (with init_std 1 / sqrt(width)).",
     )
+    pretrained: str | None = Field(
+        default=None,
+        description="Start from a decoder of Hugging Face instead: a hub name, a folder, a GGUF file, or package:NAME for the GGUF file "
+        "in an installed Python package. No other field but sequence_length goes with it.",
+    )
     width: int | None = Field(default=None, ge=1, description="Width of the residual stream.")
     depth: int | None = Field(default=None, ge=1, description="Number of blocks.")
     heads: int | None = Field(default=None, ge=1, description="Number of query heads.")
@@ -121,7 +126,7 @@ class ModelSection(Section):
 
     def config(self, vocab_size: int, sequence_length: int) -> ModelConfig:
         """The network that this asks for; `sequence_length` is what it accepts where the section does not say. Raises InputError."""
-        fields = self.model_dump(exclude={"size", "preset"}, exclude_none=True)
+        fields = self.model_dump(exclude={"size", "preset", "pretrained"}, exclude_none=True)
         return ModelConfig(vocab_size=vocab_size, **{"sequence_length": sequence_length, **fields})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,7 @@ class Transformer(nn.Module):
         assert config.embedding_multiplier is not None and config.head_dim is not None
         self.config = config
         self.activation_checkpointing = False  # set by training
+        self.context_pruning_settings: Any = None  # set where model/context_pruning.py is attached
         self.watch: Callable[[str, Tensor], None] | None = None  # sees the residual stream: see model/activation_statistics.py
         self.embedding = Embedding(config.vocab_size, config.width)
         self.position_embedding = Embedding(config.sequence_length, config.width) if config.positions == "learned" else None
@@ -76,7 +78,20 @@ class Transformer(nn.Module):
         logits = self.unembedding(hidden)
         if targets is None:
             return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET, reduction="sum")
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET, reduction="sum")
+        if self.context_pruning_settings is not None:
+            loss = self.context_pruning_settings.objective(loss, logits, targets, lambda: self.dense_logits(tokens, document_ids))
+        return loss
+
+    @torch.no_grad()
+    def dense_logits(self, tokens: Tensor, document_ids: Tensor | None) -> Tensor:
+        """Logits of the network without its context pruning."""
+        settings = self.context_pruning_settings
+        settings.enabled = False
+        try:
+            return self.unembedding(self.hidden_states(tokens, document_ids))
+        finally:
+            settings.enabled = True
 
     def hidden_states(self, tokens: Tensor, document_ids: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """What the unembedding is given, (batch, length, width); arguments as in `forward`."""

@@ -33,7 +33,7 @@ from training.engine import deepspeed_config, start_distributed
 from training.loop import train
 from training.optimizers import make_optimizer
 from training.plan import accumulation_steps
-from training.recipe import LoadedRecipe, load_recipe, model_config
+from training.recipe import LoadedRecipe, load_recipe
 from training.run_folder import describe_environment
 
 LOGGED_EVERY = 4  # steps; each turn drops its first so many
@@ -148,7 +148,7 @@ def bare_pytorch(loaded: LoadedRecipe, ranks: Ranks, device: torch.device, steps
 
 def network_and_batch(loaded: LoadedRecipe, device: torch.device) -> tuple[Transformer, torch.Tensor, torch.Tensor]:
     recipe = loaded.recipe
-    config = model_config(recipe, prepare(recipe.data, recipe.training.sequence_length).vocab_size)
+    config = recipe.model.config(prepare(recipe.data, recipe.training.sequence_length).vocab_size, recipe.training.sequence_length)
     model = Transformer(config)
     initialize(model, recipe.run.seed)
     model.activation_checkpointing = recipe.training.activation_checkpointing

@@ -35,7 +35,7 @@ from model.parametrization import initialize
 from model.section import resizing
 from model.transformer import Transformer
 from training.optimizers import make_optimizer
-from training.recipe import Recipe, load_recipe, model_config
+from training.recipe import Recipe, load_recipe
 
 LARGEST_SLOPE, FIRST_STEP = 0.25, 3
 MODULES = ("residual", "attention", "mlp", "scores", "logits", "logits_moved")
@@ -178,7 +178,7 @@ def tokens_of(recipe: Recipe, arguments: argparse.Namespace) -> Tensor:
 def train(recipe: Recipe, batch: Tensor, steps: int, seed: int) -> dict[str, list[float]]:
     """Module -> its mean magnitude before each step, of one network trained on one batch."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = Transformer(model_config(recipe, recipe.data.tokenizer.vocab_size))
+    model = Transformer(recipe.model.config(recipe.data.tokenizer.vocab_size, recipe.training.sequence_length))
     initialize(model, seed)
     model.to(device)
     optimizer = make_optimizer(model, recipe.optimizer, fused=False, sharded=recipe.optimizer.kind == "adamw")

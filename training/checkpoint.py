@@ -14,6 +14,7 @@ import random
 import re
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from analysis.files import check_crc, load_file
 from analysis.files import read_manifest as read_manifest_file
 from model.errors import InputError
+from model.pretrained import PretrainedDecoder
 from training import faults
 from training.distributed import Ranks, first_problem, raise_together
 from training.engine import Engine
@@ -71,7 +73,11 @@ def save(engine: Engine, run: Path, step: int, tokens: int, state: dict[str, Any
         engine.save(folder, writing.name)
         torch.save(_random_state(), writing / f"random_state_rank_{ranks.rank:05d}.pt")
         if ranks.is_first:
-            write_json(writing / "model_config.json", engine.model.config.to_dict())
+            pretrained = isinstance(engine.model, PretrainedDecoder)
+            write_json(writing / ("pretrained.json" if pretrained else "model_config.json"), engine.model.config.to_dict())
+            pruning = engine.model.context_pruning_settings
+            if pruning is not None:
+                write_json(writing / "context_pruning.json", {**asdict(pruning.config), "threshold": pruning.threshold})
         dist.barrier()
         faults.kill("kill_written", step, ranks.rank)
         digests = _digests(writing, ranks)

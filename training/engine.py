@@ -43,9 +43,11 @@ from model.config import ModelConfig
 from model.errors import InputError
 from model.linear_cross_entropy import FrozenHead
 from model.parametrization import initialize, owned_parameters
-from model.transformer import Transformer
+from model.pretrained import PretrainedDecoder, PretrainedModel, pretrained_weights
+from model.pretrained import load as load_pretrained
 from training.data import Batch
 from training.distributed import Ranks
+from training.network import make_network
 from training.optimizers import JointOptimizer, make_optimizer
 from training.plan import count_parameters
 from training.recipe import Recipe, zero_stage
@@ -176,14 +178,19 @@ def _added_in_float32(model: torch.nn.Module, added: dict[str, torch.Tensor]) ->
 class Engine:
     """A model, its optimizer and DeepSpeed around both."""
 
-    def __init__(self, recipe: Recipe, model_config: ModelConfig, accumulation: int, ranks: Ranks, device: torch.device) -> None:
+    def __init__(
+        self, recipe: Recipe, model_config: ModelConfig | PretrainedModel, accumulation: int, ranks: Ranks, device: torch.device
+    ) -> None:
         self.recipe, self.ranks, self.device, self.accumulation = recipe, ranks, device, accumulation
         self.stage = zero_stage(recipe)
-        config = deepspeed_config(recipe, count_parameters(model_config).total, accumulation, ranks.world_size)
+        config = deepspeed_config(recipe, count_parameters(model_config, recipe.context_pruning).total, accumulation, ranks.world_size)
         born_sharded = deepspeed.zero.Init(config_dict_or_path=config) if self.stage == 3 else nullcontext()
         with born_sharded:
-            model = Transformer(model_config)
-        initialize(model, recipe.run.seed, gather=self._gather)
+            model = make_network(model_config, recipe.context_pruning, recipe.run.seed)
+        if isinstance(model, PretrainedDecoder):
+            load_pretrained(model, pretrained_weights(model.config.source) if self.stage < 3 or ranks.is_first else None, self._gather)
+        else:
+            initialize(model, recipe.run.seed, gather=self._gather)
         model.activation_checkpointing = recipe.training.activation_checkpointing
         if recipe.training.compile:
             for block in model.blocks:
@@ -198,7 +205,7 @@ class Engine:
         if isinstance(base, JointOptimizer):
             base.ready = True
         self.optimizer: Any = optimizer  # DeepSpeed's wrapper, typed as something without parameter groups
-        self.model = model
+        self.model: Any = model
         self._base = base
         self._perturbed = False
         self._added: dict[str, torch.Tensor] | None = None  # the perturbation where it is not in the forward weights

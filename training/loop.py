@@ -7,6 +7,7 @@ import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from model.activation_statistics import watch_residuals
 from model.config import ModelConfig
 from model.errors import InputError
+from model.pretrained import PretrainedModel
 from model.transformer import IGNORED_TARGET
 from training import checkpoint, faults, stop_request
 from training.curvature import Curvature
@@ -30,6 +32,9 @@ from training.run_folder import check_run_folder, describe_environment, open_run
 from training.sharpness_aware import Outcome, take_step
 from training.stop_request import StopRequest
 from training.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from training.context_pruning import PruningController
 
 
 def train(loaded: LoadedRecipe) -> int:
@@ -63,7 +68,9 @@ def train(loaded: LoadedRecipe) -> int:
             lock.release()
 
 
-def _train(loaded: LoadedRecipe, data: PreparedData, config: ModelConfig, ranks: Ranks, device: torch.device, watchdog: Watchdog) -> int:
+def _train(
+    loaded: LoadedRecipe, data: PreparedData, config: ModelConfig | PretrainedModel, ranks: Ranks, device: torch.device, watchdog: Watchdog
+) -> int:
     recipe, run, training = loaded.recipe, loaded.run_folder, loaded.recipe.training
     total_steps = training.tokens // training.tokens_per_step
     last_step = min(total_steps, recipe.run.stop_at_step or total_steps)
@@ -104,6 +111,15 @@ def _train(loaded: LoadedRecipe, data: PreparedData, config: ModelConfig, ranks:
     if recipe.checkpoint.first and newest is None:
         checkpoint.save(engine, run, step=0, tokens=0, state={})
 
+    pruning = None
+    if recipe.context_pruning is not None:
+        from training.context_pruning import PruningController  # transformers takes seconds to import
+
+        pruning = PruningController(engine.model.context_pruning_settings, recipe.context_pruning, device)
+        if newest is not None:
+            state = newest.manifest["state"].get("context_pruning")
+            if state is not None or start_step > 0:  # the checkpoint before the first step has none
+                pruning.restore(state or {})
     curvature = Curvature(engine, data, recipe) if recipe.evaluation.curvature_every else None
     warned, stopped = False, False
     clock, clock_tokens = time.perf_counter(), 0
@@ -119,7 +135,13 @@ def _train(loaded: LoadedRecipe, data: PreparedData, config: ModelConfig, ranks:
         batches = [sequences.rows(numbers) for numbers in rows]
         faults.spoil(batches, data_step + 1, data.vocab_size)
         valid_tokens = _valid_tokens(batches, training.tokens_per_step, recipe.data.document_masks, device)
-        measured = recipe.logging.outliers_every > 0 and (step % recipe.logging.outliers_every == 0 or step + 1 == last_step)
+        if pruning is not None:
+            pruning.before_step(step, total_steps)
+        measured = (
+            recipe.logging.outliers_every > 0
+            and recipe.model.pretrained is None
+            and (step % recipe.logging.outliers_every == 0 or step + 1 == last_step)
+        )
         done, tokens = step + 1, (step + 1) * training.tokens_per_step
         logged = done % recipe.logging.every == 0 or done == last_step or step == start_step
         watch = watch_residuals(engine.model) if measured else nullcontext()
@@ -127,6 +149,7 @@ def _train(loaded: LoadedRecipe, data: PreparedData, config: ModelConfig, ranks:
             valid_tokens = math.nan
         outcome = take_step(engine, batches, valid_tokens, step, total_steps, logged, watch, spikes.accept)
         result = outcome.result
+        pruned = {} if pruning is None else pruning.after_step(step, total_steps)
         clock_tokens += training.tokens_per_step
 
         if outcome.refused:
@@ -161,6 +184,7 @@ def _train(loaded: LoadedRecipe, data: PreparedData, config: ModelConfig, ranks:
                 "loss_spikes": spikes.count if training.loss_spikes.action != "none" else None,
                 "peak_memory_bytes": memory.bytes(),
                 **outcome.values,
+                **pruned,
             }
             metrics.record(values)
             metrics.progress(done, values)
@@ -178,8 +202,9 @@ def _train(loaded: LoadedRecipe, data: PreparedData, config: ModelConfig, ranks:
         stopped = stop.after_step()
         if done % recipe.evaluation.every == 0 or done == total_steps:
             watchdog.progress(f"evaluating after step {done}")
-            validation_loss = evaluate(engine, data, recipe)
-            metrics.record({"step": done, "tokens": tokens, "validation_loss": validation_loss})
+            evaluated = evaluate_with_pruning(engine, data, recipe, pruning)
+            validation_loss = evaluated["validation_loss"]
+            metrics.record({"step": done, "tokens": tokens, **evaluated})
             metrics.say(
                 f"step {done}/{last_step}  validation loss {validation_loss:.4f}  (a unigram model: {data.validation_unigram_loss:.4f})"
             )
@@ -188,7 +213,10 @@ def _train(loaded: LoadedRecipe, data: PreparedData, config: ModelConfig, ranks:
             metrics.record({"step": done, "tokens": tokens, **curvature.measure(rate)})
         if done % recipe.checkpoint.every == 0 or done == last_step or stopped:
             watchdog.progress(f"saving step {done}")
-            folder = checkpoint.save(engine, run, done, tokens, {"skipped_in_a_row": skipped_in_a_row, "loss_spikes": spikes.state()})
+            state: dict[str, Any] = {"skipped_in_a_row": skipped_in_a_row, "loss_spikes": spikes.state()}
+            if pruning is not None:
+                state["context_pruning"] = pruning.state()
+            folder = checkpoint.save(engine, run, done, tokens, state)
             metrics.say(f"step {done}/{last_step}  saved {folder}")
             if ranks.is_first:
                 checkpoint.remove_old(run, done, recipe.checkpoint.keep_last, recipe.checkpoint.keep_every)
@@ -285,6 +313,24 @@ def evaluate(engine: Engine, data: PreparedData, recipe: Recipe) -> float:
         valid += batch.valid_tokens
     loss, tokens = sum_over_ranks(loss_sum, valid, device=engine.device)
     return loss / tokens
+
+
+def evaluate_with_pruning(engine: Engine, data: PreparedData, recipe: Recipe, pruning: PruningController | None) -> dict[str, Any]:
+    """Validation loss; of a network that prunes its context: as it generates, with hard decisions, and beside it soft and not at all."""
+    if pruning is None:
+        return {"validation_loss": evaluate(engine, data, recipe)}
+    values: dict[str, Any] = {}
+    ways: dict[str, Literal["hard", "soft", "dense"]] = {
+        "validation_loss": "hard",
+        "validation_loss_soft": "soft",
+        "validation_loss_dense": "dense",
+    }
+    for name, how in ways.items():
+        with pruning.evaluating(how):
+            values[name] = evaluate(engine, data, recipe)
+            if how == "hard":
+                values["validation_kept_share"] = pruning.take_measured()[1]
+    return values
 
 
 def _valid_tokens(batches: list[Batch], tokens_per_step: int, document_masks: bool, device: torch.device) -> float:

@@ -67,15 +67,23 @@ class _States:
 
 
 def predict(
-    recipe: Recipe, config: ModelConfig, tensor_sizes: list[int], state_elements: int, world_size: int, accumulation: int, device: str
+    recipe: Recipe,
+    config: ModelConfig,
+    tensor_sizes: list[int],
+    state_elements: int,
+    world_size: int,
+    accumulation: int,
+    device: str,
+    frozen: int = 0,
 ) -> Memory:
     """Bytes on one rank, by part and by moment.
 
     Args:
-        tensor_sizes: elements of each parameter tensor, shared ones once.
+        tensor_sizes: elements of each parameter tensor that is trained, shared ones once.
         state_elements: numbers the optimizer keeps beside the weights where it is not sharded (`optimizers.state_elements`).
         accumulation: micro-batches of a step.
         device: "cuda" or "cpu".
+        frozen: elements that are not trained, which are weights and nothing else.
     """
     training = recipe.training
     compute = 2 if training.precision == "bf16" else 4
@@ -84,8 +92,11 @@ def predict(
     else:
         sharded = _sharded_weights if zero_stage(recipe) == 3 else _sharded_optimizer
         states = sharded(recipe, tensor_sizes, world_size, accumulation, device)
+    states.weights += compute * math.ceil(frozen / world_size if zero_stage(recipe) == 3 else frozen)
     tokens = training.micro_batch_size * training.sequence_length
     block, head = activation_bytes(config, training.sequence_length, compute, recipe.data.document_masks, device == "cuda")
+    if recipe.context_pruning is not None:
+        block += pruning_bytes(config, training.sequence_length, compute)
     if training.activation_checkpointing:
         kept = tokens * (config.depth * compute * config.width + head)
     else:
@@ -222,6 +233,15 @@ def activation_bytes(config: ModelConfig, sequence_length: int, compute: int, ma
     if config.first_norm:
         head += norm(config.norm, width, 1)
     return attention + mlp, head
+
+
+def pruning_bytes(config: ModelConfig, sequence_length: int, compute: int) -> int:
+    """Bytes a token that a block keeps more of with context pruning: per pair of tokens, since the mask has a gradient.
+
+    The decisions: four float32 numbers and a flag; the mask in the compute dtype; and, as no fused kernel gives a mask its gradient,
+    each head's scores.
+    """
+    return sequence_length * (17 + compute + config.heads * compute)
 
 
 def _unsharded(recipe: Recipe, tensor_sizes: list[int], state_elements: int, accumulation: int, device: str) -> _States:

@@ -9,20 +9,31 @@ import torch
 from torch import Tensor
 
 from model.parametrization import is_decayed, learning_factors, owned_parameters
-from model.transformer import Transformer
+from model.pretrained import PretrainedDecoder
+from training.network import Network
 from training.recipe import OptimizerSection
 
 LARGEST_PRECONDITIONER = 10_000  # SOAP's default: a longer side of a matrix is not rotated
 
 
-def parameter_groups(model: Transformer, section: OptimizerSection) -> dict[str, dict[str, Any]]:
+def parameter_groups(model: Network, section: OptimizerSection) -> dict[str, dict[str, Any]]:
     """Name -> {params, weight_decay, lr_factor, and eps where the optimizer has one}, none empty.
 
     The blocks' matrices, the embeddings, and what is not decayed: the blocks' vectors, and the rest. Each has the factors of the
-    network's parametrization in it; `Engine.step` multiplies the learning rate by `lr_factor`.
+    network's parametrization in it; `Engine.step` multiplies the learning rate by `lr_factor`. What decides about the context is a group
+    of its own, and so are the matrices and vectors of a pretrained network, whose parts have other names. Frozen parameters are in none.
     """
-    groups: dict[str, dict[str, Any]] = {name: {} for name in ("matrices", "embeddings", "vectors", "the rest")}
+    groups: dict[str, dict[str, Any]] = {name: {} for name in ("matrices", "embeddings", "vectors", "the rest", "interactions")}
     for name, module, parameter in owned_parameters(model):
+        if not parameter.requires_grad:
+            continue
+        if ".context_pruning." in name:
+            _add(groups["interactions"], parameter, section, section.pruning_learning_rate_factor, 0.0)
+            continue
+        if isinstance(model, PretrainedDecoder):
+            matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1  # at ZeRO stage 3 a parameter itself is flat
+            _add(groups["matrices" if matrix else "vectors"], parameter, section, 1.0, section.weight_decay if matrix else 0.0)
+            continue
         inside, decayed = name.startswith("blocks."), is_decayed(name, module)
         group = groups[("matrices" if inside else "embeddings") if decayed else ("vectors" if inside else "the rest")]
         if not group:  # the factors are the same for all of a group
@@ -36,7 +47,15 @@ def parameter_groups(model: Transformer, section: OptimizerSection) -> dict[str,
     return {name: group for name, group in groups.items() if group}
 
 
-def describe_groups(model: Transformer, section: OptimizerSection) -> str:
+def _add(group: dict[str, Any], parameter: torch.nn.Parameter, section: OptimizerSection, factor: float, weight_decay: float) -> None:
+    if not group:
+        group.update(params=[], lr_factor=factor, lr=factor * section.learning_rate, weight_decay=weight_decay)
+        if section.kind in ("adamw", "soap"):
+            group["eps"] = section.epsilon
+    group["params"].append(parameter)
+
+
+def describe_groups(model: Network, section: OptimizerSection) -> str:
     """What updates which parameters: a line for each group."""
     lines = []
     for name, group in parameter_groups(model, section).items():
@@ -51,7 +70,7 @@ def describe_groups(model: Transformer, section: OptimizerSection) -> str:
     return "\n".join(lines)
 
 
-def state_elements(model: Transformer, section: OptimizerSection) -> int:
+def state_elements(model: Network, section: OptimizerSection) -> int:
     """Numbers that the optimizer keeps for the whole of these parameters, float32 each, beside the weights."""
     count = 0
     for name, group in parameter_groups(model, section).items():
@@ -69,7 +88,7 @@ def state_elements(model: Transformer, section: OptimizerSection) -> int:
 
 
 def make_optimizer(
-    model: Transformer, section: OptimizerSection, fused: bool, sharded: bool = True, max_norm: float | None = None
+    model: Network, section: OptimizerSection, fused: bool, sharded: bool = True, max_norm: float | None = None
 ) -> torch.optim.Optimizer:
     """The recipe's base optimizer over `parameter_groups`.
 

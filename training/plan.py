@@ -16,10 +16,12 @@ from model.blocks import Block
 from model.config import ModelConfig
 from model.errors import InputError
 from model.parametrization import owned_parameters
+from model.pretrained import PretrainedModel
 from model.transformer import Transformer
 from training.memory import Memory, predict
+from training.network import Network, make_network
 from training.optimizers import state_elements
-from training.recipe import LoadedRecipe, Recipe, model_config, zero_stage
+from training.recipe import ContextPruningSection, LoadedRecipe, Recipe, model_config, zero_stage
 
 FLOPS_CONVENTION = (
     "6 N_matmul + 12 depth width length a token, forward and backward; N_matmul counts every matrix but the embedding",
@@ -37,16 +39,18 @@ class Parameters:
     mlp: int
     norms_and_gains: int
     unembedding: int
+    context_pruning: int
+    frozen: int  # of all these
     matmul: int  # in the matrices that every token is multiplied by: all but the embedding look-up, also a tied unembedding
-    tensor_sizes: list[int]
+    tensor_sizes: list[int]  # of what is trained
 
     @property
     def total(self) -> int:
-        return self.embedding + self.positions + self.attention + self.mlp + self.norms_and_gains + self.unembedding
+        return self.embedding + self.positions + self.non_embedding + self.unembedding
 
     @property
     def non_embedding(self) -> int:
-        return self.attention + self.mlp + self.norms_and_gains
+        return self.attention + self.mlp + self.norms_and_gains + self.context_pruning
 
 
 @dataclass(frozen=True)
@@ -115,42 +119,56 @@ def _check_ascent(recipe: Recipe, accumulation: int) -> None:
         )
 
 
-def count_parameters(config: ModelConfig) -> Parameters:
+def count_parameters(config: ModelConfig | PretrainedModel, pruning: ContextPruningSection | None = None) -> Parameters:
     """Counted on the model itself, made on the meta device, where it takes no memory."""
-    model = _meta_model(config)
+    model = _meta_model(config, pruning)
     counts: Counter[str] = Counter()
     tensor_sizes, matmul = [], 0
+    part = _part if isinstance(model, Transformer) else _part_of_pretrained
     for name, module, parameter in owned_parameters(model):
-        counts[_part(name, module)] += parameter.numel()
-        tensor_sizes.append(parameter.numel())
-        if isinstance(module, nn.Linear) and parameter.ndim == 2:
+        counts[part(name, module)] += parameter.numel()
+        if parameter.requires_grad:
+            tensor_sizes.append(parameter.numel())
+        else:
+            counts["frozen"] += parameter.numel()
+        if parameter.ndim == 2 and not isinstance(module, nn.Embedding):
             matmul += parameter.numel()
-    if config.tied_embeddings:  # the shared matrix is listed under the embedding's name
+    if model.unembedding.weight is _embedding(model).weight:  # the shared matrix is listed under the embedding's name
         matmul += counts["embedding"]
-    return Parameters(
-        embedding=counts["embedding"],
-        positions=counts["positions"],
-        attention=counts["attention"],
-        mlp=counts["mlp"],
-        norms_and_gains=counts["norms_and_gains"],
-        unembedding=counts["unembedding"],
-        matmul=matmul,
-        tensor_sizes=tensor_sizes,
-    )
+    parts = ("embedding", "positions", "attention", "mlp", "norms_and_gains", "unembedding", "context_pruning", "frozen")
+    return Parameters(**{name: counts[name] for name in parts}, matmul=matmul, tensor_sizes=tensor_sizes)
 
 
-def _meta_model(config: ModelConfig) -> Transformer:
+def _embedding(model: Network) -> nn.Module:
+    return model.embedding if isinstance(model, Transformer) else model.model.get_input_embeddings()
+
+
+def _meta_model(config: ModelConfig | PretrainedModel, pruning: ContextPruningSection | None = None) -> Network:
     with torch.device("meta"):
-        return Transformer(config)
+        return make_network(config, pruning)
 
 
 def _part(name: str, module: nn.Module) -> str:
+    if ".context_pruning." in name:
+        return "context_pruning"
     if isinstance(module, (nn.RMSNorm, nn.LayerNorm, Block)):
         return "norms_and_gains"
     parts = name.split(".")
     if parts[0] == "blocks":
         return parts[2]
     return "positions" if parts[0] == "position_embedding" else parts[0]
+
+
+def _part_of_pretrained(name: str, module: nn.Module) -> str:
+    if ".context_pruning." in name:
+        return "context_pruning"
+    if isinstance(module, nn.Embedding):
+        return "positions" if any(word in name for word in ("wpe", "position")) else "embedding"
+    if "norm" in name or "ln_" in name:
+        return "norms_and_gains"
+    if "attn" in name or "attention" in name:
+        return "attention"
+    return "unembedding" if name.startswith(("model.lm_head", "model.embed_out")) else "mlp"
 
 
 def flops_per_token(config: ModelConfig, parameters: Parameters, sequence_length: int) -> int:
@@ -174,7 +192,9 @@ def passes(recipe: Recipe, step: int, total_steps: int) -> float:
     return 1.0 + more / options.every
 
 
-def plan(recipe: Recipe, config: ModelConfig, world_size: int, data: dict[str, Any] | None = None, device: str | None = None) -> Plan:
+def plan(
+    recipe: Recipe, config: ModelConfig | PretrainedModel, world_size: int, data: dict[str, Any] | None = None, device: str | None = None
+) -> Plan:
     """What this run takes on this many ranks.
 
     Args:
@@ -188,16 +208,16 @@ def plan(recipe: Recipe, config: ModelConfig, world_size: int, data: dict[str, A
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     training = recipe.training
     accumulation = accumulation_steps(recipe, world_size)
-    parameters = count_parameters(config)
+    parameters = count_parameters(config, recipe.context_pruning)
+    elements = state_elements(_meta_model(config, recipe.context_pruning), recipe.optimizer)
+    config = config.shape() if isinstance(config, PretrainedModel) else config
     steps = training.tokens // training.tokens_per_step
     return Plan(
         recipe=recipe,
         model=config,
         parameters=parameters,
         batch=Batch(training.tokens_per_step, world_size, training.micro_batch_size, accumulation, training.sequence_length),
-        memory=predict(
-            recipe, config, parameters.tensor_sizes, state_elements(_meta_model(config), recipe.optimizer), world_size, accumulation, device
-        ),
+        memory=predict(recipe, config, parameters.tensor_sizes, elements, world_size, accumulation, device, parameters.frozen),
         device=device,
         steps=steps,
         tokens=steps * training.tokens_per_step,
@@ -221,6 +241,8 @@ def print_plan(loaded: LoadedRecipe, world_size: int) -> None:
         from training.tokenizer import pretrained_tokenizer  # transformers takes seconds to import
 
         vocab_size = pretrained_tokenizer(tokenizer.path).vocab_size
+    elif recipe.model.pretrained is not None:
+        vocab_size = 1  # the model's own tokenizer, which fits
     config = model_config(recipe, vocab_size)
     print(f"{loaded.path} is a valid recipe; its run folder is {loaded.run_folder}\n")
     print(format_plan(plan(recipe, config, world_size)))
@@ -236,7 +258,7 @@ def format_plan(plan: Plan) -> str:
     where = "GPU" if plan.device == "cuda" else "CPU rank, beside Python and its libraries"
     return "\n".join(
         [
-            f"parameters ({config.block}, width {config.width}, depth {config.depth})",
+            f"parameters ({plan.recipe.model.pretrained or config.block}, width {config.width}, depth {config.depth})",
             *_parameter_lines(plan),
             "",
             f"tokens per step {batch.tokens_per_step} = {equation}",
@@ -264,6 +286,8 @@ def _parameter_lines(plan: Plan) -> list[str]:
         ("mlp", parameters.mlp, f"{config.activation}, hidden width {config.mlp_width}"),
         ("norms and gains", parameters.norms_and_gains, ""),
         ("unembedding", parameters.unembedding, tied),
+        *([("context pruning", parameters.context_pruning, "interaction queries and keys")] if parameters.context_pruning else []),
+        *([("of these frozen", parameters.frozen, "")] if parameters.frozen else []),
         ("total", parameters.total, ""),
         ("non-embedding", parameters.non_embedding, "without embedding, positions and unembedding"),
     ]

@@ -7,19 +7,23 @@ and what it means. `load_recipe` reads a file, applies `section.key=value` overr
 from __future__ import annotations
 
 import copy
+import dataclasses
 import difflib
 import json
 import re
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
 
-from model.config import SIZES, ModelConfig
+from model.config import SIZES, SMALLEST_ALPHA, ModelConfig, PruningConfig
 from model.errors import InputError
 from model.section import ModelSection, Section, stands_for
+
+if TYPE_CHECKING:
+    from model.pretrained import PretrainedModel
 
 
 class RunSection(Section):
@@ -168,6 +172,9 @@ class OptimizerSection(Section):
     largest_preconditioner: int | None = Field(
         default=None, ge=1, description="soap: a side of a matrix that is longer, such as the vocabulary, is not rotated; default: 10000."
     )
+    pruning_learning_rate_factor: float = Field(
+        default=10.0, gt=0, description="On the learning rate of what decides about the context (context_pruning), which starts untrained."
+    )
     weight_decay: float = Field(default=0.1, ge=0, description="On matrices; norms, gains, biases and positions have none.")
     schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = "cosine"
     warmup_fraction: float = Field(default=0.05, ge=0, le=1, description="Share of the steps in linear warm-up.")
@@ -214,6 +221,44 @@ class LoggingSection(Section):
     )
 
 
+class ContextPruningSection(Section):
+    """Every layer learns which past tokens to drop: model/context_pruning.py has the equations."""
+
+    rank: int = Field(default=64, ge=1, description="r, of the interaction queries and keys.")
+    normalize: bool = Field(default=True, description="Interaction queries and keys are RMS-normalised, with a trainable gain.")
+    scale: float = Field(default=1.0, gt=0, description="That gain at first: decisions scatter about the bias by its square.")
+    rope: bool = Field(default=False, description="Rotate interaction queries and keys by position.")
+    bias: float = Field(default=4.0, description="beta at first; the higher, the less is dropped at first.")
+    sinks: int = Field(default=1, ge=0, description="So many tokens at the start of a text are always kept.")
+    window: int = Field(default=8, ge=1, description="The nearest so many tokens, itself included, are always kept.")
+    propagate_in_depth: bool = Field(default=False, description="What a layer drops, all later layers drop.")
+    trainable: Literal["all", "interactions", "lora"] = Field(
+        default="all", description="Which weights are trained beside those that decide: all, none, or LoRA adapters (model.pretrained)."
+    )
+    lora_rank: int = Field(default=16, ge=1)
+    lora_alpha: float = Field(default=32.0, gt=0)
+    alpha_start: float = Field(default=4.0, ge=1, description="alpha of the sparse sigmoid at the first step.")
+    alpha_end: float = Field(default=8.0, ge=1, description="alpha from alpha_fraction of the steps on; decisions are hard in generation.")
+    alpha_fraction: float = Field(default=0.75, gt=0, le=1, description="Share of the steps in which alpha goes over, by a cosine.")
+    sparsity_weight: float = Field(default=0.0, ge=0, description="gamma: nats that a token's whole context costs; the paper's own way.")
+    target_kept: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Share of the context to keep, with hard decisions: a threshold common to all layers is steered to it.",
+    )
+    target_fraction: float = Field(
+        default=0.5, gt=0, le=1, description="Share of the steps in which the target falls from 1 to target_kept."
+    )
+    distillation_weight: float = Field(
+        default=0.0, ge=0, le=1, description="Share of the objective that is the divergence from the network without pruning and adapters."
+    )
+
+    def structure(self) -> PruningConfig:
+        """What of it belongs to the network."""
+        return PruningConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(PruningConfig)})
+
+
 class Recipe(Section):
     """A complete run."""
 
@@ -225,6 +270,7 @@ class Recipe(Section):
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     logging: LoggingSection = LoggingSection()
+    context_pruning: ContextPruningSection | None = Field(default=None, description="Learn to drop context; default: not.")
     deepspeed: dict[str, Any] = Field(
         default_factory=lambda: {"zero_optimization": {"stage": 2}}, description="DeepSpeed's own keys, passed through."
     )
@@ -260,6 +306,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> LoadedR
         problem = _override(tree, provenance, override)
         if problem:
             problems.append(problem)
+    _use_its_own_tokenizer(tree, provenance)
     recipe = _validate(tree, problems)
     if recipe is not None:
         problems.extend(_cross_field_problems(recipe))
@@ -271,6 +318,18 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> LoadedR
     for leaf in _leaves(recipe.model_dump()):
         provenance.setdefault(leaf, "default")
     return LoadedRecipe(recipe, path, provenance)
+
+
+def _use_its_own_tokenizer(tree: dict[str, Any], provenance: dict[str, str]) -> None:
+    """A pretrained model's tokenizer is its own, where the recipe does not say otherwise."""
+    source = tree["model"].get("pretrained") if isinstance(tree.get("model"), dict) else None
+    data = tree.setdefault("data", {}) if isinstance(source, str) else None
+    tokenizer = data.setdefault("tokenizer", {}) if isinstance(data, dict) else None
+    if isinstance(tokenizer, dict):
+        for key, value in (("kind", "pretrained"), ("path", source)):
+            if key not in tokenizer:
+                tokenizer[key] = value
+                provenance[f"data.tokenizer.{key}"] = "model.pretrained"
 
 
 def _validate(tree: dict[str, Any], problems: list[str]) -> Recipe | None:
@@ -300,8 +359,19 @@ def _remove(tree: Any, location: tuple[int | str, ...]) -> None:
         tree.pop(key, None)
 
 
-def model_config(recipe: Recipe, vocab_size: int) -> ModelConfig:
-    """The network this recipe asks for."""
+def model_config(recipe: Recipe, vocab_size: int) -> ModelConfig | PretrainedModel:
+    """The network this recipe asks for. Raises InputError when a pretrained one cannot be had, or has fewer tokens than the tokenizer."""
+    if recipe.model.pretrained is not None:
+        from model.pretrained import LoraShape, describe  # transformers takes seconds to import
+
+        pruning = recipe.context_pruning
+        lora = LoraShape(pruning.lora_rank, pruning.lora_alpha) if pruning is not None and pruning.trainable == "lora" else None
+        shape = describe(recipe.model.pretrained, recipe.training.sequence_length, lora)
+        if vocab_size > shape.vocab_size:
+            raise InputError(
+                f"data.tokenizer: has {vocab_size} tokens, and {recipe.model.pretrained} knows {shape.vocab_size}: use its own tokenizer"
+            )
+        return shape
     return recipe.model.config(vocab_size, recipe.training.sequence_length)
 
 
@@ -530,9 +600,18 @@ def _cross_field_problems(recipe: Recipe) -> list[str]:
         near = difflib.get_close_matches(model.size, SIZES, n=1)
         problems.append(f"model.size: {model.size!r} is not one of {', '.join(SIZES)}" + (f"; did you mean {near[0]}?" if near else ""))
     missing = [name for name in ("width", "depth", "heads") if getattr(model, name) is None]
-    if model.size is None and missing:
+    if model.pretrained is not None:
+        beside = sorted(model.model_fields_set - {"pretrained", "sequence_length"})
+        if beside:
+            problems.append(f"model.{beside[0]}: model.pretrained brings its own shape; leave {', '.join(beside)} out")
+        if data.tokenizer.kind != "pretrained":
+            problems.append("data.tokenizer.kind: model.pretrained needs the tokenizer that it was trained with: kind pretrained")
+        problems.extend(_pretrained_problems(recipe))
+    elif recipe.context_pruning is not None and recipe.context_pruning.trainable == "lora":
+        problems.append("context_pruning.trainable: lora adapts a pretrained model (model.pretrained); use all or interactions")
+    elif model.size is None and missing:
         problems.append(f"model: give a size ({', '.join(SIZES)}), or also {' and '.join(missing)}")
-    if not problems:
+    if not problems and model.pretrained is None:
         try:
             model_config(recipe, vocab_size=1)
         except InputError as error:
@@ -549,7 +628,7 @@ def _cross_field_problems(recipe: Recipe) -> list[str]:
         problems.append("data.paths: required with source files: the files, folders or globs to read")
     if data.source == "huggingface" and not data.dataset:
         problems.append("data.dataset: required with source huggingface: a hub name or a local folder")
-    if data.tokenizer.kind == "pretrained" and not data.tokenizer.path:
+    if data.tokenizer.kind == "pretrained" and not (data.tokenizer.path or model.pretrained):
         problems.append("data.tokenizer.path: required with kind pretrained: a local folder or a hub name")
     saving, back = recipe.checkpoint, training.loss_spikes.rewind_steps
     if training.loss_spikes.action == "rewind" and saving.keep_last is not None and (saving.keep_last - 1) * saving.every < back:
@@ -563,7 +642,41 @@ def _cross_field_problems(recipe: Recipe) -> list[str]:
         )
     if any(not 0 <= beta < 1 for beta in recipe.optimizer.betas):
         problems.append(f"optimizer.betas: expected two numbers in [0, 1), found {list(recipe.optimizer.betas)}")
-    return problems + _optimizer_problems(recipe) + _sharpness_problems(recipe) + _deepspeed_problems(recipe)
+    return problems + _pruning_problems(recipe) + _optimizer_problems(recipe) + _sharpness_problems(recipe) + _deepspeed_problems(recipe)
+
+
+def _pretrained_problems(recipe: Recipe) -> list[str]:
+    problems = []
+    if recipe.optimizer.sharpness_aware == "functional_sam":
+        problems.append(
+            "optimizer.sharpness_aware: functional_sam goes through our own network's unembedding; use sam with model.pretrained"
+        )
+    if recipe.evaluation.curvature_every:
+        problems.append("evaluation.curvature_every: is measured on our own network alone; leave it out with model.pretrained")
+    if recipe.optimizer.kind == "muon":
+        problems.append("optimizer.kind: muon is for the blocks of our own network; use adamw with model.pretrained")
+    return problems
+
+
+def _pruning_problems(recipe: Recipe) -> list[str]:
+    pruning, problems = recipe.context_pruning, []
+    if pruning is None:
+        return []
+    if pruning.target_kept is None and pruning.sparsity_weight == 0:
+        problems.append("context_pruning: nothing makes it drop anything; give target_kept, or a sparsity_weight")
+    for name in ("alpha_start", "alpha_end"):
+        if 1 < getattr(pruning, name) < SMALLEST_ALPHA:
+            problems.append(f"context_pruning.{name}: {getattr(pruning, name)}, expected 1 or at least {SMALLEST_ALPHA}")
+    if pruning.rope and pruning.rank % 2:
+        problems.append(f"context_pruning.rank: {pruning.rank} is odd, and rope rotates pairs")
+    if recipe.training.compile:
+        problems.append("training.compile: context pruning runs uncompiled; switch one of the two off")
+    if recipe.optimizer.sharpness_aware == "functional_sam":
+        problems.append(
+            "optimizer.sharpness_aware: functional_sam holds the loss's derivative at the logits, and the sparsity term does not go "
+            "through them; use sam"
+        )
+    return problems
 
 
 def _optimizer_problems(recipe: Recipe) -> list[str]:

@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from model.errors import InputError
+from model.hub import locate
 
 END_OF_TEXT = "<|end_of_text|>"
 SPACE_MARK = "\u2581".encode()  # how SentencePiece writes a space inside a piece
@@ -252,14 +253,20 @@ class PretrainedTokenizer:
 
 
 def pretrained_tokenizer(path: str) -> PretrainedTokenizer:
-    """The tokenizer of a local folder or a hub name. Raises InputError when there is none or it has no end-of-sequence token."""
+    """The tokenizer of a folder, a hub name, a GGUF file or `package:NAME` (model/hub.py).
+
+    Raises InputError when there is none or it has no end-of-sequence token.
+    """
     import transformers
 
     local = Path(path).expanduser()
     if not local.exists() and path.startswith((".", "/", "~")):
         raise InputError(f"data.tokenizer.path: {path} does not exist: give a folder or a name on the Hugging Face hub")
+    where, arguments = str(local) if local.exists() else path, {}
+    if path.startswith("package:") or path.endswith(".gguf") or any(local.glob("*.gguf")):
+        where, arguments = locate(path)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(local) if local.exists() else path, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=False, **arguments)
     # Missing names, no connection, broken files and unknown classes raise exceptions of many libraries, which mean the same here.
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)

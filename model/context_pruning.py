@@ -1,0 +1,549 @@
+"""Dynamic context pruning (arXiv 2305.15805): every layer learns which past tokens no later token needs, and drops them.
+
+    attach(model, PruningConfig(rank=64))        # any decoder of transformers whose attention goes through its interface, or one of ours
+    settings_of(model).alpha = 4.0               # soft decisions, for training; infinity, the default: keep or drop
+    model.generate(...)                          # with a cache that shrinks (model/pruned_cache.py)
+
+With X what a layer's attention reads, k the token that decides and j < k one that it decides on (section 3 of the paper):
+
+    Q_int = norm(X W_Q), K_int = norm(X W_K)                one pair of (width x r) matrices a layer, shared by its heads
+    x[k, j] = <Q_int[k], K_int[j]> / sqrt(r) + beta - threshold
+    p[k, j] = sigma_alpha(x[k, j])                          1 for the first `sinks` tokens, and where k - j < `window`
+    log I[k, j] = sum over j < n <= k of log p[n, j]        what is dropped stays dropped
+    A = softmax(Q K^T / sqrt(d) + log I + causal)
+
+Nothing of a model is forked. A hook before each attention module makes Q_int and K_int of what it reads; the attention function that
+transformers calls by name is ours, adds log I, and tells the cache what is dropped. A forward pass in which it was not called as often as
+there are layers to prune is an error, never a silently unpruned result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from model.attention import rotary_tables, rotate
+from model.config import PruningConfig
+from model.errors import InputError
+from model.linear_cross_entropy import IGNORED_TARGET
+from model.pretrained import PretrainedDecoder
+from model.pruned_cache import PrunedLayer
+from model.sparse_sigmoid import sparse_sigmoid
+from model.transformer import Transformer
+
+ATTENTION = "context_pruning"  # the name of our attention function at transformers
+ROWS = 256  # queries whose decisions are held at once without gradients
+LOG_FLOOR = math.log(1e-9)  # of log p with soft decisions: log 0 has no gradient
+
+
+class Decided(NamedTuple):
+    """What a layer decided in a forward pass, for whoever asked by `observing`.
+
+    layer: its number. log_keep: log I, (batch, queries, slots) float32, -inf for dropped and for what a query may not see.
+    positions: (batch or 1, slots), the place in the text of each slot.
+    """
+
+    layer: int
+    log_keep: Tensor
+    positions: Tensor
+
+
+@dataclass
+class Settings:
+    """How a model prunes now; one object, shared by its layers.
+
+    Attributes:
+        enabled: False: the model as it was, bit for bit.
+        alpha: of the sparse sigmoid; infinity: hard decisions.
+        threshold: common to all layers, 0 in the paper: higher drops more, so that one network serves several budgets.
+        sparsity_weight: gamma, what a token's whole context costs, in nats; with gradient, while `recording`.
+        distillation_weight: share of the objective that is the divergence from the network without pruning.
+        kept: of each layer, while `recording`: (sum of I over pairs j < k that see each other, with gradient; their number).
+        kept_hard: that sum were decisions hard.
+    """
+
+    config: PruningConfig
+    layers: list[int]
+    enabled: bool = True
+    alpha: float = math.inf
+    threshold: float = 0.0
+    recording: bool = False
+    sparsity_weight: float = 0.0
+    distillation_weight: float = 0.0
+    measured: dict[int, Tensor] = field(default_factory=dict)  # sums of (I, I with hard decisions, pairs) since they were last taken
+    kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    kept_hard: dict[int, Tensor] = field(default_factory=dict)
+    observers: list[Callable[[Decided], None]] = field(default_factory=list)
+    calls: int = 0
+    above: dict[int, Tensor] = field(default_factory=dict)  # propagate_in_depth: log I with that of all layers before, by place
+
+    def objective(self, loss: Tensor, logits: Tensor, targets: Tensor, dense_logits: Callable[[], Tensor]) -> Tensor:
+        """What training descends, with the value of the plain loss: gamma x the kept share and the distillation have gradients alone.
+
+        Args:
+            loss: summed cross-entropy over the valid targets (batch, length) of these logits (batch, length, vocabulary).
+            dense_logits: makes those of the network without pruning, which are held fixed.
+        """
+        if not (self.enabled and self.recording):
+            return loss
+        for layer, (kept, pairs) in self.kept.items():
+            sums = torch.stack((kept.detach().double(), self.kept_hard[layer].double(), pairs.double()))
+            self.measured[layer] = sums + self.measured[layer] if layer in self.measured else sums
+        objective, counted = loss, targets != IGNORED_TARGET
+        if self.distillation_weight and torch.is_grad_enabled():
+            kept, kept_hard = dict(self.kept), dict(self.kept_hard)  # the dense pass begins with a clean slate
+            dense = dense_logits()
+            self.kept, self.kept_hard = kept, kept_hard
+            divergence = _divergence(dense[counted], logits[counted])
+            objective = (1 - self.distillation_weight) * objective + self.distillation_weight * divergence
+        shares = [kept / pairs.clamp_min(1) for kept, pairs in self.kept.values()]
+        objective = objective + self.sparsity_weight * counted.sum() * torch.stack(shares).mean()
+        return loss.detach() + objective - objective.detach()
+
+    def layer_before(self, layer: int) -> int | None:
+        number = self.layers.index(layer)
+        return self.layers[number - 1] if number else None
+
+
+def _divergence(dense: Tensor, logits: Tensor) -> Tensor:
+    """Summed KL(dense || pruned) in nats of rows of logits, chunk by chunk."""
+    total = logits.new_zeros((), dtype=torch.float32)
+    for teacher, student in zip(dense.split(256), logits.split(256), strict=True):
+        teacher = teacher.float().log_softmax(-1)
+        total = total + F.kl_div(student.float().log_softmax(-1), teacher, reduction="sum", log_target=True)
+    return total
+
+
+class Interaction(nn.Module):
+    """W_Q, W_K and beta of one layer, a child of its attention module."""
+
+    def __init__(self, width: int, settings: Settings, layer: int, seed: int = 0) -> None:
+        super().__init__()
+        self.settings, self.layer, config = settings, layer, settings.config
+        self.query = nn.Linear(width, config.rank, bias=False)
+        self.key = nn.Linear(width, config.rank, bias=False)
+        self.query_gain = nn.Parameter(torch.full((config.rank,), config.scale)) if config.normalize else None
+        self.key_gain = nn.Parameter(torch.full((config.rank,), config.scale)) if config.normalize else None
+        self.bias = nn.Parameter(torch.full((1,), float(config.bias)))
+        self.current: tuple[Tensor, Tensor, Tensor, PrunedLayer | None] | None = None  # from the hook, for the attention function
+        generator = torch.Generator().manual_seed(1000 * seed + layer)
+        for linear in (self.query, self.key):
+            if not linear.weight.is_meta:
+                with torch.no_grad():
+                    linear.weight.copy_(torch.empty(linear.weight.shape).normal_(0.0, 1 / math.sqrt(width), generator=generator))
+
+    def forward(self, x: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+        """x (batch, tokens, width), the first of them at place `first` -> Q_int and K_int (batch, tokens, rank), beta (1,)."""
+        config = self.settings.config
+        query, key = self.query(x), self.key(x)
+        if self.query_gain is not None and self.key_gain is not None:
+            query = F.rms_norm(query, (config.rank,), eps=1e-6) * self.query_gain
+            key = F.rms_norm(key, (config.rank,), eps=1e-6) * self.key_gain
+        if config.rope:
+            rotary = rotary_tables(first, x.shape[1], config.rank, 10000.0, x.device)
+            query, key = rotate(query[:, :, None], rotary)[:, :, 0], rotate(key[:, :, None], rotary)[:, :, 0]
+        return query, key, self.bias * 1.0  # a product: under ZeRO-3 the parameter itself is given back after this
+
+    def mix(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, dropout: float = 0.0) -> Tensor:
+        """`pruned_attention`, mask (batch or 1, 1, queries, places) as `Visible` has it. Only after `current` was set."""
+        if mask is not None and mask.shape[1] != 1:
+            raise InputError(f"attention mask: {mask.shape[1]} masks, one a head; context pruning takes one for all heads")
+        return pruned_attention(self, query, key, value, Visible(None if mask is None else mask[:, 0]), scale, dropout)
+
+
+# ------------------------------------------------------------------------------------------------------- the decisions
+
+
+def log_kept(
+    interaction_query: Tensor,
+    interaction_key: Tensor,
+    beta: Tensor,
+    places: Tensor,
+    positions: Tensor,
+    starts: Tensor | None,
+    before: Tensor | None,
+    settings: Settings,
+    hard: bool = False,
+) -> Tensor:
+    """log I of some queries on all slots, (batch, queries, slots), float32; 0 where a query's own token or a later one stands.
+
+    Args:
+        interaction_query, interaction_key: (batch, queries, rank) and (batch, slots, rank).
+        places: (queries,), where the queries stand in the text.
+        positions: (batch or 1, slots), where the slots' tokens do.
+        starts: (batch or 1, queries), where each query's text begins; None: at 0.
+        before: (batch, slots), log I before the first of these queries; None: 0.
+        hard: keep or drop, whatever alpha is.
+    """
+    config = settings.config
+    x = interaction_query.float() @ interaction_key.float().mT / math.sqrt(config.rank) + (beta.float() - settings.threshold)
+    age = places[:, None] - positions[:, None, :]  # (batch or 1, queries, slots)
+    exempt = age < config.window
+    if config.sinks:
+        since = positions[:, None, :] if starts is None else positions[:, None, :] - starts[:, :, None]
+        exempt = exempt | (since < config.sinks)
+    if hard or math.isinf(settings.alpha):
+        dropped = (x <= 0) & ~exempt
+        # counted in int32: exact, and cheaper than sums of infinities
+        log_keep = torch.zeros_like(x).masked_fill_(dropped.cumsum(1, dtype=torch.int32) > 0, -torch.inf)
+    else:
+        keep = sparse_sigmoid(x, settings.alpha).masked_fill(exempt, 1.0)
+        log_keep = keep.clamp(min=math.exp(LOG_FLOOR)).log().cumsum(1)
+    return log_keep if before is None else log_keep + before[:, None]
+
+
+class Visible(NamedTuple):
+    """Who may look at whom, by places in the text.
+
+    mask: (batch or 1, queries, places) bool, or added to the scores; None: every token those before it.
+    """
+
+    mask: Tensor | None
+
+    def rows(self, rows: slice) -> Visible:
+        return Visible(None if self.mask is None else self.mask[:, rows])
+
+    def starts(self) -> Tensor | None:
+        """The first place each query may look at, (batch or 1, queries)."""
+        if self.mask is None:
+            return None
+        seen = self.mask if self.mask.dtype == torch.bool else self.mask == 0
+        return seen.int().argmax(-1)
+
+    def slots(self, places: Tensor, positions: Tensor) -> Tensor:
+        """Which slots each query may look at, (batch or 1, queries, slots) bool; itself always, so that no row is empty."""
+        positions = positions[:, None, :]
+        own = positions == places[:, None]
+        if self.mask is None:
+            return positions <= places[:, None]
+        seen = self.mask if self.mask.dtype == torch.bool else self.mask == 0
+        batch = max(seen.shape[0], positions.shape[0])
+        index = positions.expand(batch, seen.shape[1], -1)
+        return seen.expand(batch, -1, -1).gather(2, index) | own
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None, dropout: float = 0.0) -> Tensor:
+    """softmax(scale Q K^T + bias) V for query (batch, heads, queries, head_dim), key and value (batch, kv_heads, slots, head_dim).
+
+    bias (batch or 1, 1, queries, slots) or None: every query sees every slot. -> (batch, heads, queries, head_dim).
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and query.shape[2] == 1:  # a group's queries as rows: its keys are then read once, and not repeated
+        batch, heads, _, head_dim = query.shape
+        rows = query.view(batch, heads // groups, groups, head_dim)
+        out = F.scaled_dot_product_attention(rows, key, value, attn_mask=bias, dropout_p=dropout, scale=scale)
+        return out.reshape(batch, heads, 1, value.shape[3])
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale, enable_gqa=groups > 1)
+
+
+def pruned_attention(
+    interaction: Interaction, query: Tensor, key: Tensor, value: Tensor, visible: Visible, scale: float | None, dropout: float = 0.0
+) -> Tensor:
+    """Attention over what is kept; with a cache, that then forgets what is dropped. (batch, heads, queries, head_dim).
+
+    query (batch, heads, queries, head_dim); key, value (batch, kv_heads, slots, head_dim), of all slots of the layer's cache.
+    """
+    settings, layer_number = interaction.settings, interaction.layer
+    assert interaction.current is not None
+    interaction_query, interaction_key, beta, layer = interaction.current
+    interaction.current = None
+    settings.calls += 1
+    queries, slots = query.shape[2], key.shape[2]
+    if layer is not None:
+        first, positions = layer.seen - queries, layer.positions[:, :slots]
+        interaction_key, before = layer.interaction_keys[:, :slots], layer.log_keep[:, :slots]
+    else:
+        first, positions, before = 0, torch.arange(queries, device=query.device)[None], None
+    places = torch.arange(first, first + queries, device=query.device)
+    above = settings.above.get(settings.layer_before(layer_number))
+    outputs, passed_on = [], []
+    step = queries if torch.is_grad_enabled() or settings.recording else ROWS
+    for start in range(0, queries, step):
+        rows = slice(start, min(start + step, queries))
+        seen = visible.rows(rows)
+        # Slots after that of the last of these queries hold later tokens: new tokens stand last, in their order.
+        at, known = positions[:, : slots - queries + rows.stop], slots - queries + rows.stop
+        kept = log_kept(
+            interaction_query[:, rows],
+            interaction_key[:, :known],
+            beta,
+            places[rows],
+            at,
+            seen.starts(),
+            None if before is None else before[:, :known],
+            settings,
+        )
+        own_last = kept[:, -1].detach()
+        if above is not None:
+            kept = kept + above[:, rows].gather(2, at[:, None].expand(*kept.shape[:2], -1))
+        allowed = seen.slots(places[rows], at)
+        if settings.recording:
+            _record(interaction, (interaction_query, interaction_key, beta), places, positions, visible, allowed, kept)
+        bias = kept.masked_fill(~allowed, -torch.inf)
+        if settings.config.propagate_in_depth:
+            by_place = bias.new_full((*bias.shape[:2], first + queries), -torch.inf)
+            passed_on.append(by_place.scatter(2, at[:, None].expand(*bias.shape[:2], -1), bias))
+        for observer in settings.observers:
+            observer(Decided(layer_number, bias, at))
+        outputs.append(attend(query[:, :, rows], key[:, :, :known], value[:, :, :known], bias.to(query.dtype)[:, None], scale, dropout))
+        before = F.pad(own_last, (0, slots - known))
+    if settings.config.propagate_in_depth:
+        settings.above[layer_number] = torch.cat(passed_on, dim=1)
+    if layer is not None:
+        # what the last token may not see, such as padding, no later token may
+        layer.release(before.masked_fill(bias[:, -1] == -torch.inf, -torch.inf), queries)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _record(
+    interaction: Interaction,
+    decided_by: tuple[Tensor, Tensor, Tensor],
+    places: Tensor,
+    positions: Tensor,
+    visible: Visible,
+    allowed: Tensor,
+    kept: Tensor,
+) -> None:
+    """Sum up, for the whole of a text without a cache, how much of their context the queries still have."""
+    settings = interaction.settings
+    pairs = (positions[:, None, :] < places[:, None]) & allowed
+    if visible.mask is not None:  # queries that are padding have no context
+        seen = visible.mask if visible.mask.dtype == torch.bool else visible.mask == 0
+        pairs = pairs & seen.diagonal(dim1=1, dim2=2)[:, :, None]
+    pairs = pairs.expand(kept.shape)
+    settings.kept[interaction.layer] = torch.where(pairs, kept, -torch.inf).exp().sum(), pairs.sum()
+    with torch.no_grad():
+        hard = log_kept(*decided_by, places, positions, visible.starts(), None, settings, hard=True)
+        settings.kept_hard[interaction.layer] = ((hard == 0) & pairs).sum()
+
+
+# ------------------------------------------------------------------------------------------- in the models of transformers
+
+
+def _attention_of_transformers(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """What transformers calls by the name `ATTENTION`: ours where the module's hook has been, its own SDPA elsewhere."""
+    interaction = getattr(module, "context_pruning", None)
+    if interaction is None or interaction.current is None:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise InputError(f"{type(module).__name__}: attention with {name}, to which no pruning mask can be added")
+    mixed = interaction.mix(query, key, value, attention_mask, kwargs.get("scaling"), kwargs.get("dropout", 0.0))
+    return mixed.transpose(1, 2), None
+
+
+def _before_attention(module: Any, arguments: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Make the interaction queries and keys of what an attention module is about to read, and have its cache be one that shrinks."""
+    interaction: Interaction = module.context_pruning
+    if not interaction.settings.enabled:
+        return
+    x = kwargs["hidden_states"] if "hidden_states" in kwargs else arguments[0]
+    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    layer = None if cache is None else _pruned_layer(cache, module.layer_idx)
+    query, key, beta = interaction(x, 0 if layer is None else layer.seen)
+    if layer is not None:
+        layer.staged = key
+    interaction.current = query, key, beta, layer
+
+
+def _pruned_layer(cache: Any, number: int) -> PrunedLayer:
+    """The cache's layer of this number, put in the place of an empty one of transformers' own."""
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    while len(cache.layers) <= number and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[number]
+    if isinstance(layer, PrunedLayer):
+        return layer
+    if type(layer) is not DynamicLayer:
+        raise InputError(
+            f"a cache of {type(layer).__name__} holds every token: context pruning needs the default (cache_implementation='dynamic')"
+        )
+    if layer.is_initialized and layer.keys is not None and layer.keys.numel():
+        raise InputError("past_key_values: filled without context pruning; begin with a new cache")
+    if getattr(cache, "offloading", False):
+        raise InputError("cache_implementation='offloaded' does not go with context pruning: use the default")
+    cache.layers[number] = PrunedLayer()
+    return cache.layers[number]
+
+
+def _before_model(module: Any, arguments: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    settings: Settings = module.context_pruning_settings
+    settings.calls = 0
+    settings.above.clear()
+    settings.kept.clear()
+    settings.kept_hard.clear()
+    longest = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+    tokens = kwargs.get("input_ids", arguments[0] if arguments else None)
+    if settings.enabled and longest is not None and isinstance(tokens, Tensor):
+        cache = kwargs.get("past_key_values")
+        length = tokens.shape[1] + (cache.get_seq_length() if cache is not None else 0)
+        if length > longest:
+            raise InputError(f"a text of {length} tokens: this model takes at most {longest} (max_position_embeddings)")
+
+
+def _after_model(module: Any, arguments: tuple[Any, ...], output: Any) -> None:
+    settings: Settings = module.context_pruning_settings
+    if settings.enabled and settings.calls != len(settings.layers):
+        raise InputError(
+            f"context pruning acted in {settings.calls} of {len(settings.layers)} layers: the model's attention implementation was changed "
+            f"after it was attached; model.set_attn_implementation({ATTENTION!r}) brings it back"
+        )
+
+
+def _attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """The self-attention of each layer that can be pruned. Raises InputError where that is none."""
+    config = model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder:
+        raise InputError(f"{type(model).__name__}: an encoder and a decoder; context pruning is for decoders alone")
+    if not model._supports_attention_backend:
+        raise InputError(
+            f"{type(model).__name__}: not supported: its attention is not called through transformers' attention interface "
+            "(_supports_attention_backend is missing), so nothing can be added to its scores"
+        )
+    if getattr(config, "attn_logit_softcapping", None):
+        raise InputError(f"{type(model).__name__}: not supported: its attention scores are soft-capped, and SDPA has no such kernel")
+    found: dict[int, nn.Module] = {}
+    skipped = []
+    for name, module in model.named_modules():
+        number = getattr(module, "layer_idx", None)
+        if not isinstance(number, int) or "Attention" not in type(module).__name__ or getattr(module, "is_cross_attention", False):
+            continue
+        kinds = getattr(config, "layer_types", None)
+        if (kinds and kinds[number] != "full_attention") or (not kinds and getattr(module, "sliding_window", None)):
+            skipped.append(f"{name}: a window")
+        elif getattr(module, "is_kv_shared_layer", False) or getattr(module, "store_full_length_kv", False):
+            skipped.append(f"{name}: shares its cache")
+        elif hasattr(module, "sinks"):
+            skipped.append(f"{name}: learned sinks")
+        elif number in found:
+            raise InputError(f"{type(model).__name__}: not supported: two attention modules of layer {number}")
+        else:
+            found[number] = module
+    if not found:
+        why = f" ({'; '.join(skipped[:3])})" if skipped else " (no module called Attention with a layer_idx)"
+        raise InputError(f"{type(model).__name__}: no layer whose context could be pruned{why}")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- our own
+
+
+def _before_our_attention(module: Any, arguments: tuple[Any, ...]) -> None:
+    """As `_before_attention`, for model/attention.py: x, x_value, context, cache."""
+    interaction: Interaction = module.context_pruning
+    if not interaction.settings.enabled:
+        return
+    layer = arguments[3] if len(arguments) > 3 else None
+    if layer is not None and not isinstance(layer, PrunedLayer):
+        raise InputError("a cache made without context pruning: begin with Cache(PrunedLayer)")
+    query, key, beta = interaction(arguments[0], 0 if layer is None else layer.seen)
+    if layer is not None:
+        layer.staged = key
+    interaction.current = query, key, beta, layer
+
+
+def _our_modules(network: Transformer) -> dict[int, nn.Module]:
+    if network.config.attention == "shaped":
+        raise InputError(
+            "model.attention: shaped subtracts the mean of all values, those of dropped tokens too: context pruning needs softmax"
+        )
+    if network.config.attention_softcap is not None:
+        raise InputError("model.attention_softcap: its scores are capped, and the fused kernel that pruning adds to has no cap")
+    if network.config.attention_window is not None:
+        raise InputError("model.attention_window: its tokens leave the context by themselves; leave context pruning out")
+    return {number: block.attention for number, block in enumerate(network.blocks)}  # pyright: ignore[reportReturnType]
+
+
+# --------------------------------------------------------------------------------------------------- what a caller needs
+
+
+def attach(model: nn.Module, config: PruningConfig | None = None, seed: int = 0) -> Settings:
+    """Give every layer of a decoder that can be pruned an `Interaction`, and switch pruning on; returns what steers it.
+
+    Args:
+        model: a causal language model of transformers, or a `Transformer` of ours, bare or in a `BurnishForCausalLM`.
+
+    Raises:
+        InputError: a model that cannot be pruned, and why; or one that is already.
+    """
+    config = config or PruningConfig()
+    network = model if isinstance(model, Transformer) else getattr(model, "network", None)
+    ours, outer = isinstance(network, Transformer), model
+    if isinstance(model, PretrainedDecoder):
+        model = model.model
+    if getattr(network if ours else model, "context_pruning_settings", None) is not None:
+        raise InputError("the model has context pruning already")
+    if not ours and not isinstance(model, PreTrainedModel):
+        raise InputError(f"{type(model).__name__}: expected a causal language model of transformers, or one of Burnish's")
+    modules = _our_modules(network) if ours else _attention_modules(model)  # pyright: ignore[reportArgumentType]
+    width = network.config.width if ours else model.config.get_text_config(decoder=True).hidden_size  # pyright: ignore
+    settings = Settings(config, sorted(modules))
+    for number, module in modules.items():
+        like = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
+        interaction = Interaction(width, settings, number, seed)  # pyright: ignore[reportArgumentType]
+        module.context_pruning = interaction.to(like.device, like.dtype)  # pyright: ignore[reportArgumentType]
+        if ours:
+            module.register_forward_pre_hook(_before_our_attention)
+        else:
+            module.register_forward_pre_hook(_before_attention, with_kwargs=True)
+    top: Any = network if ours else model
+    if not ours:
+        top.set_attn_implementation(ATTENTION)
+    for holder in {id(holder): holder for holder in (top, outer)}.values():
+        holder.context_pruning_settings = settings
+    top.register_forward_pre_hook(_before_model, with_kwargs=True)
+    top.register_forward_hook(_after_model)
+    return settings
+
+
+def settings_of(model: nn.Module) -> Settings:
+    """What steers the pruning of a model. Raises InputError where there is none."""
+    settings = getattr(model, "context_pruning_settings", None)
+    if settings is None:
+        raise InputError("the model has no context pruning: attach(model) gives it one")
+    return settings
+
+
+def interactions(model: nn.Module) -> dict[str, Interaction]:
+    """Name -> the part of each pruned layer that pruning brought."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Interaction)}
+
+
+@contextmanager
+def dense(model: nn.Module) -> Iterator[None]:
+    """The model as it is without pruning."""
+    settings = settings_of(model)
+    before, settings.enabled = settings.enabled, False
+    try:
+        yield
+    finally:
+        settings.enabled = before
+
+
+@contextmanager
+def observing(model: nn.Module, observer: Callable[[Decided], None]) -> Iterator[None]:
+    """Call `observer` with what each layer decides."""
+    settings = settings_of(model)
+    settings.observers.append(observer)
+    try:
+        yield
+    finally:
+        settings.observers.remove(observer)
+
+
+AttentionInterface.register(ATTENTION, _attention_of_transformers)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -1,0 +1,282 @@
+"""A decoder of transformers where our own network would stand: the same call, the same summed loss.
+
+shape = describe("HuggingFaceTB/SmolLM2-135M")     # or a folder, a GGUF file, package:NAME (model/hub.py)
+decoder = PretrainedDecoder(shape)                 # its architecture
+load(decoder, pretrained_weights(shape.source))    # and its weights
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.errors import InputError
+from model.hub import locate
+from model.linear_cross_entropy import IGNORED_TARGET
+
+Gather = Callable[[nn.Parameter], AbstractContextManager]
+PREFIX = "model."  # before each of transformers' own names in a checkpoint
+
+
+@dataclass(frozen=True)
+class LoraShape:
+    """Low-rank adapters (peft) on the linear maps of the blocks; what they are added to is frozen."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class PretrainedModel:
+    """What `ModelConfig` is for our own network.
+
+    Attributes:
+        source: where the weights come from.
+        huggingface: the content of its config.json.
+        sequence_length: the longest text that it accepts.
+    """
+
+    source: str
+    huggingface: dict[str, Any]
+    sequence_length: int
+    lora: LoraShape | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def warnings(self) -> list[str]:
+        return []
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.huggingface["vocab_size"])
+
+    def shape(self) -> ModelConfig:
+        """Our network of the same size, for the plan of memory and FLOPs."""
+        known = self.transformers_config()
+        heads, width = known.num_attention_heads, known.hidden_size
+        mlp_width = (
+            getattr(known, "intermediate_size", None) or getattr(known, "ffn_dim", None) or getattr(known, "n_inner", None) or 4 * width
+        )
+        gated = known.model_type in ("llama", "mistral", "qwen2", "qwen3", "phi3")
+        return ModelConfig(
+            vocab_size=self.vocab_size,
+            width=width,
+            depth=known.num_hidden_layers,
+            heads=heads,
+            kv_heads=getattr(known, "num_key_value_heads", None) or heads,
+            head_dim=getattr(known, "head_dim", None) or width // heads,
+            mlp_width=mlp_width,
+            sequence_length=self.sequence_length,
+            activation="swiglu" if gated else "gelu",
+            norm="rms_norm" if gated else "layer_norm",
+            tied_embeddings=bool(known.tie_word_embeddings),
+        )
+
+    def transformers_config(self) -> Any:
+        from transformers import AutoConfig
+
+        fields = dict(self.huggingface)
+        try:
+            return AutoConfig.for_model(fields.pop("model_type"), **fields)
+        except (KeyError, ValueError, TypeError) as error:
+            raise InputError(f"{self.source}: its config.json is of no model that transformers knows: {error}") from None
+
+
+def describe(source: str, sequence_length: int | None = None, lora: LoraShape | None = None) -> PretrainedModel:
+    """What a pretrained model is, from its configuration alone. Raises InputError where there is none, or it is no decoder."""
+    from transformers import AutoConfig
+
+    where, arguments = locate(source)
+    try:
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False, **arguments)
+    except Exception as error:  # no connection, no such name, broken files: libraries raise what they like
+        raise InputError(f"model.pretrained: no model can be read from {source}: {_one_line(error)}") from None
+    if config.is_encoder_decoder:
+        raise InputError(f"model.pretrained: {source} is an encoder and a decoder; expected a decoder alone")
+    fields = json.loads(config.to_json_string(use_diff=False))
+    for name in ("quantization_config", "torch_dtype", "dtype", "_name_or_path", "transformers_version", "architectures"):
+        fields.pop(name, None)
+    longest = getattr(config, "max_position_embeddings", None)
+    if sequence_length is not None and longest is not None and sequence_length > longest:
+        raise InputError(f"training.sequence_length: {sequence_length} is over the {longest} that {source} accepts")
+    return PretrainedModel(source, fields, sequence_length or longest or 0, lora)
+
+
+class PretrainedDecoder(nn.Module):
+    """`Transformer`'s call around a causal language model of transformers."""
+
+    def __init__(self, shape: PretrainedModel) -> None:
+        super().__init__()
+        self.config = shape
+        self.model = architecture(shape)
+        self.context_pruning_settings: Any = None
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        return self.model.is_gradient_checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, on: bool) -> None:
+        if on:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder's layers."""
+        depth = self.config.transformers_config().num_hidden_layers
+        lists = [module for module in self.model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
+        if len(lists) != 1:
+            raise InputError(f"{self.config.source}: {len(lists)} lists of {depth} layers in its network, expected one")
+        return lists[0]
+
+    @property
+    def unembedding(self) -> nn.Module:
+        return self.model.get_output_embeddings()
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
+        """Logits, or the summed loss; arguments and results as of `Transformer.forward`."""
+        logits = self.logits(tokens, document_ids)
+        if targets is None:
+            return logits
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET, reduction="sum")
+        if self.context_pruning_settings is not None:
+            loss = self.context_pruning_settings.objective(loss, logits, targets, lambda: self.dense_logits(tokens, document_ids))
+        return loss
+
+    def logits(self, tokens: Tensor, document_ids: Tensor | None) -> Tensor:
+        arguments: dict[str, Any] = {}
+        if document_ids is not None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+            same = document_ids[:, :, None] == document_ids[:, None, :]
+            starts = same.int().argmax(-1)
+            arguments["attention_mask"] = (same & (positions[:, None] >= positions))[:, None]
+            arguments["position_ids"] = positions - starts
+        return self.model(input_ids=tokens, use_cache=False, **arguments).logits
+
+    @torch.no_grad()
+    def dense_logits(self, tokens: Tensor, document_ids: Tensor | None) -> Tensor:
+        """Of the network without pruning and, where there are LoRA adapters, without them: the network as it was."""
+        settings, training = self.context_pruning_settings, self.training
+        settings.enabled = False
+        self.eval()
+        try:
+            with without_lora(self.model):
+                return self.logits(tokens, document_ids)
+        finally:
+            settings.enabled = True
+            self.train(training)
+
+
+def architecture(shape: PretrainedModel) -> Any:
+    """The network of transformers, its weights as they are initialised; with the LoRA adapters that `shape` asks for."""
+    quieten()
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_config(shape.transformers_config(), attn_implementation="sdpa", trust_remote_code=False)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"model.pretrained: {shape.source}: {_one_line(error)}") from None
+    model.generation_config.pad_token_id = model.config.pad_token_id
+    if shape.lora is not None:
+        add_lora(model, shape.lora)
+    return model
+
+
+def add_lora(model: nn.Module, shape: LoraShape) -> None:
+    """Adapters on every linear map of the blocks, made by peft, in place."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    leaves = {
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and module is not model.get_output_embeddings()  # pyright: ignore
+    }
+    config = LoraConfig(
+        r=shape.rank,
+        lora_alpha=shape.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=shape.dropout,
+        target_modules=sorted(leaves),
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
+    )
+    inject_adapter_in_model(config, model)
+
+
+@contextmanager
+def without_lora(model: nn.Module) -> Iterator[None]:
+    """LoRA adapters, if there are any, switched off."""
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    for layer in layers:
+        layer.enable_adapters(False)  # pyright: ignore[reportCallIssue]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)  # pyright: ignore[reportCallIssue]
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Add the adapters to the weights that they belong to, and take them out."""
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if hasattr(layer, "lora_A"):
+                layer.merge()  # pyright: ignore[reportCallIssue]
+                setattr(parent, name, layer.get_base_layer())  # pyright: ignore[reportCallIssue]
+
+
+def pretrained_weights(source: str) -> dict[str, Tensor]:
+    """The tensors of a pretrained model by transformers' names, float32, on the CPU. Raises InputError."""
+    quieten()
+    from transformers import AutoModelForCausalLM
+
+    where, arguments = locate(source)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=False, dtype=torch.float32, **arguments)
+    except Exception as error:
+        raise InputError(f"model.pretrained: no weights can be read from {source}: {_one_line(error)}") from None
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+@torch.no_grad()
+def load(decoder: PretrainedDecoder, weights: dict[str, Tensor] | None, gather: Gather = lambda parameter: nullcontext()) -> None:
+    """Fill the decoder's parameters but the adapters.
+
+    Args:
+        weights: from `pretrained_weights`; None on ranks whose copy is not taken, under ZeRO-3 all but the first.
+        gather: wraps a parameter while it is written, so that a sharded one is whole inside.
+
+    Raises:
+        InputError: a parameter that the file has not, or has in another shape.
+    """
+    for name, parameter in decoder.model.named_parameters():
+        if ".context_pruning." in name or ".lora_" in name:
+            continue
+        with gather(parameter):
+            if weights is None:
+                continue
+            found = weights.get(name.replace(".base_layer.", "."))
+            if found is None or found.shape != parameter.shape:
+                raise InputError(
+                    f"{decoder.config.source}: {name} is {tuple(parameter.shape)}, found {None if found is None else tuple(found.shape)}"
+                )
+            parameter.copy_(found)
+
+
+def quieten() -> None:
+    """To be called before the first import of transformers' models: torchao warns of GPU kernels that a CPU has no use for."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _one_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

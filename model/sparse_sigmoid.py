@@ -1,0 +1,109 @@
+"""The sparse sigmoid: how likely a token is kept, exactly 0 and exactly 1 outside a bounded interval.
+
+sigma_alpha(x) is the first component of alpha-entmax of (x, 0) (arXiv 1905.05702; used so by arXiv 2305.15805). With a = alpha - 1, p solves
+
+    p^a - (1 - p)^a = a x,      p = 1 from x = 1 / a on,  p = 0 up to x = -1 / a
+    dp / dx = 1 / (p^(alpha - 2) + (1 - p)^(alpha - 2))   in between, 0 outside
+
+The equation has a closed form for alpha 1.5, 2, 3, 4 and 5; alpha 1 is the logistic sigmoid and infinity a step. Any other alpha is solved
+by Newton's method, for the power of whichever of p and 1 - p keeps the slope of the equation between 1 and 2.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from model.config import SMALLEST_ALPHA
+
+CLOSED_FORMS = (1.5, 2.0, 3.0, 4.0, 5.0)
+_NEWTON_STEPS = 40  # at most; 4 to 8 do nearly always
+
+
+def sparse_sigmoid(x: Tensor, alpha: float) -> Tensor:
+    """sigma_alpha(x), of any shape, in x's dtype; with its gradient.
+
+    Args:
+        alpha: 1 (logistic), at least 1.01, or infinity: 1 where x > 0, else 0, without a gradient.
+
+    Raises:
+        ValueError: another alpha.
+    """
+    if not alpha >= 1 or 1 < alpha < SMALLEST_ALPHA:
+        raise ValueError(f"alpha {alpha}: expected 1, or at least {SMALLEST_ALPHA}")
+    if alpha == 1:
+        return torch.sigmoid(x)
+    if math.isinf(alpha):
+        return (x > 0).to(x.dtype)
+    result: Tensor = _SparseSigmoid.apply(x, alpha)  # pyright: ignore[reportAssignmentType]
+    return result
+
+
+class _SparseSigmoid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, alpha: float) -> Tensor:  # type: ignore[override]
+        # The smaller of p and 1 - p is what is solved for, since it is what has digits to lose.
+        smaller = _smaller(x.abs(), alpha)
+        p = torch.where(x > 0, 1 - smaller, smaller)
+        ctx.save_for_backward(smaller)
+        ctx.alpha = alpha
+        return p
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (smaller,) = ctx.saved_tensors
+        exponent = ctx.alpha - 2
+        if exponent < 0:  # multiplied through by smaller^-exponent, which then vanishes with it
+            power = smaller.pow(-exponent)
+            slope = power / (1 + power * (1 - smaller).pow(exponent))
+        else:
+            slope = 1 / (smaller.pow(exponent) + (1 - smaller).pow(exponent))
+        return torch.where(smaller > 0, gradient * slope, 0), None
+
+
+def _smaller(x: Tensor, alpha: float) -> Tensor:
+    """1 - sigma_alpha(x) for x >= 0, in [0, 1/2]."""
+    a = alpha - 1
+    inside = x < 1 / a
+    if alpha == 1.5:  # 1/2 - (s/2) sqrt(2 - s^2) with s = x / 2, multiplied out so that no near numbers are subtracted
+        s = (x / 2).clamp(max=1.0)
+        smaller = (1 - s * s) ** 2 / 2 / (1 + s * torch.sqrt(2 - s * s))
+    elif alpha in (2.0, 3.0):
+        smaller = (1 - a * x) / 2
+    elif alpha == 4.0:
+        smaller = 0.5 - torch.sinh(torch.asinh(6 * x) / 3)
+    elif alpha == 5.0:
+        smaller = 0.5 - torch.sinh(torch.asinh(12 * math.sqrt(3) * x) / 3) / math.sqrt(3)
+    else:
+        smaller = torch.zeros_like(x)
+        smaller[inside] = _solve(x[inside], a)
+    return torch.where(inside, smaller, 0).clamp(0, 0.5)
+
+
+def _solve(x: Tensor, a: float) -> Tensor:
+    """q in (0, 1/2] with (1 - q)^a - q^a = a x, for x in [0, 1 / a)."""
+    if x.numel() == 0:
+        return x
+    tolerance = 4 * torch.finfo(x.dtype).eps
+    target = a * x
+    if a >= 1:  # unknown P = p^a: P - (1 - P^(1/a))^a - a x has slope 1 + (q / p)^(a - 1)
+        unknown = target.clamp(min=0.5**a)
+        for _ in range(_NEWTON_STEPS):
+            p = unknown.pow(1 / a)
+            q = 1 - p
+            step = (unknown - q.pow(a) - target) / (1 + (q / p).pow(a - 1))
+            unknown = (unknown - step).clamp(0.5**a, 1)
+            if (step.abs() <= tolerance * unknown).all():
+                break
+        return 1 - unknown.pow(1 / a)
+    unknown = (1 - target).clamp(0, 0.5**a)  # Q = q^a: Q - (1 - Q^(1/a))^a + a x has slope 1 + (q / p)^(1 - a)
+    for _ in range(_NEWTON_STEPS):
+        q = unknown.pow(1 / a)
+        # 1 - p^a without the difference of near numbers
+        step = (unknown + torch.expm1(a * torch.log1p(-q)).neg() - (1 - target)) / (1 + (q / (1 - q)).pow(1 - a))
+        unknown = (unknown - step).clamp(0, 0.5**a)
+        if (step.abs() <= tolerance * unknown.clamp(min=torch.finfo(x.dtype).tiny)).all():
+            break
+    return unknown.pow(1 / a)

@@ -1,0 +1,105 @@
+"""Context pruning in training: the schedule of alpha, the weight of sparsity, and the controller that reaches a target share.
+
+    every step      alpha goes from alpha_start to alpha_end by a cosine; the objective gains gamma x the kept share, whose gradient
+                    model/context_pruning.py takes
+    with a target   a threshold on all decisions follows the distance of the share kept, with hard decisions, to the target, which
+                    falls from 1: the budget is met from early on, and what is learned is which tokens to spend it on
+
+The kept share is the mean over layers of the pairs j < k that still see each other. With hard decisions it is the mean number of live
+entries over the mean number of tokens before: what generation will hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+
+from model.config import SMALLEST_ALPHA
+from model.context_pruning import Settings
+from model.errors import InputError
+from training.recipe import ContextPruningSection
+
+GAIN, DAMPING = 0.3, 2.0  # of the controller: the threshold moves by GAIN x (error + DAMPING x change of the error) a step
+LARGEST_MOVE = 0.2
+
+
+class PruningController:
+    """What steers a network's pruning over a run."""
+
+    def __init__(self, settings: Settings, section: ContextPruningSection, device: torch.device) -> None:
+        self.settings, self.section, self.device = settings, section, device
+        self.error: float | None = None  # of the last step
+        settings.distillation_weight, settings.sparsity_weight = section.distillation_weight, section.sparsity_weight
+
+    def before_step(self, step: int, total_steps: int) -> None:
+        """Set what step `step` (0-based) trains with."""
+        self.settings.recording = True
+        self.settings.alpha = alpha_at(self.section, step, total_steps)
+
+    def after_step(self, step: int, total_steps: int) -> dict[str, Any]:
+        """Take in what the step measured; returns it for the metrics. Every rank calls it, and gets the same."""
+        soft, hard, by_layer = self.take_measured()
+        values = {
+            "kept_share": hard,
+            "kept_share_soft": soft,
+            "kept_share_by_layer": by_layer,
+            "alpha": self.settings.alpha,
+            "threshold": self.settings.threshold,
+        }
+        if self.section.target_kept is not None:
+            error = hard - target_at(self.section.target_kept, self.section.target_fraction, step, total_steps)
+            change = 0.0 if self.error is None else error - self.error
+            move = GAIN * (error + DAMPING * change)
+            self.settings.threshold += max(-LARGEST_MOVE, min(LARGEST_MOVE, move))
+            self.error = error
+        return values
+
+    @contextmanager
+    def evaluating(self, how: Literal["hard", "soft", "dense"]) -> Iterator[None]:
+        """Decisions as in generation, as in training, or none; what they keep is measured, and training's own measure is put by."""
+        settings = self.settings
+        before = settings.alpha, settings.enabled, settings.recording, settings.measured
+        settings.enabled, settings.recording, settings.measured = how != "dense", True, {}
+        if how == "hard":
+            settings.alpha = math.inf
+        try:
+            yield
+        finally:
+            settings.alpha, settings.enabled, settings.recording, settings.measured = before
+
+    def take_measured(self) -> tuple[float, float, list[float]]:
+        """(kept share, kept share with hard decisions, that by layer) since it was last asked, over all ranks."""
+        measured = self.settings.measured
+        sums = torch.stack([measured[layer] for layer in self.settings.layers]).to(self.device)
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            torch.distributed.all_reduce(sums)
+        measured.clear()
+        shares = (sums[:, :2] / sums[:, 2:].clamp_min(1)).cpu()
+        return float(shares[:, 0].mean()), float(shares[:, 1].mean()), [round(float(share), 4) for share in shares[:, 1]]
+
+    def state(self) -> dict[str, Any]:
+        return {"threshold": self.settings.threshold, "error": self.error}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Raises InputError when the state is not one of these."""
+        try:
+            self.settings.threshold = float(state["threshold"])
+            self.error = None if state["error"] is None else float(state["error"])
+        except (KeyError, TypeError, ValueError):
+            raise InputError("the checkpoint has no state of context pruning: it was made by another recipe") from None
+
+
+def alpha_at(section: ContextPruningSection, step: int, total_steps: int) -> float:
+    """alpha of step `step` (0-based); below `SMALLEST_ALPHA` it counts as 1."""
+    done = min(1.0, step / max(1, round(section.alpha_fraction * total_steps)))
+    alpha = section.alpha_end + 0.5 * (section.alpha_start - section.alpha_end) * (1 + math.cos(math.pi * done))
+    return alpha if alpha >= SMALLEST_ALPHA else 1.0
+
+
+def target_at(target: float, fraction: float, step: int, total_steps: int) -> float:
+    """The share that is aimed at after step `step`: from 1 to the target in a straight line, over `fraction` of the steps."""
+    return 1.0 + (target - 1.0) * min(1.0, (step + 1) / max(1, round(fraction * total_steps)))

@@ -1,0 +1,27 @@
+"""The network that a recipe asks for: ours or a pretrained one, with what it learns to drop of its context."""
+
+from __future__ import annotations
+
+from model.config import ModelConfig
+from model.pretrained import PretrainedDecoder, PretrainedModel
+from model.transformer import Transformer
+from training.recipe import ContextPruningSection
+
+Network = Transformer | PretrainedDecoder
+
+
+def make_network(config: ModelConfig | PretrainedModel, pruning: ContextPruningSection | None = None, seed: int = 0) -> Network:
+    """Its parameters are not filled yet, but for those that decide about the context; what is not trained is frozen.
+
+    Raises:
+        InputError: a network whose context cannot be pruned.
+    """
+    network = PretrainedDecoder(config) if isinstance(config, PretrainedModel) else Transformer(config)
+    if pruning is not None:
+        from model.context_pruning import attach  # transformers takes seconds to import
+
+        attach(network, pruning.structure(), seed)
+        if pruning.trainable != "all":
+            for name, parameter in network.named_parameters():
+                parameter.requires_grad_(".context_pruning." in name or ".lora_" in name)
+    return network
