@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,11 +44,11 @@ class LayerCache:
 class Cache:
     """Of a whole network, layer by layer; `Transformer.forward` fills it."""
 
-    make_layer: Callable[[], LayerCache] = LayerCache
-    layers: list[LayerCache] = field(default_factory=list)
+    make_layer: Callable[[], Any] = LayerCache  # or PrunedLayer, where layers drop tokens (model/pruned_cache.py)
+    layers: list[Any] = field(default_factory=list)
     length: int = 0  # tokens so far
 
-    def layer(self, number: int) -> LayerCache:
+    def layer(self, number: int) -> Any:
         if number == len(self.layers):
             self.layers.append(self.make_layer())
         return self.layers[number]

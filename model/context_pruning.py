@@ -111,9 +111,10 @@ class Settings:
         objective = objective + self.sparsity_weight * counted.sum() * torch.stack(shares).mean()
         return loss.detach() + objective - objective.detach()
 
-    def layer_before(self, layer: int) -> int | None:
+    def above_of(self, layer: int) -> Tensor | None:
+        """What the pruned layers before one have left of each place in the text; None with propagate_in_depth off, or before the first."""
         number = self.layers.index(layer)
-        return self.layers[number - 1] if number else None
+        return self.above.get(self.layers[number - 1]) if number else None
 
 
 def _divergence(dense: Tensor, logits: Tensor) -> Tensor:
@@ -176,7 +177,7 @@ def log_kept(
     settings: Settings,
     hard: bool = False,
 ) -> Tensor:
-    """log I of some queries on all slots, (batch, queries, slots), float32; 0 where a query's own token or a later one stands.
+    """log I of some queries on all slots, (batch, queries, slots), at least float32; 0 where a query's own token or a later one stands.
 
     Args:
         interaction_query, interaction_key: (batch, queries, rank) and (batch, slots, rank).
@@ -187,7 +188,9 @@ def log_kept(
         hard: keep or drop, whatever alpha is.
     """
     config = settings.config
-    x = interaction_query.float() @ interaction_key.float().mT / math.sqrt(config.rank) + (beta.float() - settings.threshold)
+    dtype = torch.promote_types(interaction_query.dtype, torch.float32)
+    query, key = interaction_query.to(dtype), interaction_key.to(dtype)
+    x = query @ key.mT / math.sqrt(config.rank) + (beta.to(dtype) - settings.threshold)
     age = places[:, None] - positions[:, None, :]  # (batch or 1, queries, slots)
     exempt = age < config.window
     if config.sinks:
@@ -266,7 +269,7 @@ def pruned_attention(
     else:
         first, positions, before = 0, torch.arange(queries, device=query.device)[None], None
     places = torch.arange(first, first + queries, device=query.device)
-    above = settings.above.get(settings.layer_before(layer_number))
+    above = settings.above_of(layer_number)
     outputs, passed_on = [], []
     step = queries if torch.is_grad_enabled() or settings.recording else ROWS
     for start in range(0, queries, step):
@@ -300,7 +303,7 @@ def pruned_attention(
         before = F.pad(own_last, (0, slots - known))
     if settings.config.propagate_in_depth:
         settings.above[layer_number] = torch.cat(passed_on, dim=1)
-    if layer is not None:
+    if layer is not None and before is not None:
         # what the last token may not see, such as padding, no later token may
         layer.release(before.masked_fill(bias[:, -1] == -torch.inf, -torch.inf), queries)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
@@ -423,7 +426,7 @@ def _attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
         if not isinstance(number, int) or "Attention" not in type(module).__name__ or getattr(module, "is_cross_attention", False):
             continue
         kinds = getattr(config, "layer_types", None)
-        if (kinds and kinds[number] != "full_attention") or (not kinds and getattr(module, "sliding_window", None)):
+        if (kinds and kinds[number] != "full_attention") or (not kinds and getattr(config, "sliding_window", None)):
             skipped.append(f"{name}: a window")
         elif getattr(module, "is_kv_shared_layer", False) or getattr(module, "store_full_length_kv", False):
             skipped.append(f"{name}: shares its cache")
@@ -447,10 +450,10 @@ def _before_our_attention(module: Any, arguments: tuple[Any, ...]) -> None:
     interaction: Interaction = module.context_pruning
     if not interaction.settings.enabled:
         return
-    layer = arguments[3] if len(arguments) > 3 else None
+    x, _, _, layer = arguments
     if layer is not None and not isinstance(layer, PrunedLayer):
         raise InputError("a cache made without context pruning: begin with Cache(PrunedLayer)")
-    query, key, beta = interaction(arguments[0], 0 if layer is None else layer.seen)
+    query, key, beta = interaction(x, 0 if layer is None else layer.seen)
     if layer is not None:
         layer.staged = key
     interaction.current = query, key, beta, layer
@@ -503,7 +506,8 @@ def attach(model: nn.Module, config: PruningConfig | None = None, seed: int = 0)
     top: Any = network if ours else model
     if not ours:
         top.set_attn_implementation(ATTENTION)
-    for holder in {id(holder): holder for holder in (top, outer)}.values():
+    holders: list[Any] = [top, outer]
+    for holder in holders:
         holder.context_pruning_settings = settings
     top.register_forward_pre_hook(_before_model, with_kwargs=True)
     top.register_forward_hook(_after_model)

@@ -137,7 +137,8 @@ class BurnishForCausalLM(PreTrainedModel, GenerationMixin):
         if attention_mask is not None and not attention_mask[:, -1].all():
             raise InputError("padding on the right stands between a text and what follows it: set tokenizer.padding_side = 'left'")
         if use_cache and past_key_values is None:
-            past_key_values = Cache(PrunedLayer) if self.network.context_pruning_settings is not None else Cache()
+            pruning = self.network.context_pruning_settings
+            past_key_values = Cache(PrunedLayer) if pruning is not None and pruning.enabled else Cache()
         seen = past_key_values.length if past_key_values is not None else 0
         return {"input_ids": input_ids[:, seen:], "attention_mask": attention_mask, "past_key_values": past_key_values}
 

@@ -1,6 +1,7 @@
 """The sparse sigmoid: how likely a token is kept, exactly 0 and exactly 1 outside a bounded interval.
 
-sigma_alpha(x) is the first component of alpha-entmax of (x, 0) (arXiv 1905.05702; used so by arXiv 2305.15805). With a = alpha - 1, p solves
+sigma_alpha(x) is the first component of alpha-entmax of (x, 0) (arXiv 1905.05702), used so by arXiv 2305.15805. With a = alpha - 1, p
+solves
 
     p^a - (1 - p)^a = a x,      p = 1 from x = 1 / a on,  p = 0 up to x = -1 / a
     dp / dx = 1 / (p^(alpha - 2) + (1 - p)^(alpha - 2))   in between, 0 outside

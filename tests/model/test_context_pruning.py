@@ -1,0 +1,463 @@
+"""Context pruning: decisions against loops over tokens, and the shrinking cache against the masked dense forward, for every family."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from model.cache import Cache
+from model.config import ModelConfig, PruningConfig
+from model.context_pruning import (
+    Decided,
+    Settings,
+    attach,
+    attend,
+    dense,
+    interactions,
+    log_kept,
+    observing,
+    settings_of,
+)
+from model.errors import InputError
+from model.huggingface import BurnishForCausalLM, transformers_config
+from model.parametrization import initialize
+from model.pruned_cache import PrunedLayer
+from model.transformer import IGNORED_TARGET, Transformer
+
+transformers.logging.set_verbosity_error()
+
+LENGTH, VOCABULARY = 80, 97
+SHAPE: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 160,
+    "vocab_size": 97,
+}
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(num_key_value_heads=2, intermediate_size=48, **SHAPE),
+    "qwen2": lambda: transformers.Qwen2Config(num_key_value_heads=2, intermediate_size=48, **SHAPE),
+    "qwen3": lambda: transformers.Qwen3Config(num_key_value_heads=2, head_dim=16, intermediate_size=48, **SHAPE),
+    "mistral": lambda: transformers.MistralConfig(num_key_value_heads=1, sliding_window=None, intermediate_size=48, **SHAPE),
+    "phi3": lambda: transformers.Phi3Config(num_key_value_heads=2, pad_token_id=0, intermediate_size=48, **SHAPE),
+    "gpt2": lambda: transformers.GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=160, vocab_size=97),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(intermediate_size=48, **SHAPE),
+    "opt": lambda: transformers.OPTConfig(ffn_dim=48, word_embed_proj_dim=32, **SHAPE),
+    "burnish": lambda: transformers_config(ModelConfig(width=32, depth=3, heads=4, kv_heads=2, vocab_size=97, sequence_length=160)),
+}
+DROPS = PruningConfig(rank=8, bias=0.9, sinks=2, window=3)
+
+
+def make(family: str, config: PruningConfig = DROPS, seed: int = 1) -> Any:
+    """A small random model whose layers drop most of their context, in evaluation mode."""
+    torch.manual_seed(seed)
+    made = FAMILIES[family]()
+    model = BurnishForCausalLM(made) if family == "burnish" else AutoModelForCausalLM.from_config(made)
+    model.generation_config.eos_token_id = None  # texts of one length
+    attach(model, config)
+    return model.eval()
+
+
+def tokens_of(batch: int = 2, length: int = LENGTH, seed: int = 3) -> Tensor:
+    return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def whole(model: Any, tokens: Tensor, **arguments: Any) -> Tensor:
+    """Logits of the masked dense forward."""
+    with torch.no_grad():
+        return model(tokens, use_cache=False, **arguments).logits
+
+
+def new_cache(model: Any) -> Any:
+    return Cache(PrunedLayer) if isinstance(model, BurnishForCausalLM) else DynamicCache(config=model.config)
+
+
+def in_pieces(model: Any, tokens: Tensor, sizes: list[int]) -> tuple[Tensor, Any]:
+    """Logits of the same tokens, so many at a time, with a cache; and the cache."""
+    cache, logits = new_cache(model), []
+    with torch.no_grad():
+        for piece in tokens.split(sizes, dim=1):
+            logits.append(model(piece, past_key_values=cache, use_cache=True).logits)
+    return torch.cat(logits, dim=1), cache
+
+
+# -------------------------------------------------------------------------------------------------------------- decisions
+
+
+def by_loops(query: Tensor, key: Tensor, beta: float, config: PruningConfig, keep: Callable[[float], float], starts: list[int]) -> Tensor:
+    """I[b, k, j] as section 3 of the paper defines it, a pair at a time."""
+    batch, length, rank = query.shape
+    result = torch.ones(batch, length, length, dtype=torch.float64)
+    for b in range(batch):
+        for j in range(length):
+            left = 1.0
+            for k in range(j + 1, length):
+                if k - j >= config.window and j - starts[b] >= config.sinks:
+                    left *= keep(float(query[b, k] @ key[b, j]) / math.sqrt(rank) + beta)
+                result[b, k, j] = left
+    return result
+
+
+@pytest.mark.parametrize("alpha", [1.0, 2.0, math.inf])
+def test_decisions_are_those_of_the_paper(alpha: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, 14, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    config, beta, threshold = PruningConfig(rank=6, sinks=1, window=2), 1.1, 0.2
+    sigma = {
+        1.0: lambda x: 1 / (1 + math.exp(-x)),
+        2.0: lambda x: min(1.0, max(0.0, (1 + x) / 2)),
+        math.inf: lambda x: float(x > 0),
+    }[alpha]
+    settings = Settings(config, [0], alpha=alpha, threshold=threshold)
+    starts = torch.tensor([[0] * 14, [3] * 14])
+    places = torch.arange(14)
+    found = log_kept(query, key, torch.tensor([beta]), places, places[None], starts, None, settings).exp()
+    expected = by_loops(query, key, beta - threshold, config, sigma, [0, 3])
+    lower = torch.ones(14, 14).tril().bool()
+    expected = expected.clamp_min(1e-9)[:, lower] if alpha == 2.0 else expected[:, lower]
+    torch.testing.assert_close(found.double()[:, lower], expected, rtol=1e-5, atol=1e-7)
+    if math.isinf(alpha):
+        assert 0.1 < expected.mean() < 0.9  # something is dropped and something is kept
+
+
+def test_a_one_layer_model_is_the_same_model_with_that_mask() -> None:
+    """The mask as transformers' own attention takes it, where the layer's decisions follow from the embeddings alone."""
+    for family in ("llama", "gpt2", "gpt_neox", "phi3", "qwen3"):
+        config = FAMILIES[family]()
+        config.num_hidden_layers = 1
+        torch.manual_seed(2)
+        plain = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+        pruned, tokens, decided = copy.deepcopy(plain), tokens_of(), []
+        attach(pruned, DROPS)
+        with observing(pruned, decided.append):
+            found = whole(pruned, tokens)
+        assert [d.layer for d in decided] == [0]
+        expected = whole(plain, tokens, attention_mask=decided[0].log_keep[:, None])
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5, msg=family)
+        assert (found - whole(plain, tokens)).abs().max() > 1e-2, family  # the mask does something
+
+
+def test_soft_decisions_have_the_gradient_of_finite_differences() -> None:
+    network = Transformer(ModelConfig(width=16, depth=2, heads=2, vocab_size=31, sequence_length=12)).double()
+    initialize(network, 0)
+    settings = attach(network, PruningConfig(rank=4, bias=1.0, window=2, sinks=1, scale=0.8))
+    network.double()
+    settings.alpha, settings.recording = 1.5, True
+    tokens = torch.randint(0, 31, (2, 12), generator=torch.Generator().manual_seed(0))
+
+    def objective() -> Tensor:
+        """Cross-entropy and gamma x the kept share, in float64 throughout."""
+        loss = F.cross_entropy(network(tokens).flatten(0, 1), tokens.flatten(), reduction="sum")
+        return loss + 20.0 * torch.stack([kept / pairs for kept, pairs in settings.kept.values()]).mean()
+
+    names, parameters = zip(*((n, p) for n, p in network.named_parameters() if ".context_pruning." in n), strict=True)
+    gradients = torch.autograd.grad(objective(), parameters)
+    for name, parameter, gradient in zip(names, parameters, gradients, strict=True):
+        direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        with torch.no_grad():
+            values = []
+            for sign in (1, -1):
+                parameter += sign * 1e-4 * direction
+                values.append(objective().item())
+                parameter -= sign * 1e-4 * direction
+        assert float((gradient * direction).sum()) == pytest.approx((values[0] - values[1]) / 2e-4, rel=1e-5, abs=1e-5), name
+
+
+# -------------------------------------------------------------------------------------------------------- the whole model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_off_is_the_untouched_model_bit_for_bit(family: str) -> None:
+    model, tokens = make(family), tokens_of()
+    torch.manual_seed(1)
+    config = FAMILIES[family]()
+    untouched = BurnishForCausalLM(config) if family == "burnish" else AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    parameters = dict(model.named_parameters())
+    for name, parameter in untouched.named_parameters():
+        parameter.data.copy_(parameters[name])
+    mask = torch.ones_like(tokens)
+    if family != "burnish":
+        mask[0, :9] = 0
+    with dense(model), torch.no_grad():
+        assert torch.equal(model(tokens, attention_mask=mask).logits, untouched.eval()(tokens, attention_mask=mask).logits)
+        assert torch.equal(
+            model.generate(tokens[:, :20], max_new_tokens=9, do_sample=False, pad_token_id=0),
+            untouched.generate(tokens[:, :20], max_new_tokens=9, do_sample=False, pad_token_id=0),
+        )
+    assert (whole(model, tokens) - whole(untouched, tokens)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("sizes", [[40] + [1] * 40, [13, 1, 1, 30, 5, 30], [80]], ids=["token by token", "in chunks", "whole"])
+def test_the_shrinking_cache_gives_the_logits_of_the_masked_dense_forward(family: str, sizes: list[int]) -> None:
+    model, tokens = make(family), tokens_of()
+    expected = whole(model, tokens)
+    found, cache = in_pieces(model, tokens, sizes)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    for layer in cache.layers:  # and it did shrink, more than once where it grew a token at a time
+        assert isinstance(layer, PrunedLayer)
+        assert layer.used < 40 and layer.keys.shape[2] < 60 and int(layer.live().max()) < 30
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "burnish"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        PruningConfig(rank=8, bias=0.9, rope=True),
+        PruningConfig(rank=8, bias=0.9, normalize=False, sinks=0, window=1),
+        PruningConfig(rank=8, bias=1.6, propagate_in_depth=True),
+    ],
+    ids=["rope", "bare", "in depth"],
+)
+def test_every_option_decodes_as_it_trains(family: str, config: PruningConfig) -> None:
+    model, tokens = make(family, config), tokens_of()
+    expected = whole(model, tokens)
+    for sizes in ([30] + [1] * 50, [11] * 7 + [3]):
+        torch.testing.assert_close(in_pieces(model, tokens, sizes)[0], expected, rtol=0, atol=1e-5)
+
+
+def test_soft_decisions_decode_as_they_train() -> None:
+    model, tokens = make("llama"), tokens_of()
+    settings_of(model).alpha = 2.0
+    expected = whole(model, tokens)
+    torch.testing.assert_close(in_pieces(model, tokens, [7, 20] + [1] * 53)[0], expected, rtol=0, atol=1e-5)
+
+
+def test_long_prompts_are_decided_on_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    import model.context_pruning as module
+
+    for config in (DROPS, PruningConfig(rank=8, bias=1.6, propagate_in_depth=True)):
+        model, tokens = make("llama", config), tokens_of()
+        expected = whole(model, tokens)
+        monkeypatch.setattr(module, "ROWS", 7)
+        torch.testing.assert_close(whole(model, tokens), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(in_pieces(model, tokens, [50, 1, 29])[0], expected, rtol=0, atol=1e-5)
+        monkeypatch.undo()
+
+
+def test_propagation_in_depth_keeps_dropped_what_a_layer_before_dropped() -> None:
+    decided: list[Decided] = []
+    model = make("llama", PruningConfig(rank=8, bias=1.6, propagate_in_depth=True))
+    with observing(model, decided.append):
+        whole(model, tokens_of())
+    for above, below in zip(decided, decided[1:], strict=False):
+        assert (below.log_keep[above.log_keep == -torch.inf] == -torch.inf).all()
+        assert (below.log_keep == -torch.inf).sum() > (above.log_keep == -torch.inf).sum()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_batches_pads_beams_and_prefills_in_chunks(family: str) -> None:
+    model, prompts = make(family), tokens_of(2, 30)
+    arguments = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
+    together = model.generate(prompts, **arguments)
+    one_by_one = [model.generate(prompts[i : i + 1], **arguments)[0, 30:] for i in range(2)]
+    assert together[:, 30:].tolist() == [row.tolist() for row in one_by_one]
+    # without a cache at all, each step is the masked dense forward
+    assert model.generate(prompts, use_cache=False, **arguments).tolist() == together.tolist()
+    # rows of different lengths, padded on the left
+    padded, mask = torch.zeros(2, 37, dtype=torch.int64), torch.zeros(2, 37, dtype=torch.int64)
+    padded[0, 7:], mask[0, 7:], padded[1, 18:], mask[1, 18:] = prompts[0], 1, prompts[1, :19], 1
+    found = model.generate(padded, attention_mask=mask, **arguments)[:, 37:]
+    short = model.generate(prompts[1:, :19], **arguments)[:, 19:]
+    assert found.tolist() == [one_by_one[0].tolist(), short[0].tolist()]
+    beams = model.generate(prompts, num_beams=3, **arguments)
+    assert beams.tolist() == model.generate(prompts, num_beams=3, use_cache=False, **arguments).tolist()
+    torch.manual_seed(0)
+    sampled = model.generate(prompts, max_new_tokens=12, do_sample=True, pad_token_id=0)
+    torch.manual_seed(0)
+    assert sampled.tolist() == model.generate(prompts, max_new_tokens=12, do_sample=True, pad_token_id=0, use_cache=False).tolist()
+    if family != "burnish":  # whose prompts go in whole
+        assert model.generate(prompts, prefill_chunk_size=7, **arguments).tolist() == together.tolist()
+
+
+def test_a_padded_batch_is_each_text_by_itself() -> None:
+    for family in ("llama", "gpt2"):
+        model, tokens = make(family), tokens_of()
+        mask = torch.ones_like(tokens)
+        mask[1, 60:] = 0
+        found = whole(model, tokens, attention_mask=mask)
+        torch.testing.assert_close(found[1, :60], whole(model, tokens[1:, :60])[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(found[0], whole(model, tokens[:1])[0], rtol=0, atol=1e-5)
+
+
+def test_packed_documents_are_each_text_by_itself() -> None:
+    network = make("burnish").network
+    tokens = tokens_of(1)
+    documents = (torch.arange(LENGTH)[None] >= 33).long()
+    with torch.no_grad():
+        packed = network(tokens, document_ids=documents)
+        apart = torch.cat((network(tokens[:, :33]), network(tokens[:, 33:])), dim=1)
+    torch.testing.assert_close(packed, apart, rtol=0, atol=1e-5)  # sinks count from each document's start
+
+
+def test_bf16_decodes_close_to_its_dense_forward() -> None:
+    """Rounding can turn a decision over, so this is about most tokens, not all."""
+    model, tokens = make("llama").to(torch.bfloat16), tokens_of()
+    found, _ = in_pieces(model, tokens, [40] + [1] * 40)
+    difference = (found.float() - whole(model, tokens).float()).abs().amax(-1)
+    assert difference.median() < 0.1
+
+
+def test_memory_of_dropped_tokens_is_given_back() -> None:
+    model, tokens = make("llama", PruningConfig(rank=8, bias=-100.0, sinks=1, window=4)), tokens_of(1, 150)
+    peaks = []
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for piece in tokens.split(25, dim=1):
+            model(piece, past_key_values=cache)
+            peaks.append(max(layer.bytes() for layer in cache.layers))
+            assert all(layer.live().tolist() == [5] for layer in cache.layers)
+    assert max(peaks) == peaks[0]  # a longer text takes no more
+    per_token = 2 * 2 * 8 * 4 + 8 * 4 + 8 + 4  # keys and values of two heads of 8, the interaction key, position and log I
+    assert peaks[0] <= (5 + 16 + 8) * per_token
+
+
+def test_attend_is_softmax_attention_for_grouped_heads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(2, 2, 9, 8, generator=generator) for _ in range(2))
+    bias = torch.randn(2, 1, 1, 9, generator=generator)
+    for queries in (1, 4):
+        query = torch.randn(2, 6, queries, 8, generator=generator)
+        repeated = [x.repeat_interleave(3, dim=1) for x in (key, value)]
+        scores = query @ repeated[0].mT * 0.3 + bias
+        torch.testing.assert_close(attend(query, key, value, bias.expand(2, 1, queries, 9), 0.3), scores.softmax(-1) @ repeated[1])
+
+
+# --------------------------------------------------------------------------------------------------------------- training
+
+
+def test_kept_shares_are_counted_over_pairs_that_see_each_other() -> None:
+    model, tokens, decided = make("llama"), tokens_of(), []
+    mask = torch.ones_like(tokens)
+    mask[0, 70:] = 0
+    settings = settings_of(model)
+    settings.recording = True
+    with observing(model, decided.append), torch.no_grad():
+        model(tokens, attention_mask=mask, use_cache=False)
+    valid = mask.bool()
+    pairs = torch.ones(LENGTH, LENGTH).tril(-1).bool() & valid[:, :, None] & valid[:, None, :]
+    for d in decided:
+        kept, count = settings.kept[d.layer]
+        assert int(count) == int(pairs.sum())
+        assert float(kept) == float(((d.log_keep == 0) & pairs).sum()) == float(settings.kept_hard[d.layer])
+
+
+def test_the_objective_has_the_value_of_the_loss_and_the_gradient_of_what_is_added() -> None:
+    network = make("burnish").network
+    settings, tokens = settings_of(network), tokens_of()
+    settings.alpha = 2.0
+    targets = torch.where(torch.rand(tokens.shape, generator=torch.Generator().manual_seed(0)) < 0.2, IGNORED_TARGET, tokens)
+    plain = network(tokens, targets)
+    settings.recording, settings.sparsity_weight, settings.distillation_weight = True, 3.0, 0.25
+    steered = network(tokens, targets)
+    torch.testing.assert_close(steered, plain)
+    parameter = next(iter(interactions(network).values())).bias
+    (found,) = torch.autograd.grad(steered, parameter)
+    # written out
+    settings.distillation_weight = 0.0
+    logits = network(tokens)
+    with dense(network):
+        teacher = network(tokens).log_softmax(-1).detach()
+    counted = targets != IGNORED_TARGET
+    student = logits.log_softmax(-1)
+    divergence = (teacher.exp() * (teacher - student)).sum(-1)[counted].sum()
+    network(tokens)
+    share = torch.stack([kept / pairs for kept, pairs in settings.kept.values()]).mean()
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET, reduction="sum")
+    objective = 0.75 * loss + 0.25 * divergence + 3.0 * counted.sum() * share
+    (expected,) = torch.autograd.grad(objective, parameter)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    for config in (PruningConfig(rank=8, bias=1.0), PruningConfig(rank=8, bias=1.5, propagate_in_depth=True)):
+        model, tokens = make("llama", config).train(), tokens_of()
+        settings = settings_of(model)
+        settings.alpha, settings.recording = 2.0, True
+
+        def gradients(model: Any = model, tokens: Tensor = tokens, settings: Settings = settings) -> list[Tensor]:
+            model.zero_grad()
+            loss = model(tokens, labels=tokens, use_cache=False).loss + torch.stack([k / n for k, n in settings.kept.values()]).mean()
+            loss.backward()
+            return [p.grad.clone() for p in model.parameters()]
+
+        plain = gradients()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for found, expected in zip(gradients(), plain, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+# -------------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            lambda: transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=97),
+            "not called through transformers' attention",
+        ),
+        (lambda: transformers.Gemma2Config(head_dim=8, num_key_value_heads=2, intermediate_size=48, **SHAPE), "soft-capped"),
+        (
+            lambda: transformers.MistralConfig(sliding_window=8, num_key_value_heads=2, intermediate_size=48, **SHAPE),
+            "no layer whose context",
+        ),
+        (
+            lambda: transformers_config(ModelConfig(width=32, depth=2, heads=4, vocab_size=97, sequence_length=99, attention="shaped")),
+            "shaped",
+        ),
+    ],
+)
+def test_models_that_cannot_be_pruned_are_refused_with_the_reason(config: Callable[[], Any], message: str) -> None:
+    made = config()
+    model = BurnishForCausalLM(made) if made.model_type == "burnish" else AutoModelForCausalLM.from_config(made)
+    with pytest.raises(InputError, match=message):
+        attach(model)
+
+
+def test_layers_with_a_window_stay_as_they_are() -> None:
+    config = transformers.Qwen2Config(
+        num_key_value_heads=2, intermediate_size=48, use_sliding_window=True, sliding_window=16, max_window_layers=1, **SHAPE
+    )
+    torch.manual_seed(0)
+    model, tokens = AutoModelForCausalLM.from_config(config).eval(), tokens_of()
+    assert attach(model, DROPS).layers == [0]
+    torch.testing.assert_close(in_pieces(model, tokens, [40] + [1] * 40)[0], whole(model, tokens), rtol=0, atol=1e-5)
+
+
+def test_another_attention_implementation_is_no_silently_unpruned_model() -> None:
+    model = make("llama")
+    model.set_attn_implementation("eager")
+    with pytest.raises(InputError, match="acted in 0 of 3 layers"):
+        whole(model, tokens_of())
+
+
+def test_other_caches_and_too_long_texts_are_refused() -> None:
+    model, tokens = make("llama"), tokens_of()
+    with pytest.raises(InputError, match="holds every token"):
+        model.generate(tokens, max_new_tokens=3, cache_implementation="static", pad_token_id=0)
+    filled = DynamicCache(config=model.config)
+    with dense(model), torch.no_grad():
+        model(tokens, past_key_values=filled)
+    with pytest.raises(InputError, match="filled without context pruning"):
+        model(tokens[:, :1], past_key_values=filled)
+    with pytest.raises(InputError, match="161 tokens: this model takes at most 160"):
+        whole(model, tokens_of(1, 161))
+    with pytest.raises(InputError, match="already"):
+        attach(model)
+    cache = new_cache(model)
+    with torch.no_grad():
+        model(tokens, past_key_values=cache)
+    with pytest.raises(InputError, match="what was dropped is gone"):
+        cache.crop(-3)
+    with pytest.raises(InputError, match=r"context_pruning\.rank: 5 is odd"):
+        PruningConfig(rank=5, rope=True)
