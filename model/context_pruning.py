@@ -111,6 +111,10 @@ class Settings:
         objective = objective + self.sparsity_weight * counted.sum() * torch.stack(shares).mean()
         return loss.detach() + objective - objective.detach()
 
+    def plainly_hard(self) -> bool:
+        """Decisions are hard, and nobody looks at them."""
+        return math.isinf(self.alpha) and not (self.recording or self.observers or self.config.propagate_in_depth)
+
     def above_of(self, layer: int) -> Tensor | None:
         """What the pruned layers before one have left of each place in the text; None with propagate_in_depth off, or before the first."""
         number = self.layers.index(layer)
@@ -132,28 +136,24 @@ class Interaction(nn.Module):
     def __init__(self, width: int, settings: Settings, layer: int, seed: int = 0) -> None:
         super().__init__()
         self.settings, self.layer, config = settings, layer, settings.config
-        self.query = nn.Linear(width, config.rank, bias=False)
-        self.key = nn.Linear(width, config.rank, bias=False)
-        self.query_gain = nn.Parameter(torch.full((config.rank,), config.scale)) if config.normalize else None
-        self.key_gain = nn.Parameter(torch.full((config.rank,), config.scale)) if config.normalize else None
+        self.query_key = nn.Linear(width, 2 * config.rank, bias=False)  # W_Q above W_K
+        self.gain = nn.Parameter(torch.full((2, config.rank), config.scale)) if config.normalize else None
         self.bias = nn.Parameter(torch.full((1,), float(config.bias)))
         self.current: tuple[Tensor, Tensor, Tensor, PrunedLayer | None] | None = None  # from the hook, for the attention function
         generator = torch.Generator().manual_seed(1000 * seed + layer)
-        for linear in (self.query, self.key):
-            if not linear.weight.is_meta:
-                with torch.no_grad():
-                    linear.weight.copy_(torch.empty(linear.weight.shape).normal_(0.0, 1 / math.sqrt(width), generator=generator))
+        if not self.query_key.weight.is_meta:
+            with torch.no_grad():
+                self.query_key.weight.copy_(torch.empty(2 * config.rank, width).normal_(0.0, 1 / math.sqrt(width), generator=generator))
 
     def forward(self, x: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
         """x (batch, tokens, width), the first of them at place `first` -> Q_int and K_int (batch, tokens, rank), beta (1,)."""
         config = self.settings.config
-        query, key = self.query(x), self.key(x)
-        if self.query_gain is not None and self.key_gain is not None:
-            query = F.rms_norm(query, (config.rank,), eps=1e-6) * self.query_gain
-            key = F.rms_norm(key, (config.rank,), eps=1e-6) * self.key_gain
+        both = self.query_key(x).unflatten(-1, (2, config.rank))
+        if self.gain is not None:
+            both = F.rms_norm(both, (config.rank,), eps=1e-6) * self.gain
         if config.rope:
-            rotary = rotary_tables(first, x.shape[1], config.rank, 10000.0, x.device)
-            query, key = rotate(query[:, :, None], rotary)[:, :, 0], rotate(key[:, :, None], rotary)[:, :, 0]
+            both = rotate(both, rotary_tables(first, x.shape[1], config.rank, 10000.0, x.device))
+        query, key = both.unbind(2)
         return query, key, self.bias * 1.0  # a product: under ZeRO-3 the parameter itself is given back after this
 
     def mix(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, dropout: float = 0.0) -> Tensor:
@@ -263,6 +263,11 @@ def pruned_attention(
     interaction.current = None
     settings.calls += 1
     queries, slots = query.shape[2], key.shape[2]
+    if layer is not None and queries == 1 and visible.mask is None and settings.plainly_hard():
+        _drop(layer, interaction_query, beta, settings)
+        mixed = attend(query, key, value, layer.log_keep[:, None, None, :slots].to(query.dtype), scale, dropout)
+        layer.release(None, 1)
+        return mixed
     if layer is not None:
         first, positions = layer.seen - queries, layer.positions[:, :slots]
         interaction_key, before = layer.interaction_keys[:, :slots], layer.log_keep[:, :slots]
@@ -307,6 +312,19 @@ def pruned_attention(
         # what the last token may not see, such as padding, no later token may
         layer.release(before.masked_fill(bias[:, -1] == -torch.inf, -torch.inf), queries)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _drop(layer: PrunedLayer, interaction_query: Tensor, beta: Tensor, settings: Settings) -> None:
+    """What `log_kept` decides of the one newest token of texts that begin at place 0, into the cache: a dozen operations, not thirty."""
+    config, slots = settings.config, slice(layer.used)
+    dtype = torch.promote_types(interaction_query.dtype, torch.float32)
+    scores = layer.interaction_keys[:, slots].to(dtype) @ interaction_query.to(dtype).mT
+    positions = layer.positions[:, slots]
+    dropped = scores[:, :, 0] <= (settings.threshold - beta.to(dtype)) * math.sqrt(config.rank)
+    dropped &= positions < layer.seen - config.window
+    if config.sinks:
+        dropped &= positions >= config.sinks
+    layer.log_keep[:, slots].masked_fill_(dropped, -torch.inf)
 
 
 def _record(

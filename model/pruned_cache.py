@@ -1,7 +1,7 @@
 """The cache of a layer that drops its own context: what no later token will need is taken out of memory, layer by layer.
 
 A layer keeps its live tokens in the first `used` slots of buffers; which slot a token has says nothing, since its place in the text is kept
-beside it. Dropped tokens leave holes, which are closed when an eighth of the slots is dead, and the buffers then shrink. transformers
+beside it. Dropped tokens leave holes, which are closed when a twelfth of the slots is dead, and the buffers then shrink. transformers
 sees the length of the text, as if nothing had been dropped, so that positions and masks stay right.
 """
 
@@ -14,8 +14,8 @@ from transformers.cache_utils import DynamicLayer
 from model.errors import InputError
 
 CHECK_EVERY = 16  # tokens between looks at how many slots are dead: each look waits for the device
-DEAD_SHARE = 1 / 8
-HEADROOM = 1 / 8  # slots allocated beyond those in use, as a share, so that not every token allocates
+DEAD_SHARE = 1 / 12
+HEADROOM = 1 / 16  # slots allocated beyond those in use, as a share, so that not every token allocates
 
 
 class PrunedLayer(DynamicLayer):
@@ -43,7 +43,7 @@ class PrunedLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Append tokens; returns keys and values of all slots in use, (batch, kv_heads, used, head_dim)."""
         assert self.staged is not None, "the attention module's hook has not run"
-        new, batch = key_states.shape[2], key_states.shape[0]
+        new = key_states.shape[2]
         if not self.is_initialized:
             self._allocate(key_states, value_states, new)
         elif self.used + new > self.keys.shape[2]:
@@ -51,21 +51,23 @@ class PrunedLayer(DynamicLayer):
         slots = slice(self.used, self.used + new)
         self.keys[:, :, slots], self.values[:, :, slots] = key_states, value_states
         self.interaction_keys[:, slots] = self.staged
-        self.positions[:, slots] = torch.arange(self.seen, self.seen + new, device=self.positions.device).expand(batch, new)
+        self.positions[:, slots] = self.seen if new == 1 else torch.arange(self.seen, self.seen + new, device=self.positions.device)
         self.log_keep[:, slots] = 0.0
         self.used, self.seen, self.staged = self.used + new, self.seen + new, None
         return self.keys[:, :, : self.used], self.values[:, :, : self.used]
 
-    def release(self, log_keep: Tensor, new: int) -> None:
-        """Say what is left of each slot in use, (batch, used), after `new` tokens; frees the memory of what is dropped."""
-        self.log_keep[:, : self.used] = log_keep
+    def release(self, log_keep: Tensor | None, new: int) -> None:
+        """Say what is left of each slot in use, (batch, used), after `new` tokens (None: `log_keep` says it already); frees the memory of
+        what is dropped."""
+        if log_keep is not None:
+            self.log_keep[:, : self.used] = log_keep
         self._since_check += new
         if self._since_check < CHECK_EVERY:
             return
         self._since_check = 0
         live = self.log_keep[:, : self.used] > -torch.inf
         most = max(1, int(live.sum(1).max()))
-        if most <= (1 - DEAD_SHARE) * self.used:
+        if most <= (1 - DEAD_SHARE) * self.used or most + CHECK_EVERY + 2 * HEADROOM * most < self.keys.shape[2]:
             # the live first, in their order
             order = torch.sort(live, dim=1, descending=True, stable=True).indices[:, :most]
             self._resize(order, most + CHECK_EVERY + int(HEADROOM * most))
