@@ -280,7 +280,7 @@ class PruningConfig:
     Attributes:
         rank: r, of the interaction queries and keys.
         normalize: RMSNorm of Q_int and K_int, with a trainable gain a dimension.
-        scale: that gain at first: x then scatters about beta by scale^2.
+        scale: that gain at first: products of unrelated vectors scatter by scale^2.
         rope: rotate Q_int and K_int by position, so that a decision can depend on the distance.
         bias: beta at first.
         sinks: tokens at the start of a text that are always kept.

@@ -7,7 +7,7 @@
 With X what a layer's attention reads, k the token that decides and j < k one that it decides on (section 3 of the paper):
 
     Q_int = norm(X W_Q), K_int = norm(X W_K)                one pair of (width x r) matrices a layer, shared by its heads
-    x[k, j] = <Q_int[k], K_int[j]> / sqrt(r) + beta - threshold
+    x[k, j] = (<Q_int[k], K_int[j]> / sqrt(r) - m) / s + beta - threshold
     p[k, j] = sigma_alpha(x[k, j])                          1 for the first `sinks` tokens, and where k - j < `window`
     log I[k, j] = sum over j < n <= k of log p[n, j]        what is dropped stays dropped
     A = softmax(Q K^T / sqrt(d) + log I + causal)
@@ -21,9 +21,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ from model.attention import rotary_tables, rotate
 from model.config import PruningConfig
 from model.errors import InputError
 from model.linear_cross_entropy import IGNORED_TARGET
-from model.pretrained import PretrainedDecoder
+from model.pretrained import Gather, PretrainedDecoder
 from model.pruned_cache import PrunedLayer
 from model.sparse_sigmoid import sparse_sigmoid
 from model.transformer import Transformer
@@ -67,6 +67,7 @@ class Settings:
         enabled: False: the model as it was, bit for bit.
         alpha: of the sparse sigmoid; infinity: hard decisions.
         threshold: common to all layers, 0 in the paper: higher drops more, so that one network serves several budgets.
+        standards: of each layer (m, s).
         sparsity_weight: gamma, what a token's whole context costs, in nats; with gradient, while `recording`.
         distillation_weight: share of the objective that is the divergence from the network without pruning.
         kept: of each layer, while `recording`: (sum of I over pairs j < k that see each other, with gradient; their number).
@@ -78,6 +79,7 @@ class Settings:
     enabled: bool = True
     alpha: float = math.inf
     threshold: float = 0.0
+    standards: dict[int, tuple[float, float]] = field(default_factory=dict)
     recording: bool = False
     sparsity_weight: float = 0.0
     distillation_weight: float = 0.0
@@ -111,6 +113,18 @@ class Settings:
         objective = objective + self.sparsity_weight * counted.sum() * torch.stack(shares).mean()
         return loss.detach() + objective - objective.detach()
 
+    def describe(self) -> dict[str, Any]:
+        """What has to be known, beside the weights, to decide as this does; in JSON's types. `take` reads it."""
+        standards = [[layer, *standard] for layer, standard in self.standards.items()]
+        return {"structure": asdict(self.config), "threshold": self.threshold, "standards": standards, "layers": self.layers}
+
+    def take(self, description: dict[str, Any]) -> None:
+        """Decide as a description says. Raises InputError when it is of other layers."""
+        if description["layers"] != self.layers:
+            raise InputError(f"prunes layers {description['layers']}, and this model has {self.layers}")
+        self.threshold = float(description["threshold"])
+        self.standards = {int(layer): (float(mean), float(deviation)) for layer, mean, deviation in description["standards"]}
+
     def plainly_hard(self) -> bool:
         """Decisions are hard, and nobody looks at them."""
         return math.isinf(self.alpha) and not (self.recording or self.observers or self.config.propagate_in_depth)
@@ -133,17 +147,27 @@ def _divergence(dense: Tensor, logits: Tensor) -> Tensor:
 class Interaction(nn.Module):
     """W_Q, W_K and beta of one layer, a child of its attention module."""
 
-    def __init__(self, width: int, settings: Settings, layer: int, seed: int = 0) -> None:
+    def __init__(self, width: int, settings: Settings, layer: int) -> None:
         super().__init__()
         self.settings, self.layer, config = settings, layer, settings.config
         self.query_key = nn.Linear(width, 2 * config.rank, bias=False)  # W_Q above W_K
         self.gain = nn.Parameter(torch.full((2, config.rank), config.scale)) if config.normalize else None
         self.bias = nn.Parameter(torch.full((1,), float(config.bias)))
         self.current: tuple[Tensor, Tensor, Tensor, PrunedLayer | None] | None = None  # from the hook, for the attention function
-        generator = torch.Generator().manual_seed(1000 * seed + layer)
-        if not self.query_key.weight.is_meta:
-            with torch.no_grad():
-                self.query_key.weight.copy_(torch.empty(2 * config.rank, width).normal_(0.0, 1 / math.sqrt(width), generator=generator))
+
+    @property
+    def standard(self) -> tuple[float, float]:
+        """m and s."""
+        return self.settings.standards.get(self.layer, (0.0, 1.0))
+
+    @torch.no_grad()
+    def initialize(self, seed: int, gather: Gather) -> None:
+        """Draw W_Q and W_K, the same on any device and number of ranks; `gather` makes a sharded parameter whole while it is written."""
+        generator = torch.Generator().manual_seed(1000 * seed + self.layer)
+        with gather(cast(nn.Parameter, self.query_key.weight)):
+            if not self.query_key.weight.is_meta:
+                shape = self.query_key.weight.shape
+                self.query_key.weight.copy_(torch.empty(shape).normal_(0.0, 1 / math.sqrt(shape[1]), generator=generator))
 
     def forward(self, x: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
         """x (batch, tokens, width), the first of them at place `first` -> Q_int and K_int (batch, tokens, rank), beta (1,)."""
@@ -175,6 +199,7 @@ def log_kept(
     starts: Tensor | None,
     before: Tensor | None,
     settings: Settings,
+    standard: tuple[float, float] = (0.0, 1.0),
     hard: bool = False,
 ) -> Tensor:
     """log I of some queries on all slots, (batch, queries, slots), at least float32; 0 where a query's own token or a later one stands.
@@ -185,12 +210,13 @@ def log_kept(
         positions: (batch or 1, slots), where the slots' tokens do.
         starts: (batch or 1, queries), where each query's text begins; None: at 0.
         before: (batch, slots), log I before the first of these queries; None: 0.
+        standard: m and s of the layer.
         hard: keep or drop, whatever alpha is.
     """
-    config = settings.config
+    config, (mean, deviation) = settings.config, standard
     dtype = torch.promote_types(interaction_query.dtype, torch.float32)
     query, key = interaction_query.to(dtype), interaction_key.to(dtype)
-    x = query @ key.mT / math.sqrt(config.rank) + (beta.to(dtype) - settings.threshold)
+    x = query @ key.mT / (math.sqrt(config.rank) * deviation) + (beta.to(dtype) - settings.threshold - mean / deviation)
     age = places[:, None] - positions[:, None, :]  # (batch or 1, queries, slots)
     exempt = age < config.window
     if config.sinks:
@@ -264,7 +290,7 @@ def pruned_attention(
     settings.calls += 1
     queries, slots = query.shape[2], key.shape[2]
     if layer is not None and queries == 1 and visible.mask is None and settings.plainly_hard():
-        _drop(layer, interaction_query, beta, settings)
+        _drop(layer, interaction, interaction_query, beta)
         mixed = attend(query, key, value, layer.log_keep[:, None, None, :slots].to(query.dtype), scale, dropout)
         layer.release(None, 1)
         return mixed
@@ -291,6 +317,7 @@ def pruned_attention(
             seen.starts(),
             None if before is None else before[:, :known],
             settings,
+            interaction.standard,
         )
         own_last = kept[:, -1].detach()
         if above is not None:
@@ -314,13 +341,14 @@ def pruned_attention(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
-def _drop(layer: PrunedLayer, interaction_query: Tensor, beta: Tensor, settings: Settings) -> None:
+def _drop(layer: PrunedLayer, interaction: Interaction, interaction_query: Tensor, beta: Tensor) -> None:
     """What `log_kept` decides of the one newest token of texts that begin at place 0, into the cache: a dozen operations, not thirty."""
-    config, slots = settings.config, slice(layer.used)
+    settings, slots, (mean, deviation) = interaction.settings, slice(layer.used), interaction.standard
+    config = settings.config
     dtype = torch.promote_types(interaction_query.dtype, torch.float32)
     scores = layer.interaction_keys[:, slots].to(dtype) @ interaction_query.to(dtype).mT
     positions = layer.positions[:, slots]
-    dropped = scores[:, :, 0] <= (settings.threshold - beta.to(dtype)) * math.sqrt(config.rank)
+    dropped = scores[:, :, 0] <= (mean + deviation * (settings.threshold - beta.to(dtype))) * math.sqrt(config.rank)
     dropped &= positions < layer.seen - config.window
     if config.sinks:
         dropped &= positions >= config.sinks
@@ -345,7 +373,7 @@ def _record(
     pairs = pairs.expand(kept.shape)
     settings.kept[interaction.layer] = torch.where(pairs, kept, -torch.inf).exp().sum(), pairs.sum()
     with torch.no_grad():
-        hard = log_kept(*decided_by, places, positions, visible.starts(), None, settings, hard=True)
+        hard = log_kept(*decided_by, places, positions, visible.starts(), None, settings, interaction.standard, hard=True)
         settings.kept_hard[interaction.layer] = ((hard == 0) & pairs).sum()
 
 
@@ -492,7 +520,9 @@ def _our_modules(network: Transformer) -> dict[int, nn.Module]:
 # --------------------------------------------------------------------------------------------------- what a caller needs
 
 
-def attach(model: nn.Module, config: PruningConfig | None = None, seed: int = 0) -> Settings:
+def attach(
+    model: nn.Module, config: PruningConfig | None = None, seed: int = 0, gather: Gather = lambda parameter: nullcontext()
+) -> Settings:
     """Give every layer of a decoder that can be pruned an `Interaction`, and switch pruning on; returns what steers it.
 
     Args:
@@ -515,7 +545,8 @@ def attach(model: nn.Module, config: PruningConfig | None = None, seed: int = 0)
     settings = Settings(config, sorted(modules))
     for number, module in modules.items():
         like = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
-        interaction = Interaction(width, settings, number, seed)  # pyright: ignore[reportArgumentType]
+        interaction = Interaction(width, settings, number)  # pyright: ignore[reportArgumentType]
+        interaction.initialize(seed, gather)
         module.context_pruning = interaction.to(like.device, like.dtype)  # pyright: ignore[reportArgumentType]
         if ours:
             module.register_forward_pre_hook(_before_our_attention)
@@ -543,6 +574,35 @@ def settings_of(model: nn.Module) -> Settings:
 def interactions(model: nn.Module) -> dict[str, Interaction]:
     """Name -> the part of each pruned layer that pruning brought."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Interaction)}
+
+
+@contextmanager
+def measuring_products(model: nn.Module) -> Iterator[dict[int, Tensor]]:
+    """Collect of each layer, over the forward passes within, the sums of (1, product, product^2) over pairs j < k, (3,) float64."""
+    sums: dict[int, Tensor] = {}
+
+    def add(interaction: Any, arguments: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        query, key = output[0].detach().double(), output[1].detach().double()
+        products = (query @ key.mT / math.sqrt(query.shape[-1])).tril(-1)
+        length, batch = query.shape[1], query.shape[0]
+        found = torch.stack((products.new_tensor(batch * length * (length - 1) / 2), products.sum(), products.square().sum()))
+        sums[interaction.layer] = found + sums.get(interaction.layer, torch.zeros_like(found))
+
+    handles = [interaction.register_forward_hook(add) for interaction in interactions(model).values()]
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def standards_of(sums: dict[int, Tensor]) -> dict[int, tuple[float, float]]:
+    """Layer -> mean and standard deviation, of what `measuring_products` collected."""
+    standards = {}
+    for layer, (count, total, squares) in ((layer, found.tolist()) for layer, found in sums.items()):
+        mean = total / count
+        standards[layer] = (mean, max(math.sqrt(max(squares / count - mean**2, 0.0)), 1e-6))
+    return standards
 
 
 @contextmanager

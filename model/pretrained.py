@@ -179,14 +179,17 @@ class PretrainedDecoder(nn.Module):
 
 
 def architecture(shape: PretrainedModel) -> Any:
-    """The network of transformers, its weights as they are initialised; with the LoRA adapters that `shape` asks for."""
+    """The network of transformers, its weights not set; with the LoRA adapters that `shape` asks for."""
     quieten()
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     try:
-        model = AutoModelForCausalLM.from_config(shape.transformers_config(), attn_implementation="sdpa", trust_remote_code=False)
+        with no_init_weights():  # `load` fills them, and a sharded parameter could not be drawn here
+            model = AutoModelForCausalLM.from_config(shape.transformers_config(), attn_implementation="sdpa", trust_remote_code=False)
     except (ValueError, ImportError) as error:
         raise InputError(f"model.pretrained: {shape.source}: {_one_line(error)}") from None
+    model.tie_weights()  # which transformers does where it initialises
     model.generation_config.pad_token_id = model.config.pad_token_id
     if shape.lora is not None:
         add_lora(model, shape.lora)

@@ -55,9 +55,7 @@ def save(model: Any, folder: str | Path, base: str | None = None, lora: LoraShap
     whole = _merged(model)
     description = {
         "format": 1,
-        "structure": asdict(settings.config),
-        "threshold": settings.threshold,
-        "layers": settings.layers,
+        **settings.describe(),
         "base": base,
         "fingerprint": fingerprint(_base(model) if alone else whole),
         "lora": asdict(lora) if alone and lora is not None else None,
@@ -112,9 +110,10 @@ def switch_on(model: Any, folder: str | Path | None = None) -> None:
     if description["lora"] is not None:
         add_lora(model, LoraShape(**description["lora"]))
     settings = attach(model, PruningConfig(**description["structure"]))
-    settings.threshold = description["threshold"]
-    if settings.layers != description["layers"]:
-        raise InputError(f"{folder}: prunes layers {description['layers']}, and this model has {settings.layers}")
+    try:
+        settings.take(description)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from None
     try:
         tensors = load_file(folder / TENSORS)
     except (OSError, SafetensorError) as error:
@@ -139,12 +138,20 @@ def read_description(folder: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_text())
         PruningConfig(**description["structure"])
-        kinds = {"threshold": (int, float), "layers": list, "fingerprint": str, "base": (str, type(None)), "lora": (dict, type(None))}
+        kinds = {
+            "threshold": (int, float),
+            "layers": list,
+            "standards": list,
+            "fingerprint": str,
+            "base": (str, type(None)),
+            "lora": (dict, type(None)),
+        }
         for key, kind in kinds.items():
             if not isinstance(description[key], kind):
                 raise TypeError(f"{key} is {str(description[key])[:40]}")
-        if not math.isfinite(description["threshold"]):
-            raise ValueError("threshold is not a number")
+        numbers = [description["threshold"], *(number for standard in description["standards"] for number in standard[1:])]
+        if not all(math.isfinite(number) for number in numbers) or any(len(s) != 3 or s[2] <= 0 for s in description["standards"]):
+            raise ValueError("threshold or standards are no numbers")
     except FileNotFoundError:
         raise InputError(f"{folder}: no {DESCRIPTION} there: expected a folder that save() or `analysis export` wrote") from None
     except (OSError, ValueError, KeyError, TypeError, UnicodeDecodeError) as error:

@@ -1,8 +1,8 @@
 """Decoding with a cache that shrinks against the dense cache: `python -m scripts.benchmark_generation`.
 
 One random Llama of --layers layers in one process; its own attention, the same with pruning that drops nothing, and with pruning that
-leaves 20% of the context, take turns at each length and batch: a prompt of that length in chunks, then --decode tokens. Medians of the time a
-token takes, and the most bytes that the cache held at any time, prompt included, as ratios to the dense cache.
+leaves 20% of the context, take turns at each length and batch: a prompt of that length in chunks, then --decode tokens. Medians of the
+time a token takes, and the most bytes that the cache held at any time, prompt included, as ratios to the dense cache.
 
 What is dropped is random but learned-like: each row and layer drops other tokens at other times, by a threshold that leaves 20% after the
 prompt. The time of a chunk or token depends on how many are left, not on which.

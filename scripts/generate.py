@@ -45,7 +45,8 @@ class Measured:
     def line(self, name: str) -> str:
         return (
             f"{name}: {self.tokens} tokens, {self.tokens_per_second:.2f} a second after {self.prefill_seconds:.2f} s for the prompt; "
-            f"cache {self.cache_bytes / 2**20:.2f} MiB, at most {self.largest_cache_bytes / 2**20:.2f}; {self.kept_share:.1%} of the context kept"
+            f"cache {self.cache_bytes / 2**20:.2f} MiB, at most {self.largest_cache_bytes / 2**20:.2f}; "
+            f"{self.kept_share:.1%} of the context kept"
         )
 
 
@@ -187,12 +188,16 @@ def open_model(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
         try:
             model = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=False, dtype=dtype, **arguments).eval()
         except Exception as error:  # each family fails in its own way
-            raise InputError(f"{source}: no model can be read from it: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
+            raise InputError(
+                f"{source}: no model can be read from it: {next(iter(str(error).splitlines()), type(error).__name__)}"
+            ) from None
     where, arguments = locate(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **arguments)
     except Exception as error:
-        raise InputError(f"{source}: no tokenizer can be read from it: {next(iter(str(error).splitlines()), type(error).__name__)}") from None
+        raise InputError(
+            f"{source}: no tokenizer can be read from it: {next(iter(str(error).splitlines()), type(error).__name__)}"
+        ) from None
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 

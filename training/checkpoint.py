@@ -14,7 +14,6 @@ import random
 import re
 import shutil
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,7 +76,7 @@ def save(engine: Engine, run: Path, step: int, tokens: int, state: dict[str, Any
             write_json(writing / ("pretrained.json" if pretrained else "model_config.json"), engine.model.config.to_dict())
             pruning = engine.model.context_pruning_settings
             if pruning is not None:
-                write_json(writing / "context_pruning.json", {**asdict(pruning.config), "threshold": pruning.threshold})
+                write_json(writing / "context_pruning.json", pruning.describe())
         dist.barrier()
         faults.kill("kill_written", step, ranks.rank)
         digests = _digests(writing, ranks)

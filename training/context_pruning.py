@@ -19,11 +19,13 @@ from typing import Any, Literal
 import torch
 
 from model.config import SMALLEST_ALPHA
-from model.context_pruning import Settings
+from model.context_pruning import Settings, measuring_products, standards_of
 from model.errors import InputError
+from training.data import Batch
+from training.engine import Engine
 from training.recipe import ContextPruningSection
 
-GAIN, DAMPING = 0.3, 2.0  # of the controller: the threshold moves by GAIN x (error + DAMPING x change of the error) a step
+GAIN, DAMPING = 0.2, 1.0  # of the controller: the threshold moves by GAIN x (error + DAMPING x change of the error) a step
 LARGEST_MOVE = 0.2
 
 
@@ -34,6 +36,18 @@ class PruningController:
         self.settings, self.section, self.device = settings, section, device
         self.error: float | None = None  # of the last step
         settings.distillation_weight, settings.sparsity_weight = section.distillation_weight, section.sparsity_weight
+
+    def begin(self, engine: Engine, batches: list[Batch]) -> None:
+        """Before the first step of a run: standardise each layer's products on that step's text. Every rank calls it."""
+        if not self.section.standardize:
+            return
+        with measuring_products(engine.model) as sums:
+            for batch in batches:
+                engine.summed_loss(batch)
+        together = torch.stack([sums[layer] for layer in self.settings.layers]).to(self.device)
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            torch.distributed.all_reduce(together)
+        self.settings.standards = standards_of(dict(zip(self.settings.layers, together.cpu(), strict=True)))
 
     def before_step(self, step: int, total_steps: int) -> None:
         """Set what step `step` (0-based) trains with."""
@@ -82,13 +96,14 @@ class PruningController:
         return float(shares[:, 0].mean()), float(shares[:, 1].mean()), [round(float(share), 4) for share in shares[:, 1]]
 
     def state(self) -> dict[str, Any]:
-        return {"threshold": self.settings.threshold, "error": self.error}
+        return {"threshold": self.settings.threshold, "error": self.error, "standards": list(self.settings.standards.items())}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Raises InputError when the state is not one of these."""
         try:
             self.settings.threshold = float(state["threshold"])
             self.error = None if state["error"] is None else float(state["error"])
+            self.settings.standards = {int(layer): (float(mean), float(deviation)) for layer, (mean, deviation) in state["standards"]}
         except (KeyError, TypeError, ValueError):
             raise InputError("the checkpoint has no state of context pruning: it was made by another recipe") from None
 

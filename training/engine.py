@@ -186,7 +186,7 @@ class Engine:
         config = deepspeed_config(recipe, count_parameters(model_config, recipe.context_pruning).total, accumulation, ranks.world_size)
         born_sharded = deepspeed.zero.Init(config_dict_or_path=config) if self.stage == 3 else nullcontext()
         with born_sharded:
-            model = make_network(model_config, recipe.context_pruning, recipe.run.seed)
+            model = make_network(model_config, recipe.context_pruning, recipe.run.seed, self._gather)
         if isinstance(model, PretrainedDecoder):
             load_pretrained(model, pretrained_weights(model.config.source) if self.stage < 3 or ranks.is_first else None, self._gather)
         else:

@@ -136,6 +136,8 @@ def _train(
         faults.spoil(batches, data_step + 1, data.vocab_size)
         valid_tokens = _valid_tokens(batches, training.tokens_per_step, recipe.data.document_masks, device)
         if pruning is not None:
+            if step == 0:
+                pruning.begin(engine, batches)
             pruning.before_step(step, total_steps)
         measured = (
             recipe.logging.outliers_every > 0
@@ -362,9 +364,10 @@ def _report_skip(
 
 def _headline(loaded: LoadedRecipe, data: PreparedData, engine: Engine, parameters: int, start_step: int, total_steps: int) -> str:
     training, ranks = loaded.recipe.training, engine.ranks
+    network = loaded.recipe.model.pretrained or loaded.recipe.model.block
     resumed = f", from step {start_step}" if start_step else ""
     return (
-        f"{loaded.run_folder}: {parameters:,} parameters, {loaded.recipe.model.block}, {total_steps} steps{resumed}, ZeRO-{engine.stage}, "
+        f"{loaded.run_folder}: {parameters:,} parameters, {network}, {total_steps} steps{resumed}, ZeRO-{engine.stage}, "
         f"{training.precision}, {engine.device.type}\n"
         f"{describe_groups(engine.model, loaded.recipe.optimizer)}\n"
         f"tokens per step {training.tokens_per_step:,} = {ranks.world_size} ranks x {training.micro_batch_size} micro-batch x "

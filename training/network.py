@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from model.config import ModelConfig
-from model.pretrained import PretrainedDecoder, PretrainedModel
+from model.pretrained import Gather, PretrainedDecoder, PretrainedModel
 from model.transformer import Transformer
 from training.recipe import ContextPruningSection
 
 Network = Transformer | PretrainedDecoder
 
 
-def make_network(config: ModelConfig | PretrainedModel, pruning: ContextPruningSection | None = None, seed: int = 0) -> Network:
+def make_network(
+    config: ModelConfig | PretrainedModel,
+    pruning: ContextPruningSection | None = None,
+    seed: int = 0,
+    gather: Gather = lambda parameter: nullcontext(),
+) -> Network:
     """Its parameters are not filled yet, but for those that decide about the context; what is not trained is frozen.
 
     Raises:
@@ -20,7 +27,7 @@ def make_network(config: ModelConfig | PretrainedModel, pruning: ContextPruningS
     if pruning is not None:
         from model.context_pruning import attach  # transformers takes seconds to import
 
-        attach(network, pruning.structure(), seed)
+        attach(network, pruning.structure(), seed, gather)
         if pruning.trainable != "all":
             for name, parameter in network.named_parameters():
                 parameter.requires_grad_(".context_pruning." in name or ".lora_" in name)

@@ -226,9 +226,12 @@ class ContextPruningSection(Section):
 
     rank: int = Field(default=64, ge=1, description="r, of the interaction queries and keys.")
     normalize: bool = Field(default=True, description="Interaction queries and keys are RMS-normalised, with a trainable gain.")
-    scale: float = Field(default=1.0, gt=0, description="That gain at first: decisions scatter about the bias by its square.")
+    scale: float = Field(default=1.0, gt=0, description="That gain at first.")
+    standardize: bool = Field(
+        default=True, description="Shift and scale the products of each layer, once, by their mean and deviation in the first step's text."
+    )
     rope: bool = Field(default=False, description="Rotate interaction queries and keys by position.")
-    bias: float = Field(default=4.0, description="beta at first; the higher, the less is dropped at first.")
+    bias: float = Field(default=4.0, description="beta at first, in deviations with standardize; the higher, the less is dropped at first.")
     sinks: int = Field(default=1, ge=0, description="So many tokens at the start of a text are always kept.")
     window: int = Field(default=8, ge=1, description="The nearest so many tokens, itself included, are always kept.")
     propagate_in_depth: bool = Field(default=False, description="What a layer drops, all later layers drop.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -24,8 +25,10 @@ from model.context_pruning import (
     dense,
     interactions,
     log_kept,
+    measuring_products,
     observing,
     settings_of,
+    standards_of,
 )
 from model.errors import InputError
 from model.huggingface import BurnishForCausalLM, transformers_config
@@ -220,9 +223,29 @@ def test_the_shrinking_cache_gives_the_logits_of_the_masked_dense_forward(family
 )
 def test_every_option_decodes_as_it_trains(family: str, config: PruningConfig) -> None:
     model, tokens = make(family, config), tokens_of()
+    plain = whole(model, tokens)
+    settings_of(model).standards = {0: (0.3, 1.4), 1: (-0.2, 0.8)}
     expected = whole(model, tokens)
     for sizes in ([30] + [1] * 50, [11] * 7 + [3]):
         torch.testing.assert_close(in_pieces(model, tokens, sizes)[0], expected, rtol=0, atol=1e-5)
+    assert (plain - expected).abs().max() > 1e-3  # the standards of a layer act
+
+
+def test_standards_are_mean_and_deviation_over_pairs() -> None:
+    model, tokens, seen = make("llama"), tokens_of(), {}
+    for interaction in interactions(model).values():
+        interaction.register_forward_hook(lambda module, _, output: seen.__setitem__(module.layer, output[:2]))
+    with measuring_products(model) as sums:
+        whole(model, tokens[:1])
+        whole(model, tokens[1:])
+        seen.clear()
+        whole(model, tokens)
+    # each text was counted twice, which changes neither
+    lower = torch.ones(LENGTH, LENGTH).tril(-1).bool()
+    for layer, (mean, deviation) in standards_of(sums).items():
+        query, key = (x.double() for x in seen[layer])
+        products = torch.stack([query[b] @ key[b].T / math.sqrt(8) for b in range(2)])[:, lower]
+        assert (mean, deviation) == pytest.approx((float(products.mean()), float(products.std(correction=0))), rel=1e-9)
 
 
 def test_soft_decisions_decode_as_they_train() -> None:
@@ -249,7 +272,7 @@ def test_propagation_in_depth_keeps_dropped_what_a_layer_before_dropped() -> Non
     model = make("llama", PruningConfig(rank=8, bias=1.6, propagate_in_depth=True))
     with observing(model, decided.append):
         whole(model, tokens_of())
-    for above, below in zip(decided, decided[1:], strict=False):
+    for above, below in itertools.pairwise(decided):
         assert (below.log_keep[above.log_keep == -torch.inf] == -torch.inf).all()
         assert (below.log_keep == -torch.inf).sum() > (above.log_keep == -torch.inf).sum()
 
