@@ -1,0 +1,82 @@
+"""scripts/generate.py on a tiny pruned model: what it prints, and that wrong input is one line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from model.config import PruningConfig
+from model.context_pruning import attach
+from model.pruning_files import save
+from scripts import benchmark_generation, generate
+from tests.training.tiny_pretrained import save_tiny_llama
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny model, and adapters that leave 6 tokens of its context."""
+    base, adapters = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("adapters")
+    save_tiny_llama(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    attach(model, PruningConfig(rank=4, bias=-100.0, sinks=1, window=5))
+    save(model, adapters, base=str(base), alone=True)
+    return base, adapters
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr("sys.argv", ["generate", *map(str, arguments)])
+    return generate.main()
+
+
+def test_text_and_figures(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    prompt = "the quick brown fox " * 3
+    assert call(monkeypatch, folders[1], "--prompt", prompt, "--max-new-tokens", 20, "--compare") == 0
+    out, error = capsys.readouterr()
+    assert out
+    pruned, dense = re.findall(r"(pruned|dense): 20 tokens, .*; cache ([\d.]+) MiB, at most ([\d.]+); ([\d.]+)% of the context kept", error)
+    assert pruned[0] == "pruned" and dense == ("dense", dense[1], dense[2], "100.0") and float(pruned[3]) < 40
+    # without a compare only the pruned text, the same one
+    assert call(monkeypatch, folders[1], "--prompt", prompt, "--max-new-tokens", 20, "--sample") == 0
+    assert call(monkeypatch, folders[0], "--prompt", prompt, "--max-new-tokens", 3) == 0
+    assert "dense: 3 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["NOWHERE/x/y"], "does not exist"),
+        (["ADAPTERS", "--prompt", ""], "the prompt has no token"),
+        (["ADAPTERS", "--max-new-tokens", "0"], "--max-new-tokens: 0"),
+        (["ADAPTERS", "--max-new-tokens", "200"], "go beyond the 128 of the model"),
+        (["ADAPTERS", "--prompt-file", "gone.txt"], "gone.txt: cannot be read"),
+        (["BASE", "--threshold", "1"], "has no context pruning"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    folders: tuple[Path, Path],
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    places = {"ADAPTERS": str(folders[1]), "BASE": str(folders[0])}
+    assert call(monkeypatch, *(places.get(argument, argument) for argument in arguments)) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and message in last
+
+
+def test_the_benchmark_counts_a_smaller_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    options = "--lengths 600 --batches 2 --layers 2 --width 36 --heads 6 --kv-heads 2 --rank 4 --decode 20 --rounds 1"
+    monkeypatch.setattr("sys.argv", ["benchmark", *options.split(), "--out", str(tmp_path / "b.json")])
+    assert benchmark_generation.main() == 0
+    (row,) = json.loads((tmp_path / "b.json").read_text())["results"]
+    dense = 2 * 2 * 2 * 6 * 4 * 2 * 620  # batch, keys and values, kv_heads, head_dim, bytes, layers, tokens
+    assert abs(row["largest_cache_bytes"]["dense"] - dense) < 0.01 * dense
+    assert 0.1 < row["kept share"] < 0.35
+    assert row["largest cache, pruned / dense"] < 0.75
+    assert torch.isfinite(torch.tensor(list(row["tokens_per_second"].values()))).all()
