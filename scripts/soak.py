@@ -9,7 +9,8 @@ each death:
   * a launch that was asked to stop exits with 75 on every rank, with a checkpoint of the step it stopped at.
 
 After each run its losses are compared with those of a run that nobody disturbed: bit for bit where ranks and stage stay the same, to
-float32 rounding where every launch draws another number of ranks (1 to 3) and another ZeRO stage (0 to 3).
+float32 rounding where every launch draws another number of ranks (1 to 3) and another ZeRO stage (0 to 3). Half of the launches write
+their checkpoints beside training (checkpoint.asynchronous), and some of these take three seconds for one.
 
     --exits N      also start N two-rank ZeRO-3 runs from a fresh interpreter each, and count ranks that do not exit with 0
 
@@ -58,6 +59,7 @@ class Result:
     losses_wrong: int = 0
     largest_relative_difference: float = 0.0
     layouts: dict[str, int] = field(default_factory=dict)  # "2 ranks, stage 3" -> launches
+    asynchronous: int = 0  # launches with checkpoint.asynchronous
     clean_exits: int = 0
     unclean_exits: int = 0
     faults: list[str] = field(default_factory=list)
@@ -222,7 +224,11 @@ def disturbed_run(name: str, same_layout: bool, recipe: Path, chooser: random.Ra
             faults = f"{chooser.choice(KILLS_INSIDE_A_SAVE)}@{min(STEPS, (newest // 3 + 1) * 3)}:{chooser.randrange(ranks)}"
             if "renaming" in faults:
                 faults = faults.partition(":")[0]  # the first rank renames
-        processes = fork_ranks(training(str(recipe), f"run.name={name}", f"deepspeed.zero_optimization.stage={stage}"), ranks, log, faults)
+        asynchronous = chooser.random() < 0.5
+        if asynchronous and chooser.random() < 0.3:  # a slow disk, so that a death falls into a save
+            faults = ",".join(filter(None, (faults, f"slow_saving@{min(STEPS, (newest // 3 + 1) * 3)}:{chooser.randrange(ranks)}")))
+        words = [str(recipe), f"run.name={name}", f"deepspeed.zero_optimization.stage={stage}", f"checkpoint.asynchronous={asynchronous}"]
+        processes = fork_ranks(training(*words), ranks, log, faults)
         strike = None
         if way != "inside a save" and newest < STEPS:
             # while it starts, or in one of the next steps, which may evaluate or save
@@ -237,6 +243,7 @@ def disturbed_run(name: str, same_layout: bool, recipe: Path, chooser: random.Ra
             result.faults.append(f"{name}, launch {launch}: hung: {error}")
             return
         result.launches += 1
+        result.asynchronous += asynchronous
         layout = f"{ranks} ranks, stage {stage}"
         result.layouts[layout] = result.layouts.get(layout, 0) + 1
         text, after = log.read_text(), visible(run)
@@ -254,7 +261,8 @@ def disturbed_run(name: str, same_layout: bool, recipe: Path, chooser: random.Ra
             result.faults.append(f"{name}, launch {launch}: SIGTERM, exit codes {codes}: {text[-1500:]}")
         elif way != "SIGTERM" and -signal.SIGKILL not in codes:
             result.faults.append(f"{name}, launch {launch}: {way}, exit codes {codes}: {text[-1500:]}")
-        result.deaths[faults.partition("@")[0] or way] = result.deaths.get(faults.partition("@")[0] or way, 0) + 1
+        how = faults.partition("@")[0] if way == "inside a save" else way
+        result.deaths[how] = result.deaths.get(how, 0) + 1
 
 
 def compare(reference: dict[int, float], found: dict[int, float], name: str, exactly: bool, result: Result) -> None:

@@ -6,7 +6,8 @@ What it relies on beyond DeepSpeed's documentation is listed here and fenced by 
   * DeepSpeed's optimizers end every step by calling `step()` of the optimizer they were given, with the reduced gradient of each
     master tensor in its `.grad`, clipped to their `clip_grad`; then they write masters to forward weights and empty their gradient
     buffers, all of them. `Engine.take_gradient` puts another `step` in the place of that one to read a gradient;
-  * `engine.checkpoint_engine`: `save_checkpoint` writes through its `save(state, path)` alone, so another one in its place gets all files;
+  * `engine.checkpoint_engine`: `save_checkpoint` writes through its `save(state, path)` alone, so another one in its place gets all
+    files, but for what `_copy_recovery_script` copies;
   * `_hp_optimizer_states_linked` (ZeRO-1, 2 and BF16_Optimizer): the first such call would link an optimizer state that is not
     there yet, so the flag is put back;
 and, in training/master_weights.py, which belongs to this file:
@@ -461,16 +462,18 @@ class Engine:
     def files(self, folder: Path, tag: str) -> dict[Path, Any]:
         """DeepSpeed's files below folder/tag that are this rank's to write: {path: what to torch.save}, the state itself, not copies.
 
-        Every rank calls it. Raises RuntimeError when the weights are perturbed.
+        Every rank calls it; nothing is written. Raises RuntimeError when the weights are perturbed.
         """
         if self._perturbed:
             raise RuntimeError("a checkpoint would hold perturbed weights: save outside `perturbed`")
         collected, theirs = _Collected(), self.deepspeed.checkpoint_engine
         self.deepspeed.checkpoint_engine = collected  # pyright: ignore[reportAttributeAccessIssue]
+        self.deepspeed._copy_recovery_script = lambda save_path: None  # it would write, on the first rank alone, between collectives
         try:
             self.deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False)
         finally:
             self.deepspeed.checkpoint_engine = theirs
+            del self.deepspeed._copy_recovery_script
         return collected.files
 
     def load(self, folder: Path, step: int, skipped_steps: int, with_moments: bool) -> None:
