@@ -157,7 +157,7 @@ def _what_the_disk_says(error: OSError | RuntimeError) -> str:
         return error.strerror or str(error)
     if not any(words in str(error) for words in ("PytorchStreamWriter", "inline_container", "Parent directory")):
         raise error
-    return str(error).splitlines()[0]
+    return str(error).splitlines()[0].rstrip(".")
 
 
 def _put_in_place(writing: Path, place: Path) -> None:

@@ -87,10 +87,11 @@ class Saver:
             thread = threading.Thread(target=self._write_beside, args=work, name="checkpoint writer", daemon=True)
             self._under_way = (thread, saved)
             thread.start()
+            saved.wait_seconds = time.perf_counter() - began
         else:
             self._write(contents, saved, began)
+            saved.wait_seconds = saved.seconds
             self._whole.append(saved)
-        saved.wait_seconds = time.perf_counter() - began
 
     def _write(self, contents: checkpoint.Contents, saved: Saved, began: float) -> None:
         saved.folder = checkpoint.write(contents, self.ranks, self.keep, self._group)

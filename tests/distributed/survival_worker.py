@@ -72,6 +72,10 @@ def main() -> None:
     launch("hung", "hung", 2, "run.hang_seconds=4", faults="hang@6:1")
     launch("frozen", "frozen", 2, "run.lost_seconds=3", faults="freeze@6:1")
 
+    for key, (ranks, words, faults) in BESIDE.items():
+        launch(key, key.replace(" ", "_"), ranks, "checkpoint.asynchronous=true", "checkpoint.every=2", *words, faults=faults)
+    launch("beside killed again", "beside_killed", 2, "checkpoint.asynchronous=true", "checkpoint.every=2")
+
     full_disk(launch, recipe.parent)
 
     launch("nan", "nan", 2, faults="nan@6:1")
@@ -115,6 +119,17 @@ SPIKES = (
     "training.loss_spikes.warmup=4", "training.loss_spikes.window=8", "training.loss_spikes.rewind_steps=1",
     "training.loss_spikes.limit=2", "training.loss_spikes.threshold=1.0",
 )  # fmt: skip
+
+# checkpoints written beside training: the one of step 4 takes three seconds, which is the time of many steps
+BESIDE = {
+    "beside": (2, (), "slow_saving@4:1"),
+    "beside killed": (2, ("run.lost_seconds=2",), "slow_saving@4:1,kill@6:1"),
+    "beside stopped": (2, (), "slow_saving@4:1,stop@5"),
+    "beside too many": (2, ("training.max_skipped_steps=1",), "slow_saving@4:1,nan@5"),
+    "beside rewound": (2, (*SPIKES, "training.loss_spikes.action=rewind"), "slow_saving@4:1,spike@6"),
+    "beside hung": (2, ("run.hang_seconds=4",), "hang_saving@4:1"),
+    "beside vanished": (2, (), "lose_saving@4:1"),
+}
 
 
 if __name__ == "__main__":

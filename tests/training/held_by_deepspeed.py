@@ -51,9 +51,9 @@ def main() -> None:
         between_steps = sum(storage.nbytes() for address, storage in held().items() if address not in before)
         copies, arrived = HostCopies().of(engine.files(Path("nowhere"), "step"))
         arrived()
-        copied = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors(copies)}
-        sizes.append((between_steps, sum(copied.values())))
-        del copies
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors(copies)}
+        sizes.append((between_steps, sum(storage.nbytes() for storage in storages.values())))
+        del copies, storages
         engine.deepspeed.destroy()
         del engine
     if ranks.is_first:
