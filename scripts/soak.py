@@ -356,8 +356,8 @@ def main() -> int:
                 result.runs += 1
                 keep()
                 print(
-                    f"run {result.runs}: {sum(result.deaths.values())}/{arguments.kills} deaths, {result.checkpoints_lost} checkpoints lost, "
-                    f"{result.losses_wrong} losses wrong, {len(result.faults)} faults",
+                    f"run {result.runs}: {sum(result.deaths.values())}/{arguments.kills} deaths, "
+                    f"{result.checkpoints_lost} checkpoints lost, {result.losses_wrong} losses wrong, {len(result.faults)} faults",
                     flush=True,
                 )
     for fault in result.faults:
