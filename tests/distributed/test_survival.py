@@ -141,7 +141,7 @@ def test_stopping_an_error_and_a_rewind_wait_for_what_is_written_beside(seen: di
 def test_a_save_beside_training_that_hangs_ends_the_run(seen: dict[str, Any], workplace: Path) -> None:
     hung = seen["beside hung"]
     assert hung["codes"] == [1, 1] and list(hung["checkpoints"]) == ["step-00000002"]
-    assert "error: stopped: no progress for" in hung["log"]
+    assert re.search(r"error: stopped: no progress for \d+ s, since saving step 4 beside training", hung["log"])
     assert "in at_save" in (workplace / RUNS / "beside_hung" / "stacks" / "rank-00001.txt").read_text()
 
 
@@ -152,6 +152,16 @@ def test_an_error_of_a_save_beside_training_ends_the_run_on_every_rank(seen: dic
         r"error: .*a checkpoint could not be written: .*Step 4 is not saved; the last whole checkpoint is \S+2\b", vanished["log"]
     )
     assert list(vanished["checkpoints"]) == ["step-00000002"]
+
+
+def test_a_clock_that_jumps_changes_nothing(seen: dict[str, Any]) -> None:
+    """Neither the newest checkpoint, the losses, the time left nor the watchdog go by the wall clock."""
+    assert seen["clock"]["codes"] == [0, 0] == seen["clock again"]["codes"]
+    assert "from step 4," in seen["clock again"]["log"]
+    assert seen["clock again"]["losses"] == seen["reference"]["losses"]
+    left = re.findall(r"tok/s  (\S+) left", seen["clock"]["log"] + seen["clock again"]["log"])
+    assert len(left) == 8 and all(re.fullmatch(r"\d+s|\dm\d\ds", time) for time in left), left
+    assert seen["clock hung"]["codes"] == [1, 1] and "error: stopped: no progress for" in seen["clock hung"]["log"]
 
 
 def test_a_full_and_a_read_only_disk(seen: dict[str, Any]) -> None:
@@ -168,11 +178,20 @@ def test_a_full_and_a_read_only_disk(seen: dict[str, Any]) -> None:
     assert again["codes"] == [0] and again["losses"] == pytest.approx(seen["reference"]["losses"], rel=ROUNDING)
 
 
-def test_skips_in_a_row_are_counted_across_a_resume(seen: dict[str, Any]) -> None:
+def test_skips_in_a_row_are_counted_across_a_resume(seen: dict[str, Any], workplace: Path) -> None:
     assert seen["nan"]["codes"] == [0, 0] and "(1 in a row)" in seen["nan"]["log"]
     again = seen["nan again"]
     assert again["codes"] == [1, 1] and "Traceback" not in again["log"]
     assert "error: stopped at step 7: 2 steps in a row had non-finite gradients" in again["log"]
+    assert [r["skipped_steps"] for r in records(workplace / RUNS / "nan_stopped") if "skipped_steps" in r][-1] == 2
+
+
+def test_a_checkpoint_before_the_first_update_has_no_moments_to_read(seen: dict[str, Any]) -> None:
+    """The first step was skipped, so it holds none; the run goes on as the one that was not stopped there."""
+    assert seen["nothing yet"]["codes"] == [0, 0] == seen["nothing yet again"]["codes"]
+    assert "from step 1," in seen["nothing yet again"]["log"]
+    expected = {step: loss for step, loss in seen["first skipped"]["losses"].items() if step != "1"}
+    assert {step: loss for step, loss in seen["nothing yet again"]["losses"].items() if step != "1"} == expected
 
 
 def test_a_skipped_spike_leaves_the_step_out(seen: dict[str, Any]) -> None:
