@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -192,6 +193,16 @@ def test_removal_never_takes_the_one_just_saved(tmp_path: Path) -> None:
         make_checkpoint(tmp_path, step)
     remove_old(tmp_path, 6, keep_last=1, keep_every=None)
     assert [int(p.name[5:]) for p in checkpoints(tmp_path)] == [6, 8, 10]
+
+
+def test_what_is_removed_is_out_of_sight_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill in the middle of it leaves no damaged checkpoint behind."""
+    for step in (2, 4):
+        make_checkpoint(tmp_path, step)
+    removed = []
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **options: removed.append(path.name))
+    remove_old(tmp_path, 4, keep_last=1, keep_every=None)
+    assert removed == [".writing-step-00000002"] and [p.name for p in checkpoints(tmp_path)] == ["step-00000004"]
 
 
 def test_random_state_travels_through_a_file(tmp_path: Path) -> None:
