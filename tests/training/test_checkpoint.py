@@ -123,7 +123,8 @@ def unwritten(run: Path, step: int) -> Contents:
     writing = run / "checkpoints" / f".writing-step-{step:08d}"
     writing.mkdir(parents=True)
     manifest = {"step": step, "tokens": step, "world_size": 1, "zero_stage": 2, "state": {}}
-    return Contents(writing, {writing / "a.pt": {"weight": torch.arange(1000.0)}, writing / "b.pt": [1, 2]}, {"width": 8}, manifest)
+    files = {writing / "a.pt": {"weight": torch.arange(1000.0)}, writing / "b.pt": [1, 2]}
+    return Contents(writing, files, {"model_config.json": {"width": 8}}, manifest)
 
 
 def test_what_is_written_is_whole_and_in_its_place(tmp_path: Path) -> None:
