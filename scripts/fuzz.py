@@ -9,7 +9,8 @@ command, a pickle that would, numbers of 400 digits, ten thousand brackets, path
 
 A case ends well with exit code 0, or with 2 and one `error:` message. A traceback, another code, a signal, more than 60 seconds or 6 GiB, a
 file made by a hostile payload, or, where the checksums were left as they were, a success with other numbers than the good file's, is
-a fault. Each case runs in a process of its own, forked from this one. Exit code 1 when there was a fault.
+a fault. Each case runs in a process of its own, forked from this one, and is made from the seed, its kind and its number alone. The result
+is written as it grows, and the same call again goes on from it. Exit code 1 when there was a fault.
 """
 
 from __future__ import annotations
@@ -31,12 +32,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from scripts.soak import environment, free_port, import_before_forks, losses, write_recipe
+from training.run_folder import describe_environment
 
 LIMIT, MEMORY = 60, 6 << 30  # seconds and bytes a case may take
 STEPS = 2
+KINDS = ("recipes", "checkpoints", "data")
 
 
 @dataclass
@@ -45,6 +49,7 @@ class Result:
 
     definitions: dict[str, str] = field(default_factory=dict)
     commands: list[str] = field(default_factory=list)
+    environment: dict[str, Any] = field(default_factory=dict)  # of the last command
     cases: dict[str, int] = field(default_factory=dict)  # kind -> how many
     refused: dict[str, int] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
@@ -177,7 +182,7 @@ def mutated_recipe(text: str, chooser: random.Random, trap: Path) -> bytes:
 
 class Fuzz:
     def __init__(self, place: Path, seed: int, result: Result) -> None:
-        self.place, self.result, self.chooser = place, result, random.Random(seed)
+        self.place, self.result, self.seed, self.chooser = place, result, seed, random.Random()
         self.trap, self.log = place / "trap", place / "log"
         self.recipe = write_recipe(place)
         words = [str(self.recipe), "run.name=good", f"training.tokens={STEPS * 768}", "checkpoint.every=1"]
@@ -190,6 +195,10 @@ class Fuzz:
         if code:
             raise RuntimeError(text)
         self.weights = hashlib.sha256((place / "good.safetensors").read_bytes()).hexdigest()
+
+    def case(self, kind: str, number: int) -> None:
+        self.chooser.seed(f"{self.seed} {kind} {number}")
+        {"recipes": self.recipe_case, "checkpoints": self.checkpoint_case, "data": self.data_case}[kind]()
 
     def judge(self, kind: str, about: str, code: int, text: str, right: bool = True) -> None:
         """Count a case, and name what is wrong with how it ended."""
@@ -332,13 +341,15 @@ def hostile_pickle(trap: Path) -> bytes:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for kind in ("recipes", "checkpoints", "data"):
-        parser.add_argument(f"--{kind}", type=int, default=0, help="how many cases")
+    for kind in KINDS:
+        parser.add_argument(f"--{kind}", type=int, default=0, help="how many cases, those in --out included")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="JSON to add to; default: print only")
+    parser.add_argument("--out", type=Path, help="JSON to go on from and to write; default: print only")
     arguments = parser.parse_args()
     result = Result(**json.loads(arguments.out.read_text())) if arguments.out and arguments.out.exists() else Result()
-    result.commands.append("python -m scripts.fuzz " + " ".join(sys.argv[1:]))
+    counts = " ".join(f"--{kind} {getattr(arguments, kind)}" for kind in KINDS)
+    result.commands.append(f"python -m scripts.fuzz {counts} --seed {arguments.seed}")
+    result.environment = describe_environment(1, torch.device("cpu"))
     result.definitions = {
         "cases": "mutated files that were read",
         "refused": "of them, those that ended with exit code 2 and a message; the others were harmless",
@@ -350,9 +361,9 @@ def main() -> int:
     import_before_forks()
     with tempfile.TemporaryDirectory(prefix="fuzz") as folder:
         fuzz = Fuzz(Path(folder), arguments.seed, result)
-        for kind, one in (("recipes", fuzz.recipe_case), ("checkpoints", fuzz.checkpoint_case), ("data", fuzz.data_case)):
-            for number in range(getattr(arguments, kind)):
-                one()
+        for kind in KINDS:
+            for number in range(result.cases.get(kind, 0), getattr(arguments, kind)):
+                fuzz.case(kind, number)
                 if (number + 1) % 25 == 0 or number + 1 == getattr(arguments, kind):
                     print(f"{kind}: {number + 1}/{getattr(arguments, kind)}, {len(result.faults)} faults", flush=True)
                     if arguments.out:

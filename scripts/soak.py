@@ -9,13 +9,14 @@ each death:
   * a launch that was asked to stop exits with 75 on every rank, with a checkpoint of the step it stopped at.
 
 After each run its losses are compared with those of a run that nobody disturbed: bit for bit where ranks and stage stay the same, to
-float32 rounding where every launch draws another number of ranks (1 to 3) and another ZeRO stage (0 to 3).
+float32 rounding where every launch draws another number of ranks (1 to 3) and another ZeRO stage (0 to 3). Half of the launches write
+their checkpoints beside training (checkpoint.asynchronous), and some of these take three seconds for one.
 
-    --exits N      also start N two-rank ZeRO-3 runs from a fresh interpreter each, and count ranks that do not exit with 0
+    --exits N      also start two-rank ZeRO-3 runs, N in all, from a fresh interpreter each, and count ranks that do not exit with 0
 
 The ranks are real processes with files, sockets and signals of their own, forked from this one, which has torch and DeepSpeed imported,
-so that a launch takes a second; those of --exits are started from nothing. The result is written after every run, and a second call adds
-to it. Exit code 1 when anything was lost.
+so that a launch takes a second; those of --exits are started from nothing. The result is written after every run, and the same call again
+goes on from it. Exit code 1 when anything was lost.
 """
 
 from __future__ import annotations
@@ -35,8 +36,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 import yaml
+
+from training.run_folder import describe_environment
 
 STEPS, TOLERANCE, LIMIT = 24, 2e-6, 180  # steps of a run; relative difference of losses; seconds until a launch counts as hung
 KILLS_INSIDE_A_SAVE = ("kill_saving", "kill_written", "kill_renaming")
@@ -49,6 +54,7 @@ class Result:
 
     definitions: dict[str, str] = field(default_factory=dict)
     commands: list[str] = field(default_factory=list)
+    environment: dict[str, Any] = field(default_factory=dict)  # of the last command
     runs: int = 0
     launches: int = 0
     deaths: dict[str, int] = field(default_factory=dict)  # how -> how often
@@ -58,6 +64,7 @@ class Result:
     losses_wrong: int = 0
     largest_relative_difference: float = 0.0
     layouts: dict[str, int] = field(default_factory=dict)  # "2 ranks, stage 3" -> launches
+    asynchronous: int = 0  # launches with checkpoint.asynchronous
     clean_exits: int = 0
     unclean_exits: int = 0
     faults: list[str] = field(default_factory=list)
@@ -222,7 +229,11 @@ def disturbed_run(name: str, same_layout: bool, recipe: Path, chooser: random.Ra
             faults = f"{chooser.choice(KILLS_INSIDE_A_SAVE)}@{min(STEPS, (newest // 3 + 1) * 3)}:{chooser.randrange(ranks)}"
             if "renaming" in faults:
                 faults = faults.partition(":")[0]  # the first rank renames
-        processes = fork_ranks(training(str(recipe), f"run.name={name}", f"deepspeed.zero_optimization.stage={stage}"), ranks, log, faults)
+        asynchronous = chooser.random() < 0.5
+        if asynchronous and chooser.random() < 0.3:  # a slow disk, so that a death falls into a save
+            faults = ",".join(filter(None, (faults, f"slow_saving@{min(STEPS, (newest // 3 + 1) * 3)}:{chooser.randrange(ranks)}")))
+        words = [str(recipe), f"run.name={name}", f"deepspeed.zero_optimization.stage={stage}", f"checkpoint.asynchronous={asynchronous}"]
+        processes = fork_ranks(training(*words), ranks, log, faults)
         strike = None
         if way != "inside a save" and newest < STEPS:
             # while it starts, or in one of the next steps, which may evaluate or save
@@ -237,6 +248,7 @@ def disturbed_run(name: str, same_layout: bool, recipe: Path, chooser: random.Ra
             result.faults.append(f"{name}, launch {launch}: hung: {error}")
             return
         result.launches += 1
+        result.asynchronous += asynchronous
         layout = f"{ranks} ranks, stage {stage}"
         result.layouts[layout] = result.layouts.get(layout, 0) + 1
         text, after = log.read_text(), visible(run)
@@ -254,7 +266,8 @@ def disturbed_run(name: str, same_layout: bool, recipe: Path, chooser: random.Ra
             result.faults.append(f"{name}, launch {launch}: SIGTERM, exit codes {codes}: {text[-1500:]}")
         elif way != "SIGTERM" and -signal.SIGKILL not in codes:
             result.faults.append(f"{name}, launch {launch}: {way}, exit codes {codes}: {text[-1500:]}")
-        result.deaths[faults.partition("@")[0] or way] = result.deaths.get(faults.partition("@")[0] or way, 0) + 1
+        how = faults.partition("@")[0] if way == "inside a save" else way
+        result.deaths[how] = result.deaths.get(how, 0) + 1
 
 
 def compare(reference: dict[int, float], found: dict[int, float], name: str, exactly: bool, result: Result) -> None:
@@ -267,9 +280,9 @@ def compare(reference: dict[int, float], found: dict[int, float], name: str, exa
             result.faults.append(f"{name}: loss of step {step} is {found.get(step)}, undisturbed {loss}")
 
 
-def exits(count: int, recipe: Path, result: Result) -> None:
-    """Two-rank ZeRO-3 runs of three steps, each rank from a fresh interpreter."""
-    for number in range(count):
+def exits(count: int, recipe: Path, result: Result, keep: Callable[[], None]) -> None:
+    """Two-rank ZeRO-3 runs of three steps, each rank from a fresh interpreter, until there are so many."""
+    for number in range((result.clean_exits + result.unclean_exits) // 2, count):
         port = free_port()
         words = [
             f"run.name=exit{os.getpid()}_{number}",
@@ -294,20 +307,22 @@ def exits(count: int, recipe: Path, result: Result) -> None:
             result.unclean_exits += process.returncode != 0
             if process.returncode != 0:
                 result.faults.append(f"a ZeRO-3 rank exited with {process.returncode}: {output[-1500:]}")
+        keep()
         print(f"exits: {number + 1}/{count} runs, {result.unclean_exits} ranks unclean", flush=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200, help="go on until so many launches have been ended")
-    parser.add_argument("--exits", type=int, default=0, help="ZeRO-3 runs whose exit codes are counted")
+    parser.add_argument("--kills", type=int, default=200, help="go on until so many launches have been ended, those in --out included")
+    parser.add_argument("--exits", type=int, default=0, help="ZeRO-3 runs whose exit codes are counted, those in --out included")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="JSON to add to; default: print only")
+    parser.add_argument("--out", type=Path, help="JSON to go on from and to write; default: print only")
     arguments = parser.parse_args()
     result = Result()
     if arguments.out and arguments.out.exists():
         result = Result(**json.loads(arguments.out.read_text()))
     result.commands.append(f"python -m scripts.soak --kills {arguments.kills} --exits {arguments.exits} --seed {arguments.seed}")
+    result.environment = describe_environment(3, torch.device("cpu"))
     result.definitions = {
         "deaths": "launches ended before they were through, by how",
         "checkpoints_lost": "checkpoints that a death left damaged, or that vanished without a newer one",
@@ -324,9 +339,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="soak") as folder:
         recipe = write_recipe(Path(folder))
         if arguments.exits:
-            exits(arguments.exits, recipe, result)
-            keep()
-        if arguments.kills:
+            exits(arguments.exits, recipe, result, keep)
+        if sum(result.deaths.values()) < arguments.kills:
             import_before_forks()
             log = recipe.parent / "reference.log"
             if any(wait(fork_ranks(training(str(recipe), "run.name=reference"), 2, log), log)):
@@ -335,16 +349,15 @@ def main() -> int:
             seconds = manifest.stat().st_mtime - (recipe.parent / "runs" / "reference" / "data.json").stat().st_mtime
             reference = losses(recipe.parent / "runs" / "reference")
             chooser = random.Random(arguments.seed + 1000 * result.runs)
-            goal = sum(result.deaths.values()) + arguments.kills
-            while sum(result.deaths.values()) < goal:
+            while sum(result.deaths.values()) < arguments.kills:
                 same, name = result.runs % 2 == 0, f"run{result.runs}"
                 disturbed_run(name, same, recipe, chooser, seconds, result)
                 compare(reference, losses(recipe.parent / "runs" / name), name, same, result)
                 result.runs += 1
                 keep()
                 print(
-                    f"run {result.runs}: {sum(result.deaths.values())}/{goal} deaths, {result.checkpoints_lost} checkpoints lost, "
-                    f"{result.losses_wrong} losses wrong, {len(result.faults)} faults",
+                    f"run {result.runs}: {sum(result.deaths.values())}/{arguments.kills} deaths, "
+                    f"{result.checkpoints_lost} checkpoints lost, {result.losses_wrong} losses wrong, {len(result.faults)} faults",
                     flush=True,
                 )
     for fault in result.faults:

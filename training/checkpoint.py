@@ -7,6 +7,7 @@ before what follows it has come so far.
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import os
@@ -27,6 +28,7 @@ from model.pretrained import PretrainedDecoder
 from training import faults
 from training.distributed import Ranks, first_problem, raise_together
 from training.engine import Engine
+from training.recipe import CheckpointSection
 from training.run_folder import sync, write_json
 
 _UNFINISHED = ".writing-"
@@ -45,17 +47,26 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(p for p in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name))
 
 
-def save(engine: Engine, run: Path, step: int, tokens: int, state: dict[str, Any]) -> Path:
-    """Write the checkpoint after `step` steps and `tokens` tokens. Every rank calls it.
+class Contents(NamedTuple):
+    """What this rank writes of a checkpoint."""
+
+    writing: Path  # the hidden folder
+    files: dict[Path, Any]  # for torch.save
+    settings: dict[str, dict[str, Any]]  # {name: JSON's types} of the first rank's small files
+    manifest: dict[str, Any]  # but for the files' digests
+
+
+def contents(engine: Engine, run: Path, step: int, tokens: int, state: dict[str, Any]) -> Contents:
+    """What there is to write after `step` steps and `tokens` tokens: the state itself, not copies. Every rank calls it.
 
     Args:
         state: what else the loop needs to go on, in JSON's types; it comes back in the manifest.
 
     Raises:
-        InputError: the disk refused. Nothing half-written is left, and earlier checkpoints are untouched.
+        InputError: on every rank alike: the disk refuses, or there is no room.
     """
-    ranks, name = engine.ranks, f"step-{step:08d}"
-    folder, writing = run / "checkpoints", run / "checkpoints" / f"{_UNFINISHED}step-{step:08d}"
+    ranks, folder = engine.ranks, run / "checkpoints"
+    writing = folder / f"{_UNFINISHED}step-{step:08d}"
     problem = None
     if ranks.is_first:
         try:
@@ -64,35 +75,88 @@ def save(engine: Engine, run: Path, step: int, tokens: int, state: dict[str, Any
             needed, free = _expected_bytes(engine), shutil.disk_usage(folder).free
             if free < needed:
                 problem = f"disk full: {folder} has {free / 2**20:,.1f} MiB free and a checkpoint takes about {needed / 2**20:,.1f} MiB"
+            else:
+                writing.mkdir()
         except OSError as error:
             problem = f"{folder}: cannot be written: {error.strerror}"
-    raise_together(_with_advice(problem, run, step) if problem else None)
+    raise_together(_with_advice(problem, writing) if problem else None)
+    files = engine.files(folder, writing.name)
+    files[writing / f"random_state_rank_{ranks.rank:05d}.pt"] = _random_state()
+    return Contents(writing, files, _settings(engine), _manifest(engine, step, tokens, copy.deepcopy(state)))
+
+
+def _settings(engine: Engine) -> dict[str, dict[str, Any]]:
+    """What the network is, for those who read the checkpoint without its recipe."""
+    pretrained = isinstance(engine.model, PretrainedDecoder)
+    settings = {"pretrained.json" if pretrained else "model_config.json": engine.model.config.to_dict()}
+    pruning = engine.model.context_pruning_settings
+    if pruning is not None:
+        settings["context_pruning.json"] = pruning.describe()
+    return settings
+
+
+def write(contents: Contents, ranks: Ranks, keep: CheckpointSection, group: Any = None) -> Path:
+    """Write, read back, rename, and remove what is not to be kept. Every rank calls it; returns the checkpoint's folder.
+
+    Args:
+        group: of torch.distributed, over which the ranks agree; default: the one of all ranks. In a thread beside training it has to be
+            one that nothing else uses.
+
+    Raises:
+        InputError: on every rank alike: the disk refused. Nothing half-written is left, and earlier checkpoints are untouched.
+    """
+    writing, step = contents.writing, contents.manifest["step"]
+    place, digests = writing.with_name(writing.name.removeprefix(_UNFINISHED)), {}
+
+    def agree(share: tuple[str | None, dict[str, Any]]) -> list[tuple[str | None, dict[str, Any]]]:
+        """The problem and digests of every rank; ends here if any has a problem."""
+        shares = [share]
+        if ranks.world_size > 1:
+            shares = [share] * ranks.world_size
+            dist.all_gather_object(shares, share, group=group)
+        problem = next((problem for problem, _ in shares if problem), None)
+        if problem is not None:
+            if ranks.is_first:
+                shutil.rmtree(writing, ignore_errors=True)
+            raise InputError(_with_advice(f"{place.parent}: a checkpoint could not be written: {problem}", writing))
+        return shares
+
+    problem = None
     try:
-        faults.kill("kill_saving", step, ranks.rank)
-        engine.save(folder, writing.name)
-        torch.save(_random_state(), writing / f"random_state_rank_{ranks.rank:05d}.pt")
+        faults.at_save("saving", step, ranks.rank, writing)
+        for path, content in contents.files.items():
+            torch.save(content, path)
+            digests[path.name] = _digest(path)
         if ranks.is_first:
-            pretrained = isinstance(engine.model, PretrainedDecoder)
-            write_json(writing / ("pretrained.json" if pretrained else "model_config.json"), engine.model.config.to_dict())
-            pruning = engine.model.context_pruning_settings
-            if pruning is not None:
-                write_json(writing / "context_pruning.json", pruning.describe())
-        dist.barrier()
-        faults.kill("kill_written", step, ranks.rank)
-        digests = _digests(writing, ranks)
-        if ranks.is_first:
-            write_json(writing / "manifest.json", _manifest(engine, step, tokens, digests, state))
-            sync(writing)
-            faults.kill("kill_renaming", step, ranks.rank)
-            _put_in_place(writing, folder / name)
+            for name, content in contents.settings.items():
+                write_json(writing / name, content)
+                digests[name] = _digest(writing / name)
+        faults.at_save("written", step, ranks.rank, writing)
     except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
-            raise
-        shutil.rmtree(writing, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise InputError(_with_advice(f"{folder}: a checkpoint could not be written: {reason}", run, step)) from None
-    dist.barrier()
-    return folder / name
+        problem = _what_the_disk_says(error)
+    shares = agree((problem, digests))
+    if ranks.is_first:
+        try:
+            files = {name: digest for _, part in shares for name, digest in sorted(part.items())}
+            write_json(writing / "manifest.json", {**contents.manifest, "files": files})
+            read_manifest(writing)  # every file is there
+            sync(writing)
+            faults.at_save("renaming", step, ranks.rank, writing)
+            _put_in_place(writing, place)
+            remove_old(place.parent.parent, step, keep.keep_last, keep.keep_every)
+        except (OSError, InputError) as error:
+            problem = _what_the_disk_says(error) if isinstance(error, OSError) else str(error)
+    agree((problem, {}))
+    return place
+
+
+def _what_the_disk_says(error: OSError | RuntimeError) -> str:
+    """Why a file could not be written; an error that is not the disk's is raised again."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if not any(words in str(error) for words in ("PytorchStreamWriter", "inline_container", "Parent directory")):
+        raise error
+    return str(error).splitlines()[0].rstrip(".")
 
 
 def _put_in_place(writing: Path, place: Path) -> None:
@@ -116,10 +180,10 @@ def clean_up(run: Path) -> None:
         shutil.rmtree(leftover)
 
 
-def _with_advice(problem: str, run: Path, step: int) -> str:
-    whole = checkpoints(run)
+def _with_advice(problem: str, writing: Path) -> str:
+    step, whole = int(writing.name.rpartition("-")[2]), checkpoints(writing.parent.parent)
     kept = f"the last whole checkpoint is {whole[-1]}" if whole else "no earlier checkpoint was made"
-    return f"{problem}. Stopped after step {step}; {kept}. Make room and launch again to continue from there"
+    return f"{problem}. Step {step} is not saved; {kept}. Make room and launch again to continue from there"
 
 
 def _expected_bytes(engine: Engine) -> int:
@@ -127,7 +191,7 @@ def _expected_bytes(engine: Engine) -> int:
     return 16 * sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
 
 
-def _manifest(engine: Engine, step: int, tokens: int, digests: dict[str, dict[str, Any]], state: dict[str, Any]) -> dict[str, Any]:
+def _manifest(engine: Engine, step: int, tokens: int, state: dict[str, Any]) -> dict[str, Any]:
     return {
         "format": 1,
         "step": step,
@@ -140,33 +204,24 @@ def _manifest(engine: Engine, step: int, tokens: int, digests: dict[str, dict[st
         "skipped_steps": engine.skipped_steps,
         "optimizer_steps": engine.optimizer_steps,
         "state": state,
-        "files": digests,
     }
 
 
-def _digests(folder: Path, ranks: Ranks) -> dict[str, dict[str, Any]]:
-    """{file: {size, sha256}} of a folder, as the disk gives it back; every rank reads its share, and all get the whole.
+def _digest(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file as the disk gives it back.
 
     Raises:
-        OSError: a file does not hold what torch wrote: the CRC-32 of a record, taken before it was written, does not fit.
+        OSError: it does not hold what torch wrote: the CRC-32 of a record, taken before it was written, does not fit.
     """
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json")
-    share = {}
-    for path in files[ranks.rank :: ranks.world_size]:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-            if hasattr(os, "posix_fadvise"):  # forget the pages, so that what is read now is what the disk has
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            try:
-                check_crc(path)
-            except InputError as error:
-                raise OSError(errno.EIO, str(error)) from None
-            share[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    shares: list[dict[str, dict[str, Any]]] = [share]
-    if ranks.world_size > 1:
-        shares = [{} for _ in range(ranks.world_size)]
-        dist.all_gather_object(shares, share)
-    return {name: digest for part in shares for name, digest in part.items()}
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):  # forget the pages, so that what is read now is what the disk has
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        try:
+            check_crc(path)
+        except InputError as error:
+            raise OSError(errno.EIO, str(error)) from None
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def newest_whole(run: Path, ranks: Ranks, at_most: int | None = None) -> Found | None:
@@ -264,8 +319,8 @@ def load(engine: Engine, found: Found) -> None:
 def remove_old(run: Path, saved: int, keep_last: int | None, keep_every: int | None) -> None:
     """Delete checkpoints beyond the last `keep_last`, but for step 0 and those whose step divides by `keep_every`.
 
-    To be called by the first rank after the `save` of step `saved`, which has been read back and is never deleted. Later steps, which a
-    run that went back left behind, do not count and stay until it comes to them again.
+    To be called by the first rank when step `saved` is in its place, which has been read back and is never deleted. Later steps, which
+    a run that went back left behind, do not count and stay until it comes to them again.
     """
     if keep_last is None:
         return

@@ -6,6 +6,8 @@ What it relies on beyond DeepSpeed's documentation is listed here and fenced by 
   * DeepSpeed's optimizers end every step by calling `step()` of the optimizer they were given, with the reduced gradient of each
     master tensor in its `.grad`, clipped to their `clip_grad`; then they write masters to forward weights and empty their gradient
     buffers, all of them. `Engine.take_gradient` puts another `step` in the place of that one to read a gradient;
+  * `engine.checkpoint_engine`: `save_checkpoint` writes through its `save(state, path)` alone, so another one in its place gets all
+    files, but for what `_copy_recovery_script` copies;
   * `_hp_optimizer_states_linked` (ZeRO-1, 2 and BF16_Optimizer): the first such call would link an optimizer state that is not
     there yet, so the flag is put back;
 and, in training/master_weights.py, which belongs to this file:
@@ -57,6 +59,7 @@ if not torch.cuda.is_available():
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 import deepspeed  # noqa: E402
 import deepspeed.comm  # noqa: E402
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine  # noqa: E402
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
@@ -173,6 +176,26 @@ def _added_in_float32(model: torch.nn.Module, added: dict[str, torch.Tensor]) ->
         for module, leaf in replaced:
             delattr(module, leaf)
             module._parameters[leaf] = module._parameters.pop(f"{leaf} in bf16")
+
+
+class _Collected(CheckpointEngine):
+    """Takes what DeepSpeed would write, so that we write it: with an error that every rank hears of, and beside training if asked to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: dict[Path, Any] = {}
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.files[Path(path)] = state_dict
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None: ...
+
+    def create(self, info: Any) -> None: ...
+
+    def commit(self, info: Any) -> None: ...
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        raise NotImplementedError("checkpoints are read by analysis/shards.py")
 
 
 class Engine:
@@ -436,11 +459,22 @@ class Engine:
         """Updates that the optimizer's state holds, in the run as a whole; 0 where it does not count."""
         return self.masters.steps()
 
-    def save(self, folder: Path, tag: str) -> None:
-        """DeepSpeed's files below folder/tag. Raises OSError or RuntimeError when the disk refuses, or the weights are perturbed."""
+    def files(self, folder: Path, tag: str) -> dict[Path, Any]:
+        """DeepSpeed's files below folder/tag that are this rank's to write: {path: what to torch.save}, the state itself, not copies.
+
+        Every rank calls it; nothing is written. Raises RuntimeError when the weights are perturbed.
+        """
         if self._perturbed:
             raise RuntimeError("a checkpoint would hold perturbed weights: save outside `perturbed`")
-        self.deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        collected, theirs = _Collected(), self.deepspeed.checkpoint_engine
+        self.deepspeed.checkpoint_engine = collected  # pyright: ignore[reportAttributeAccessIssue]
+        self.deepspeed._copy_recovery_script = lambda save_path: None  # it would write, on the first rank alone, between collectives
+        try:
+            self.deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        finally:
+            self.deepspeed.checkpoint_engine = theirs
+            del self.deepspeed._copy_recovery_script
+        return collected.files
 
     def load(self, folder: Path, step: int, skipped_steps: int, with_moments: bool) -> None:
         """Weights, optimizer state and counters from a checkpoint that any number of ranks wrote at any ZeRO stage.

@@ -6,6 +6,8 @@ Each fault is KIND@STEP or KIND@STEP:RANK (rank 0 unless given), with the step c
 
     kill            SIGKILL before the step            kill_saving     SIGKILL at the start of the save after the step
     kill_written    SIGKILL when DeepSpeed has written its files       kill_renaming   SIGKILL when all is written, before the rename
+    slow_saving     the save after the step takes three seconds more        hang_saving     it never ends
+    lose_saving     what is being written vanishes in it
     stop            SIGTERM before the step            hang            sleep for ever before the step
     freeze          SIGSTOP before the step            nan             the step's gradients are not finite
     spike           the step's targets are random tokens, on every rank
@@ -14,15 +16,20 @@ Each fault is KIND@STEP or KIND@STEP:RANK (rank 0 unless given), with the step c
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import torch
 
 from model.errors import InputError
 from training.data import Batch
 
-KINDS = ("kill", "kill_saving", "kill_written", "kill_renaming", "stop", "hang", "freeze", "nan", "spike")
+KINDS = (
+    "kill", "kill_saving", "kill_written", "kill_renaming", "slow_saving", "hang_saving", "lose_saving",
+    "stop", "hang", "freeze", "nan", "spike",
+)  # fmt: skip
 
 
 def requested() -> list[tuple[str, int, int]]:
@@ -44,6 +51,17 @@ def asked_for(kind: str, step: int, rank: int) -> bool:
 def kill(kind: str, step: int, rank: int) -> None:
     if asked_for(kind, step, rank):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_save(moment: str, step: int, rank: int, folder: Path) -> None:
+    """End, delay or hang this rank's writing of `folder`, or take that away, where it was asked for: at "saving", "written", "renaming"."""
+    kill(f"kill_{moment}", step, rank)
+    if asked_for(f"slow_{moment}", step, rank):
+        time.sleep(3)
+    if asked_for(f"lose_{moment}", step, rank):
+        shutil.rmtree(folder)
+    while asked_for(f"hang_{moment}", step, rank):
+        time.sleep(1)
 
 
 def before_step(step: int, rank: int) -> None:

@@ -29,6 +29,7 @@ from training.optimizers import describe_groups, learning_rate
 from training.plan import accumulation_steps, passes, plan
 from training.recipe import LoadedRecipe, Recipe, model_config
 from training.run_folder import check_run_folder, describe_environment, open_run_folder, write_json
+from training.saver import Saver
 from training.sharpness_aware import Outcome, take_step
 from training.stop_request import StopRequest
 from training.watchdog import Watchdog
@@ -61,15 +62,22 @@ def train(loaded: LoadedRecipe) -> int:
     lock = open_run_folder(loaded) if ranks.is_first else None
     try:
         device = start_distributed(ranks)
-        with Watchdog(run, ranks, recipe.run.hang_seconds, recipe.run.lost_seconds) as watchdog:
-            return _train(loaded, data, config, ranks, device, watchdog)
+        watching = Watchdog(run, ranks, recipe.run.hang_seconds, recipe.run.lost_seconds)
+        with watching as watchdog, Saver(run, recipe, ranks, watchdog) as saver:
+            return _train(loaded, data, config, ranks, device, watchdog, saver)
     finally:
         if lock is not None:
             lock.release()
 
 
 def _train(
-    loaded: LoadedRecipe, data: PreparedData, config: ModelConfig | PretrainedModel, ranks: Ranks, device: torch.device, watchdog: Watchdog
+    loaded: LoadedRecipe,
+    data: PreparedData,
+    config: ModelConfig | PretrainedModel,
+    ranks: Ranks,
+    device: torch.device,
+    watchdog: Watchdog,
+    saver: Saver,
 ) -> int:
     recipe, run, training = loaded.recipe, loaded.run_folder, loaded.recipe.training
     total_steps = training.tokens // training.tokens_per_step
@@ -109,7 +117,7 @@ def _train(
     if peak is not None:
         metrics.say(MFU_DEFINITION)
     if recipe.checkpoint.first and newest is None:
-        checkpoint.save(engine, run, step=0, tokens=0, state={})
+        saver.save(engine, step=0, tokens=0, state={})
 
     pruning = None
     if recipe.context_pruning is not None:
@@ -159,6 +167,7 @@ def _train(
             metrics.say(f"step {done}: loss spike: {spikes.loss:.4f}, the limit was {spikes.limit():.4f} ({training.loss_spikes.action})")
             spikes.count_spike(done)
             if training.loss_spikes.action == "rewind":
+                saver.wait()
                 step = rewind(engine, run, spikes, done, training.loss_spikes.rewind_steps, metrics) - 1
                 continue
         elif result.applied:
@@ -201,7 +210,7 @@ def _train(
             metrics.record_activations(step, step * training.tokens_per_step, measures)
 
         aside = time.perf_counter()
-        stopped = stop.after_step()
+        stopped = stop.after_step(saver.failed)
         if done % recipe.evaluation.every == 0 or done == total_steps:
             watchdog.progress(f"evaluating after step {done}")
             evaluated = evaluate_with_pruning(engine, data, recipe, pruning)
@@ -218,10 +227,12 @@ def _train(
             state: dict[str, Any] = {"skipped_in_a_row": skipped_in_a_row, "loss_spikes": spikes.state()}
             if pruning is not None:
                 state["context_pruning"] = pruning.state()
-            folder = checkpoint.save(engine, run, done, tokens, state)
-            metrics.say(f"step {done}/{last_step}  saved {folder}")
-            if ranks.is_first:
-                checkpoint.remove_old(run, done, recipe.checkpoint.keep_last, recipe.checkpoint.keep_every)
+            saver.save(engine, done, tokens, state)
+        if stopped or done == last_step:
+            saver.wait()
+        for saved in saver.finished():
+            metrics.record(saved.record())
+            metrics.say(f"step {saved.step}/{last_step}  saved {saved.folder}")
         clock += time.perf_counter() - aside  # evaluating and saving do not count as training time
 
     ended = step + 1

@@ -39,6 +39,7 @@ class Memory:
     step: int  # what the optimizer's step makes beside its state
     statistics: int  # sums over activations, in the steps that measure outliers
     host: int
+    checkpoint: int  # the copy that is written beside training, in the host's memory, kept from one save to the next
     phases: dict[str, int]
 
     @property
@@ -111,7 +112,8 @@ def predict(
         behind = max(behind, inside)
     # X^T X and the sums beside it at each place (model/activation_statistics.py)
     statistics = (config.depth + 1) * (4 * config.width**2 + 8 * (config.width + 4)) if recipe.logging.outliers_every else 0
-    fixed = states.weights + states.optimizer + statistics
+    checkpoint = _checkpoint_copy(states, tensor_sizes, zero_stage(recipe), compute, world_size) if recipe.checkpoint.asynchronous else 0
+    fixed = states.weights + states.optimizer + statistics + (checkpoint if device == "cpu" else 0)
     phases = {
         "the loss": fixed + states.at_loss + kept + logits,
         "the first gradients": fixed + states.at_first_gradients + kept + behind,
@@ -130,8 +132,16 @@ def predict(
         step=states.step,
         statistics=statistics,
         host=states.host,
+        checkpoint=checkpoint,
         phases=phases,
     )
+
+
+def _checkpoint_copy(states: _States, tensor_sizes: list[int], stage: int, compute: int, world_size: int) -> int:
+    """What the first rank writes of a checkpoint: whole weights but at stage 3, and its share of float32 weights and moments."""
+    if stage == 0:
+        return states.weights + states.optimizer
+    return (compute * sum(tensor_sizes) if stage < 3 else 0) + 12 * sum(math.ceil(size / world_size) for size in tensor_sizes)
 
 
 def _two_passes(

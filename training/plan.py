@@ -325,6 +325,8 @@ def _memory_lines(plan: Plan) -> list[str]:
     ]
     if memory.host:
         rows.append(("offloaded", memory.host, "in the host's memory or on disk, not in the peak"))
+    if memory.checkpoint:
+        rows.append(("checkpoint's copy", memory.checkpoint, "in the host's memory, to be written beside training"))
     rows.append(("peak", memory.total, f"at {memory.peak_phase}; the parts are not all there at once:"))
     return [f"    {name:<20}{_mebibytes(value)}   {note}".rstrip() for name, value, note in rows]
 

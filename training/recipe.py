@@ -209,6 +209,9 @@ class CheckpointSection(Section):
     first: bool = Field(default=False, description="Also save the initial weights, as step 0: trajectories start there.")
     keep_last: int | None = Field(default=None, ge=1, description="Delete all but the last so many; default: keep all.")
     keep_every: int | None = Field(default=None, ge=1, description="Never delete a step that divides by this.")
+    asynchronous: bool = Field(
+        default=False, description="Train on while a checkpoint is written from a copy in the host's memory, of as many bytes as its files."
+    )
 
 
 class LoggingSection(Section):

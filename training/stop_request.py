@@ -33,15 +33,15 @@ class StopRequest:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends it at once
 
-    def after_step(self) -> bool:
-        """Whether the run is to stop here, the same on every rank. Every rank calls it after every step."""
+    def after_step(self, trouble: bool = False) -> bool:
+        """Whether the run is to stop here, the same on every rank: one of them was asked to, or has trouble. After every step."""
         if self._group is None:
-            return self._asked
+            return self._asked or trouble
         asked = False
         if self._under_way is not None:
             work, count = self._under_way
             work.wait()
             asked = bool(count.item())
-        count = torch.tensor([int(self._asked)])
+        count = torch.tensor([int(self._asked or trouble)])
         self._under_way = (dist.all_reduce(count, group=self._group, async_op=True), count)
         return asked

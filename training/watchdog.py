@@ -2,7 +2,8 @@
 
 Two things can go wrong, and they look alike from inside a collective, which would wait half an hour:
   * a rank is gone, or its host, or the cable: its signs of life stop. After `lost_seconds` the others say which rank on which host.
-  * a rank lives but does not get on (a deadlock, a dead disk): its main thread has reported no progress for `hang_seconds`.
+  * a rank lives but does not get on (a deadlock, a dead disk): its main thread has reported no progress for `hang_seconds`, or what goes
+    on beside it (`beside`: a checkpoint that is written while training goes on) takes longer than that.
 Then every rank writes the stacks of its threads to stacks/rank-00000.txt in the run folder, the first rank says in a line a rank where
 each one stood, and all end with exit code 1. Checkpoints are not touched: the same launch again goes on.
 
@@ -41,6 +42,7 @@ class Watchdog:
         self._interval = min(5.0, lost_seconds / 4, hang_seconds / 4)
         self._main = threading.main_thread().ident
         self._last = (time.monotonic(), "starting")
+        self._beside: tuple[float, str] | None = None
         self._closed = threading.Event()
         self.hosts = _hosts(ranks)
         self._store = _store(ranks, lost_seconds)
@@ -55,12 +57,16 @@ class Watchdog:
         self._last = (time.monotonic(), what)
         faulthandler.dump_traceback_later(self.hang_seconds + 60, exit=True)
 
+    def beside(self, what: str | None) -> None:
+        """A thread beside the main one now begins `what`, or has ended it."""
+        self._beside = (time.monotonic(), what) if what else None
+
     def __enter__(self) -> Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Stop watching. A collective that failed because another rank is gone ends this process, with a line that names that one."""
-        if isinstance(error, RuntimeError) and _is_lost_connection(error):
+        if is_lost_connection(error):
             reason = " ".join(str(error).split())[:160]
             self._say([f"lost in the middle of {self._last[1]}: {self.silent()} ({reason}); launch again to go on"])
             os._exit(1)
@@ -101,8 +107,9 @@ class Watchdog:
                 self._store.set(f"alive/{self.ranks.rank}", f"{number}")
                 if self.ranks.is_first and (lost := self._without_sign(seen)):
                     self._store.set("end", f"no sign of life for {self.lost_seconds:.0f} s from {', '.join(map(self._name, lost))}")
-                if (waiting := time.monotonic() - self._last[0]) > self.hang_seconds:
-                    self._store.set("end", f"no progress for {waiting:.0f} s, since {self._last[1]}")
+                for since, what in filter(None, (self._last, self._beside)):
+                    if (waiting := time.monotonic() - since) > self.hang_seconds:
+                        self._store.set("end", f"no progress for {waiting:.0f} s, since {what}")
                 if self._store.check(["end"]):
                     self._ending = self._store.get("end").decode()
                 self._reached = time.monotonic()
@@ -168,7 +175,7 @@ class Watchdog:
         return f"rank {rank} on {self.hosts[rank]}"
 
 
-def _is_lost_connection(error: RuntimeError) -> bool:
+def is_lost_connection(error: BaseException | None) -> bool:
     """Whether a collective failed because its partner is gone, as gloo and NCCL say it."""
     words = (
         "gloo/transport",
@@ -178,7 +185,7 @@ def _is_lost_connection(error: RuntimeError) -> bool:
         "Broken pipe",
         "Connection was likely closed",
     )
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or any(word in str(error) for word in words))
 
 
 def _store(ranks: Ranks, lost_seconds: float) -> Store:

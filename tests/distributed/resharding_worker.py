@@ -72,6 +72,13 @@ def difference_of_whole(a: Path, b: Path) -> float:
     return max((x.float() - y.float()).abs().max().item() if x.numel() else 0.0 for x, y in zip(*states, strict=True))
 
 
+def save(made: Engine, folder: Path, tag: str) -> None:
+    (folder / tag).mkdir(parents=True, exist_ok=True)
+    for path, content in made.files(folder, tag).items():
+        torch.save(content, path)
+    torch.distributed.barrier()
+
+
 def run(task: str, recipe: str, folder: Path) -> None:
     """One rank's part: "write", or "read", which leaves differences.json."""
     ranks = discover()
@@ -84,11 +91,11 @@ def run(task: str, recipe: str, folder: Path) -> None:
             if task == "write":
                 step(made, 1)
                 step(made, 2)
-                made.save(folder, f"{precision}{stage}")
+                save(made, folder, f"{precision}{stage}")
             for source in range(4) if task == "read" else ():
                 # one engine for all four: what was loaded before must leave nothing behind
                 made.load(folder / f"{precision}{source}", 2, 0, with_moments=True)
-                made.save(folder, "again")
+                save(made, folder, "again")
                 case = f"{precision} {source} -> {stage}"
                 found[case] = difference(folder / f"{precision}{source}", folder / "again") if ranks.is_first else 0.0
                 torch.distributed.barrier()
@@ -103,11 +110,11 @@ def run(task: str, recipe: str, folder: Path) -> None:
             if task == "write":
                 step(made, 1)
                 step(made, 2)
-                made.save(folder, f"{kind}{precision}")
+                save(made, folder, f"{kind}{precision}")
             else:
                 step(made, 5)
                 made.load(folder / f"{kind}{precision}", 2, 0, with_moments=True)
-                made.save(folder, f"{kind}{precision}_again")
+                save(made, folder, f"{kind}{precision}_again")
                 if ranks.is_first:
                     found[f"{kind} {precision}"] = difference_of_whole(folder / f"{kind}{precision}", folder / f"{kind}{precision}_again")
                 step(made, 3)

@@ -7,11 +7,13 @@ The ranks are forked from this process, which has imported what they need (scrip
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,13 +31,16 @@ class Launches:
         self.recipe, self.number = recipe, 0
         self.done: dict[str, Any] = {}
 
-    def __call__(self, key: str, name: str, ranks: int, *overrides: str, stage: int = 2, faults: str = "") -> None:
+    def __call__(
+        self, key: str, name: str, ranks: int, *overrides: str, stage: int = 2, faults: str = "", jumping_clock: bool = False
+    ) -> None:
         """One launch of the run `name`; what is seen is kept under `key`."""
         self.number += 1
         log = self.recipe.parent / f"launch{self.number}.log"
         words = [f"run.name={name}", f"run.folder={self.recipe.parent / RUNS}", f"deepspeed.zero_optimization.stage={stage}", *overrides]
         began = time.monotonic()
-        processes = fork_ranks(training(str(self.recipe), *words), ranks, log, faults)
+        work = training(str(self.recipe), *words)
+        processes = fork_ranks(with_a_jumping_clock(work) if jumping_clock else work, ranks, log, faults)
         codes = wait(processes, log, limit=LIMIT)
         run = self.recipe.parent / RUNS / name
         self.done[key] = {
@@ -46,6 +51,18 @@ class Launches:
             "seconds": time.monotonic() - began,
         }
         print(f"{key}: {codes} in {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
+
+
+def with_a_jumping_clock(work: Callable[[], None]) -> Callable[[], None]:
+    """`work` in a process whose wall clock is a day ahead, or a day behind, or right, from one look at it to the next."""
+
+    def started() -> None:
+        right, jumps = time.time, itertools.cycle((86400.0, -86400.0, 0.0))
+        time.time = lambda: right() + next(jumps)
+        time.time_ns = lambda: int(1e9 * time.time())
+        work()
+
+    return started
 
 
 def main() -> None:
@@ -72,11 +89,28 @@ def main() -> None:
     launch("hung", "hung", 2, "run.hang_seconds=4", faults="hang@6:1")
     launch("frozen", "frozen", 2, "run.lost_seconds=3", faults="freeze@6:1")
 
+    for key, (ranks, words, faults) in BESIDE.items():
+        launch(key, key.replace(" ", "_"), ranks, "checkpoint.asynchronous=true", "checkpoint.every=2", *words, faults=faults)
+    launch("beside killed again", "beside_killed", 2, "checkpoint.asynchronous=true", "checkpoint.every=2")
+
     full_disk(launch, recipe.parent)
+
+    # the clock of the disk went back between two checkpoints, and each rank's goes back and forth
+    calm = ("checkpoint.every=2", "run.hang_seconds=60", "run.lost_seconds=30")
+    launch("clock", "clock", 2, *calm, "run.stop_at_step=4", jumping_clock=True)
+    for step, when in ((2, 4e9), (4, 1e9)):
+        folder = recipe.parent / RUNS / "clock" / "checkpoints" / f"step-{step:08d}"
+        for path in (*folder.iterdir(), folder):
+            os.utime(path, (when, when))
+    launch("clock again", "clock", 2, *calm, "checkpoint.asynchronous=true", jumping_clock=True)
+    launch("clock hung", "clock_hung", 2, "run.hang_seconds=4", faults="hang@6:1", jumping_clock=True)
 
     launch("nan", "nan", 2, faults="nan@6:1")
     launch("nan stopped", "nan_stopped", 2, "checkpoint.every=2", "run.stop_at_step=6", "training.max_skipped_steps=2", faults="nan@6:1")
     launch("nan again", "nan_stopped", 2, "checkpoint.every=2", "training.max_skipped_steps=2", "run.stop_at_step=null", faults="nan@7:0")
+    launch("first skipped", "first_skipped", 2, faults="nan@1")
+    launch("nothing yet", "nothing_yet", 2, "run.stop_at_step=1", faults="nan@1")
+    launch("nothing yet again", "nothing_yet", 2)
     for stage in (0, 2, 3):
         launch(f"spike {stage}", f"spike{stage}", 2, *SPIKES, "training.loss_spikes.action=skip", stage=stage, faults="spike@6")
     launch("rewound", "rewound", 2, *SPIKES, "training.loss_spikes.action=rewind", "checkpoint.every=2", faults="spike@6")
@@ -115,6 +149,17 @@ SPIKES = (
     "training.loss_spikes.warmup=4", "training.loss_spikes.window=8", "training.loss_spikes.rewind_steps=1",
     "training.loss_spikes.limit=2", "training.loss_spikes.threshold=1.0",
 )  # fmt: skip
+
+# checkpoints written beside training: the one of step 4 takes three seconds, which is the time of many steps
+BESIDE = {
+    "beside": (2, (), "slow_saving@4:1"),
+    "beside killed": (2, ("run.lost_seconds=2",), "slow_saving@4:1,kill@6:1"),
+    "beside stopped": (2, (), "slow_saving@4:1,stop@5"),
+    "beside too many": (2, ("training.max_skipped_steps=1",), "slow_saving@4:1,nan@5"),
+    "beside rewound": (2, (*SPIKES, "training.loss_spikes.action=rewind"), "slow_saving@4:1,spike@6"),
+    "beside hung": (2, ("run.hang_seconds=4",), "hang_saving@4:1"),
+    "beside vanished": (2, (), "lose_saving@4:1"),
+}
 
 
 if __name__ == "__main__":

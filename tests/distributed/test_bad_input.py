@@ -148,12 +148,13 @@ def test_damaged_data(launch: Launch, workplace: Path) -> None:
     assert_refused(done, "train-00000.bin")
 
 
-def test_disk_full_while_saving(half_run: Path, launch: Launch) -> None:
+@pytest.mark.parametrize("beside", [False, True])
+def test_disk_full_while_saving(beside: bool, half_run: Path, launch: Launch) -> None:
     """A file may grow to 100 KiB only, so the next checkpoint breaks off; the one before stays whole, and the run goes on from it."""
-    run = copy_of(half_run, "full")
+    run = copy_of(half_run, f"full_{beside}")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, "train.py", "--resume", str(run), "run.stop_at_step=null"],
+        [sys.executable, "train.py", "--resume", str(run), "run.stop_at_step=null", f"checkpoint.asynchronous={beside}"],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100 * 1024, 100 * 1024)),
     )  # fmt: skip

@@ -106,6 +106,64 @@ def test_a_frozen_rank_is_named(seen: dict[str, Any]) -> None:
     assert "no stack: it is stopped, dead, or cut off" in frozen["log"]
 
 
+def test_what_is_written_beside_training_is_the_step_it_is_named_after(seen: dict[str, Any], workplace: Path) -> None:
+    """Weights and moments, bit for bit those of a save at once, though the weights went on while it was written; and the same losses."""
+    assert seen["beside"]["codes"] == [0, 0] and seen["beside"]["losses"] == seen["reference"]["losses"]
+    assert list(seen["beside"]["checkpoints"]) == [f"step-{step:08d}" for step in (2, 4, 6, 8)]
+    for step in (4, 8):
+        there, here = (open_checkpoint(workplace / RUNS / name / "checkpoints" / f"step-{step:08d}") for name in ("reference", "beside"))
+        for name in there.shapes:
+            for kind in ("weight", "exp_avg", "exp_avg_sq"):
+                assert torch.equal(there.tensor(name, kind), here.tensor(name, kind)), (step, name, kind)
+    saved = {r["step"]: r for r in records(workplace / RUNS / "beside") if "save_seconds" in r}
+    assert list(saved) == [2, 4, 6, 8] and all(0 < r["save_wait_seconds"] <= r["save_seconds"] + 0.1 for r in saved.values())
+    at_once = [r for r in records(workplace / RUNS / "reference") if "save_seconds" in r]
+    assert [r["step"] for r in at_once] == [4, 8] and all(r["save_seconds"] == r["save_wait_seconds"] for r in at_once)
+
+
+def test_a_death_while_a_checkpoint_is_written_beside_loses_nothing_older(seen: dict[str, Any]) -> None:
+    killed = seen["beside killed"]
+    assert killed["codes"] == [1, -9] and list(killed["checkpoints"]) == ["step-00000002"]
+    assert "rank 1 on " in killed["log"] and "Traceback" not in killed["log"]
+    assert "from step 2," in seen["beside killed again"]["log"]
+    assert seen["beside killed again"]["losses"] == seen["reference"]["losses"]
+
+
+def test_stopping_an_error_and_a_rewind_wait_for_what_is_written_beside(seen: dict[str, Any], workplace: Path) -> None:
+    stopped = seen["beside stopped"]
+    assert stopped["codes"] == [75, 75] and list(stopped["checkpoints"]) == [f"step-{step:08d}" for step in (2, 4, 6)]
+    assert seen["beside too many"]["codes"] == [1, 1] and "steps in a row had non-finite" in seen["beside too many"]["log"]
+    assert list(seen["beside too many"]["checkpoints"]) == ["step-00000002", "step-00000004"]
+    assert "step 6: back to step 4," in seen["beside rewound"]["log"]
+    assert seen["beside rewound"]["losses"] == seen["rewound"]["losses"]
+
+
+def test_a_save_beside_training_that_hangs_ends_the_run(seen: dict[str, Any], workplace: Path) -> None:
+    hung = seen["beside hung"]
+    assert hung["codes"] == [1, 1] and list(hung["checkpoints"]) == ["step-00000002"]
+    assert re.search(r"error: stopped: no progress for \d+ s, since saving step 4 beside training", hung["log"])
+    assert "in at_save" in (workplace / RUNS / "beside_hung" / "stacks" / "rank-00001.txt").read_text()
+
+
+def test_an_error_of_a_save_beside_training_ends_the_run_on_every_rank(seen: dict[str, Any]) -> None:
+    vanished = seen["beside vanished"]
+    assert vanished["codes"] == [2, 2] and "Traceback" not in vanished["log"]
+    assert re.search(
+        r"error: .*a checkpoint could not be written: .*Step 4 is not saved; the last whole checkpoint is \S+2\b", vanished["log"]
+    )
+    assert list(vanished["checkpoints"]) == ["step-00000002"]
+
+
+def test_a_clock_that_jumps_changes_nothing(seen: dict[str, Any]) -> None:
+    """Neither the newest checkpoint, the losses, the time left nor the watchdog go by the wall clock."""
+    assert seen["clock"]["codes"] == [0, 0] == seen["clock again"]["codes"]
+    assert "from step 4," in seen["clock again"]["log"]
+    assert seen["clock again"]["losses"] == seen["reference"]["losses"]
+    left = re.findall(r"tok/s  (\S+) left", seen["clock"]["log"] + seen["clock again"]["log"])
+    assert len(left) == 8 and all(re.fullmatch(r"\d+s|\dm\d\ds", time) for time in left), left
+    assert seen["clock hung"]["codes"] == [1, 1] and "error: stopped: no progress for" in seen["clock hung"]["log"]
+
+
 def test_a_full_and_a_read_only_disk(seen: dict[str, Any]) -> None:
     """A real file system: one clear line, the whole checkpoints stay, and with room the run goes on."""
     if seen["disk"]["refused"]:
@@ -120,11 +178,20 @@ def test_a_full_and_a_read_only_disk(seen: dict[str, Any]) -> None:
     assert again["codes"] == [0] and again["losses"] == pytest.approx(seen["reference"]["losses"], rel=ROUNDING)
 
 
-def test_skips_in_a_row_are_counted_across_a_resume(seen: dict[str, Any]) -> None:
+def test_skips_in_a_row_are_counted_across_a_resume(seen: dict[str, Any], workplace: Path) -> None:
     assert seen["nan"]["codes"] == [0, 0] and "(1 in a row)" in seen["nan"]["log"]
     again = seen["nan again"]
     assert again["codes"] == [1, 1] and "Traceback" not in again["log"]
     assert "error: stopped at step 7: 2 steps in a row had non-finite gradients" in again["log"]
+    assert [r["skipped_steps"] for r in records(workplace / RUNS / "nan_stopped") if "skipped_steps" in r][-1] == 2
+
+
+def test_a_checkpoint_before_the_first_update_has_no_moments_to_read(seen: dict[str, Any]) -> None:
+    """The first step was skipped, so it holds none; the run goes on as the one that was not stopped there."""
+    assert seen["nothing yet"]["codes"] == [0, 0] == seen["nothing yet again"]["codes"]
+    assert "from step 1," in seen["nothing yet again"]["log"]
+    expected = {step: loss for step, loss in seen["first skipped"]["losses"].items() if step != "1"}
+    assert {step: loss for step, loss in seen["nothing yet again"]["losses"].items() if step != "1"} == expected
 
 
 def test_a_skipped_spike_leaves_the_step_out(seen: dict[str, Any]) -> None:

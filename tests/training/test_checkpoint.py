@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import random
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ import torch
 from model.errors import InputError
 from training import faults
 from training.checkpoint import (
+    Contents,
     _put_in_place,
     _random_state,
     _restore_random_state,
@@ -20,9 +24,11 @@ from training.checkpoint import (
     newest_whole,
     read_manifest,
     remove_old,
+    write,
 )
 from training.distributed import Ranks
 from training.metrics import drop_half_a_line
+from training.recipe import CheckpointSection
 
 ALONE = Ranks(0, 1, 0, 1)
 
@@ -113,12 +119,91 @@ def test_removal_keeps_the_last_the_multiples_and_the_beginning(tmp_path: Path) 
     assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.startswith(".")]
 
 
+def unwritten(run: Path, step: int) -> Contents:
+    writing = run / "checkpoints" / f".writing-step-{step:08d}"
+    writing.mkdir(parents=True)
+    manifest = {"step": step, "tokens": step, "world_size": 1, "zero_stage": 2, "state": {}}
+    files = {writing / "a.pt": {"weight": torch.arange(1000.0)}, writing / "b.pt": [1, 2]}
+    return Contents(writing, files, {"model_config.json": {"width": 8}}, manifest)
+
+
+def test_what_is_written_is_whole_and_in_its_place(tmp_path: Path) -> None:
+    place = write(unwritten(tmp_path, 6), ALONE, CheckpointSection())
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"] == [place.name]
+    manifest = read_manifest(place)
+    assert sorted(manifest["files"]) == ["a.pt", "b.pt", "model_config.json"]
+    for name, recorded in manifest["files"].items():
+        assert recorded["sha256"] == hashlib.sha256((place / name).read_bytes()).hexdigest()
+    assert torch.equal(torch.load(place / "a.pt")["weight"], torch.arange(1000.0))
+
+
+def break_at(monkeypatch: pytest.MonkeyPatch, moment: str, act: Callable[[Path], None]) -> None:
+    monkeypatch.setattr(faults, "at_save", lambda at, step, rank, folder: act(folder) if at == moment else None)
+
+
+def full(folder: Path) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_nothing_old_is_removed_before_the_new_one_is_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_checkpoint(tmp_path, 3)
+    break_at(monkeypatch, "renaming", full)
+    with pytest.raises(InputError, match=r"No space left on device. Step 6 is not saved; the last whole checkpoint is .*step-00000003\."):
+        write(unwritten(tmp_path, 6), ALONE, CheckpointSection(keep_last=1))
+    assert newest_step(tmp_path) == 3 and [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
+    monkeypatch.undo()
+    write(unwritten(tmp_path, 6), ALONE, CheckpointSection(keep_last=1))
+    assert newest_step(tmp_path) == 6 and [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"]
+
+
+def test_a_file_that_vanishes_is_missed_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_at(monkeypatch, "written", lambda folder: (folder / "a.pt").unlink())
+    with pytest.raises(InputError, match=r"a checkpoint could not be written: .*a\.pt: missing"):
+        write(unwritten(tmp_path, 6), ALONE, CheckpointSection())
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_disk_that_gives_back_something_else_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = torch.save
+
+    def save_and_flip(content: object, path: Path) -> None:
+        save(content, path)
+        if path.name == "a.pt":
+            written = bytearray(path.read_bytes())
+            written[written.index(torch.tensor(500.0).numpy().tobytes())] ^= 1
+            path.write_bytes(written)
+
+    monkeypatch.setattr(torch, "save", save_and_flip)
+    with pytest.raises(InputError, match=r"a checkpoint could not be written: .*CRC-32"):
+        write(unwritten(tmp_path, 6), ALONE, CheckpointSection())
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_fault_of_ours_is_not_taken_for_the_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(folder: Path) -> None:
+        raise RuntimeError("something else")
+
+    break_at(monkeypatch, "saving", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        write(unwritten(tmp_path, 6), ALONE, CheckpointSection())
+
+
 def test_removal_never_takes_the_one_just_saved(tmp_path: Path) -> None:
     """After a rewind there are later steps, left behind."""
     for step in (2, 4, 6, 8, 10):
         make_checkpoint(tmp_path, step)
     remove_old(tmp_path, 6, keep_last=1, keep_every=None)
     assert [int(p.name[5:]) for p in checkpoints(tmp_path)] == [6, 8, 10]
+
+
+def test_what_is_removed_is_out_of_sight_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill in the middle of it leaves no damaged checkpoint behind."""
+    for step in (2, 4):
+        make_checkpoint(tmp_path, step)
+    removed = []
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **options: removed.append(path.name))
+    remove_old(tmp_path, 4, keep_last=1, keep_every=None)
+    assert removed == [".writing-step-00000002"] and [p.name for p in checkpoints(tmp_path)] == ["step-00000004"]
 
 
 def test_random_state_travels_through_a_file(tmp_path: Path) -> None:

@@ -78,6 +78,21 @@ def test_the_state_travels_as_json() -> None:
     assert other.state() == judge.state() and other.limit() == judge.limit() and other.data_ahead == 3
 
 
+def test_going_back_judges_as_then() -> None:
+    judge = spikes()
+    for _ in range(10):
+        feed(judge, 4.0)
+    then = json.loads(json.dumps(judge.state()))
+    limit = judge.limit()
+    for _ in range(10):
+        feed(judge, 2.0)
+    assert judge.limit() != limit
+    judge.go_back(20, 10, then)
+    assert judge.limit() == limit and judge.data_ahead == 10
+    judge.go_back(13, 10, then)
+    assert judge.data_ahead == 13
+
+
 def test_spikes_are_bounded_within_the_window() -> None:
     judge = spikes(limit=2)
     for step in (10, 27, 44, 45):  # 10 and 27 are more than a window of 16 apart

@@ -22,7 +22,7 @@ from model.parametrization import initialize
 from model.transformer import Transformer
 from training.memory import activation_bytes, predict
 from training.plan import accumulation_steps, count_parameters, flops_per_token, format_plan, plan, print_plan
-from training.recipe import LoadedRecipe, Recipe, model_config
+from training.recipe import CheckpointSection, LoadedRecipe, Recipe, model_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -186,10 +186,11 @@ DEEPSPEED: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.distributed
 def test_states_are_what_deepspeed_holds() -> None:
-    """Weights, optimizer state and standing buffers of every kind of sharding on two ranks, to a percent."""
+    """Weights, optimizer state and standing buffers of every kind of sharding on two ranks, and what a save copies, to a percent."""
     config = network(width=144, heads=4, depth=2, vocab_size=1001)
     parameters = count_parameters(config)
     cases = [recipe(section, precision=precision, tokens_per_step=256) for precision, section in DEEPSPEED]
+    cases = [case.model_copy(update={"checkpoint": CheckpointSection(asynchronous=True)}) for case in cases]
     for case in cases:
         case.deepspeed["zero_optimization"]["reduce_bucket_size"] = parameters.total
     command = [
@@ -205,7 +206,7 @@ def test_states_are_what_deepspeed_holds() -> None:
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     held = json.loads(done.stdout.splitlines()[-1])
-    for (precision, section), case, size in zip(DEEPSPEED, cases, held, strict=True):
+    for (precision, section), case, (size, copied) in zip(DEEPSPEED, cases, held, strict=True):
         memory = plan(case, config, world_size=2, device="cpu").memory
         expected = memory.weights + memory.optimizer
         stage = section["zero_optimization"]["stage"]
@@ -216,6 +217,9 @@ def test_states_are_what_deepspeed_holds() -> None:
         if memory.host:  # on a CPU the host is the device; two temporaries of AdamW are gone between steps
             expected += memory.host - 8 * sum(-(-count // 2) for count in parameters.tensor_sizes)
         assert size == pytest.approx(expected, rel=0.01), f"{precision} {section}"
+        assert memory.checkpoint == pytest.approx(copied, rel=0.01), f"{precision} {section}"
+        plain = plan(case.model_copy(update={"checkpoint": CheckpointSection()}), config, world_size=2, device="cpu").memory
+        assert memory.total == plain.total + memory.checkpoint and plain.checkpoint == 0
 
 
 def test_sharding_divides_what_it_should() -> None:

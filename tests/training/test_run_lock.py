@@ -25,14 +25,15 @@ time.sleep(60)
 """
 
 
-def test_held_until_the_process_ends_however_it_ends(tmp_path: Path) -> None:
+def test_held_until_the_process_ends_however_it_ends(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
     assert holder.stdout.readline()
     with pytest.raises(InputError, match=rf"in use by another launch \(process {holder.pid} on"):
         RunLock(tmp_path)
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    RunLock(tmp_path, patience=60).release()  # the same host: nothing to wait for
+    RunLock(tmp_path, patience=1).release()
+    assert "watching it" not in capsys.readouterr().err  # the same host: nothing to wait for
     assert not (tmp_path / ".lock.json").exists()
 
 
