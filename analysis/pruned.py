@@ -9,7 +9,6 @@ A network without pruning is attached to all the same, with decisions that drop 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -60,11 +59,12 @@ class Subject:
     tokenizer: Tokenizer
     run: Run | None
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """tokens (batch, length) -> logits (batch, length, vocab_size)."""
-        options = {} if isinstance(self.network, (Transformer, PretrainedDecoder)) else {"use_cache": False}
-        output = self.network(tokens.to(next(self.network.parameters()).device), **options)
-        return output if isinstance(output, Tensor) else output.logits
+    def logits(self, tokens: Tensor, last: int = 0) -> Tensor:
+        """tokens (batch, length) -> logits (batch, length, vocab_size); of the last so many alone, where asked and the network can."""
+        tokens = tokens.to(next(self.network.parameters()).device)
+        if isinstance(self.network, Transformer):
+            return self.network(tokens)
+        return self.network(tokens, use_cache=False, logits_to_keep=last).logits
 
     @contextmanager
     def dense(self, adapters: bool = True) -> Iterator[None]:
@@ -94,7 +94,7 @@ class Subject:
             return torch.zeros_like(query[..., :1]).expand(*query.shape[:3], value.shape[3]), allowed.sum(-1)
 
         with torch.no_grad(), self.with_policy(look):
-            self.logits(torch.zeros(1, 2, dtype=torch.int64))
+            self.logits(torch.zeros(1, 2, dtype=torch.int64), last=1)
         return widths
 
 
@@ -108,15 +108,34 @@ def open_subject(path: str, precision: str = "fp32", verify: bool = True) -> Sub
     folder = Path(path).expanduser()
     if (folder / pruning_files.TENSORS).exists():
         subject = _saved(folder)
-    elif path.startswith("package:") or not folder.exists() or folder.suffix == ".gguf" or (folder / "config.json").exists():
-        subject = _plain(path)
-    elif folder.is_dir() and list(folder.glob("*.gguf")):
+    elif _is_of_transformers(path):
         subject = _plain(path)
     else:
         subject = _of_run(find_run(folder), verify)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     subject.network.to(device, PRECISIONS[precision]).eval()
     return subject
+
+
+def learned_to_prune(path: str) -> bool:
+    """Whether what lies there has context pruning, from its files alone. Raises InputError when there is no model."""
+    folder = Path(path).expanduser()
+    if (folder / pruning_files.TENSORS).exists():
+        return True
+    return not _is_of_transformers(path) and is_pruned(find_run(folder).checkpoints[-1])
+
+
+def is_pruned(checkpoint: Path) -> bool:
+    """Whether it is a checkpoint of train.py with context pruning."""
+    return (checkpoint / pruning_files.DESCRIPTION).exists() and not (checkpoint / pruning_files.TENSORS).exists()
+
+
+def _is_of_transformers(path: str) -> bool:
+    """A folder, a GGUF file, package:NAME, or else a name on the hub, if nothing of that name is on this machine."""
+    place = Path(path).expanduser()
+    if path.startswith("package:") or not place.exists():
+        return True
+    return place.suffix == ".gguf" or (place / "config.json").exists() or (place.is_dir() and any(place.glob("*.gguf")))
 
 
 def build(checkpoint: Checkpoint) -> tuple[Transformer | PretrainedDecoder, bool]:
@@ -153,11 +172,6 @@ def build(checkpoint: Checkpoint) -> tuple[Transformer | PretrainedDecoder, bool
     return network.eval(), prunes
 
 
-def is_pruned(checkpoint: Checkpoint) -> bool:
-    """Whether it is a checkpoint of train.py with context pruning."""
-    return checkpoint.path.is_dir() and (checkpoint.path / pruning_files.DESCRIPTION).exists()
-
-
 def _of_run(run: Run, verify: bool) -> Subject:
     checkpoint = run.open(verify)[-1]
     network, prunes = build(checkpoint)
@@ -167,6 +181,7 @@ def _of_run(run: Run, verify: bool) -> Subject:
     if isinstance(config, PretrainedModel):
         longest = config.huggingface.get("max_position_embeddings") or longest
     tokenizer = run_tokenizer(run)
+    network = network.model if isinstance(network, PretrainedDecoder) else network
     return Subject(run.name, network, settings, prunes, adapted, settings.threshold, longest, config.vocab_size, tokenizer, run)
 
 
@@ -212,8 +227,3 @@ def _tokenizer(source: str) -> Tokenizer:
 
 def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def structure(settings: Settings) -> dict[str, Any]:
-    """What pruning added, for the JSON."""
-    return dataclasses.asdict(settings.config)
