@@ -329,13 +329,13 @@ def choose_texts(subject: Subject, options: Options) -> Texts:
     calibrating = max(1, min(texts, CALIBRATION_TOKENS // length))
     if options.data:
         windows = _file_windows(subject, options.data, length, texts + calibrating)
-        calibrating = min(calibrating, max(1, len(windows) // 3))
+        if len(windows) < texts + calibrating:
+            calibrating = max(1, len(windows) // 3)
         if len(windows) < 2:
             raise InputError(f"{options.data[0]}: one text of {length + 1} tokens alone; one calibrates, another is measured: add text")
         origin = ", ".join(options.data)
-        return Texts(
-            windows[calibrating:], windows[:calibrating, :-1], f"{origin}: later windows", f"{origin}: the first {calibrating} windows"
-        )
+        measured = windows[calibrating : calibrating + texts]
+        return Texts(measured, windows[:calibrating, :-1], f"{origin}: later windows", f"{origin}: the first {calibrating} windows")
     if subject.run is None:
         raise InputError(f"{subject.name}: it does not say what text to measure it on: give --data FILES")
     measured, origin = validation_tokens(subject.run, options.tokens, length)

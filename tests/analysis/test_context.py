@@ -27,7 +27,7 @@ from model.context_pruning import Decided, attach, observing, settings_of
 from model.pruned_cache import PrunedLayer
 from model.transformer import Transformer
 
-LENGTH = 96
+LENGTH, CALIBRATING = 96, 4  # as many texts calibrate as are measured
 WORDS = "The quick_brown fox42 jumps(over, the lazy dog)... and\n    then: 1,234 more; self.cache = None # why?\n"
 
 
@@ -39,8 +39,8 @@ def place(tmp_path_factory) -> Path:
     tiny.write_llama_run(folder / "llama", folder / "base")
     tiny.write_llama_run(folder / "tuned", folder / "base", pruned=False, lora=False)
     tiny.write_own_run(folder / "own")
-    (folder / "text.txt").write_text(WORDS * 9)
-    (folder / "more.txt").write_text("Another text, of other words: " + WORDS[::-1] * 9)
+    (folder / "text.txt").write_text(WORDS * 12)
+    (folder / "more.txt").write_text("Another text, of other words: " + WORDS[::-1] * 12)
     return folder
 
 
@@ -81,8 +81,9 @@ def test_its_numbers_are_those_of_decoding_with_the_cache_that_shrinks(place, tm
     (entry,) = result["checkpoints"]
     subject = open_subject(str(place / run))
     rows = texts(place, run_tokenizer(find_run(place / run)))
-    measured = rows[4:8]  # as many calibrate, the first
-    assert entry["tokens"] == 4 * LENGTH and "the first 4 windows" in entry["calibration_data"]
+    assert len(rows) > 12 and f"the first {CALIBRATING} windows" in entry["calibration_data"]
+    measured = rows[CALIBRATING : CALIBRATING + 4]
+    assert entry["tokens"] == 4 * LENGTH
     whole = (LENGTH + 1) / 2
     overhead = 4 / (2 * (8 + 8))  # rank over what two key-value heads of 8 and 8 hold
     assert entry["interaction_overhead"] == pytest.approx(overhead)
@@ -103,7 +104,7 @@ def test_its_numbers_are_those_of_decoding_with_the_cache_that_shrinks(place, tm
     assert own["threshold"] == tiny.THRESHOLD and own["live"] < 0.8 * whole
     for values in pruning[1:]:  # on the calibration text it is the budget
         subject.settings.threshold = values["threshold"]
-        _, live = by_decoding(subject.network, rows[:4])
+        _, live = by_decoding(subject.network, rows[:CALIBRATING])
         if values["reached"]:
             assert live * (1 + overhead) / whole == pytest.approx(values["budget"], rel=0.051)
     assert any(values["reached"] for values in pruning[1:])
@@ -190,7 +191,7 @@ def test_the_threshold_of_a_budget_is_found(start):
 
     for budget in (0.5, 0.25, 0.2, 0.9):
         assert keeps(find_threshold(share, known, budget, start)) == pytest.approx(budget, rel=0.01)
-    assert find_threshold(share, known, 0.05, start) == max(known)  # out of reach: as little as it can
+    assert keeps(find_threshold(share, known, 0.05, start)) == pytest.approx(0.1)  # out of reach: as little as it can
     assert len(set(passes)) < 60
 
 
