@@ -205,7 +205,7 @@ VERBS = {
     "inspect": (inspect, "what a checkpoint holds, what is damaged and what is missing"),
     "export": (export, "a checkpoint as one safetensors file or a Hugging Face folder"),
     "signal": (signal, "how alike tokens become and how large gradients are, layer by layer, before training or after"),
-    "context": (context, "perplexity against the share of context kept: context pruning beside cache policies; and which token dropped which"),
+    "context": (context, "perplexity against the share of context kept, beside cache policies; and which token dropped which"),
     "covariance": (covariance, "the shaped transformer's covariance SDE against networks of finite width"),
 }
 WITHOUT_RUN = ("covariance",)
@@ -234,7 +234,7 @@ PATHS = {
     "": "a run folder, a folder of checkpoints, or one checkpoint",
     "outliers": "a run folder, a DeepSpeed folder, a checkpoint folder, or a Hugging Face decoder (folder or GGUF file)",
     "quantization": "a run folder (its last checkpoint), a checkpoint folder, or a Hugging Face decoder (folder or GGUF file)",
-    "context": "a run, a checkpoint, an exported folder, or a Hugging Face decoder (folder, GGUF file, package:NAME or hub name), side by side",
+    "context": "a run, a checkpoint, an exported folder, or a Hugging Face decoder (folder, GGUF file, package:NAME or hub name)",
     "signal": "recipes (each may be followed by model.key=value), checkpoints or Hugging Face decoders, drawn side by side",
 }
 
@@ -264,7 +264,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             verb.add_argument("--ranks", type=int, metavar="N", help="a DeepSpeed checkpoint that N ranks load, in the folder --out")
             verb.add_argument("--shard-gigabytes", type=float, default=5, metavar="GB", help="size of a folder's files (default: 5)")
             verb.add_argument("--skip-comparison", action="store_true", help="do not load both models to compare their logits")
-            verb.add_argument("--adapters", action="store_true", help="of a run with context pruning: what it added alone, without the model")
+            verb.add_argument("--adapters", action="store_true", help="of a run with context pruning: what it added, without the model")
         if name == "trajectory":
             verb.add_argument("--memory-megabytes", type=float, default=64, metavar="MB", help="bounds the working memory (default: 64)")
             verb.add_argument("--every", type=int, metavar="STEPS", help="only checkpoints at multiples of this many steps")

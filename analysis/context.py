@@ -340,7 +340,7 @@ def choose_texts(subject: Subject, options: Options) -> Texts:
         raise InputError(f"{subject.name}: it does not say what text to measure it on: give --data FILES")
     measured, origin = validation_tokens(subject.run, options.tokens, length)
     if measured.shape[1] <= length:
-        raise InputError(f"{origin}: {measured.shape[1]} tokens, less than one text of {length + 1}: give a smaller --length, or --data FILES")
+        raise InputError(f"{origin}: {measured.shape[1]} tokens, and one text takes {length + 1}: give a smaller --length, or --data")
     windows = training_windows(subject.run, calibrating, length, seed=0)
     return Texts(measured, windows, origin, f"random windows of the training split beside it, seed 0: {len(windows)}")
 
@@ -387,4 +387,3 @@ def _row(name: str, values: dict[str, Any]) -> str:
     if "needle" in values:
         row += f"{values['needle']['exact']:>9.2f}{values['needle']['log_probability']:>9.2f}"
     return row
-

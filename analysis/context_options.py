@@ -1,4 +1,4 @@
-"""What `python -m analysis context` can be asked, and what the numbers in context.json are. Light: the command line reads it for every verb."""
+"""What `python -m analysis context` can be asked, and what the numbers in context.json are. The command line reads it for every verb."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ DEFINITIONS = {
     "median_lifetime": "later tokens that still read it, the median; null: beyond the horizon",
     "read_by_later_tokens": "mean share of the later tokens that still read a token, by its position",
 }
-
 
 
 @dataclass

@@ -45,15 +45,16 @@ def context_page(entry: dict[str, Any], pieces: Sequence[Sequence[str]], reads: 
     """
     layers = [layer["layer"] for layer in entry["lifetimes"]["layers"]]
     names = [f"layer {layer}" for layer in layers]
+    data = f'data-names="{escape(json.dumps(names))}" data-levels="{escape(json.dumps(LEVELS))}"'
     slider = (
-        f'<div class="layers"><label for="layer">layer</label><input type="range" id="layer" min="0" max="{len(layers) - 1}" value="0" '
-        f'data-names="{escape(json.dumps(names))}" data-levels="{escape(json.dumps(LEVELS))}"><output id="shown" for="layer"></output></div>'
+        '<div class="layers"><label for="layer">layer</label>'
+        f'<input type="range" id="layer" min="0" max="{len(layers) - 1}" value="0" {data}><output id="shown" for="layer"></output></div>'
     )
     limits = [f"read by under {LEVELS[0]} later tokens", *(f"under {limit}" for limit in LEVELS[1:]), "more", "never dropped"]
     scale = "".join(f'<span class="life-{level}">{escape(text)}</span>' for level, text in enumerate(limits))
     texts = [_text(number, row, reads[:, number]) for number, row in enumerate(pieces)]
     body = (
-        f"<h1>Which token dropped which</h1><p class=\"lead\">{escape(entry['name'])}: {len(layers)} layers, "
+        f'<h1>Which token dropped which</h1><p class="lead">{escape(entry["name"])}: {len(layers)} layers, '
         f"threshold {entry['threshold']:.3g}, texts of {reads.shape[2]} tokens</p>"
         + section(
             "The text",
@@ -87,8 +88,6 @@ def _classes(lifetimes: dict[str, Any]) -> str:
         median = values["median_lifetime"]
         return f"{values['dropped_share']:.0%}, {'longer' if median is None else f'{median:.0f}'}"
 
-    rows = [
-        [escape(str(layer["layer"])), cell(layer), *(escape(cell(layer["classes"][name])) for name in names)] for layer in lifetimes["layers"]
-    ]
+    rows = [[str(layer["layer"]), cell(layer), *(cell(layer["classes"][name]) for name in names)] for layer in lifetimes["layers"]]
     counts = [f"{name} ({lifetimes['tokens'][name]:,})" for name in names]
     return folded_html("share dropped, median lifetime", table(["layer", "all", *counts], rows))

@@ -11,6 +11,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from analysis.context_options import METHODS
@@ -44,11 +45,11 @@ def context_picture(result: dict[str, Any], path: Path) -> Path:
             axes[0, 1].set(title="Finding a code again: log-probability of its tokens", xlabel="share read, on these texts", ylabel="nats")
             axes[0, 1].set_xlim(0, None)
         methods = [method for method in METHODS if any(values["method"] == method for entry in checkpoints for values in entry["points"])]
-        handles = [plt.Line2D([], [], color=RUN_COLOURS[METHODS.index(m)], marker="o", ms=4, label=LABELS[m]) for m in methods]
-        handles.append(plt.Line2D([], [], color="#888888", lw=1.2, label="whole context"))
+        handles = [Line2D([], [], color=RUN_COLOURS[METHODS.index(m)], marker="o", ms=4, label=LABELS[m]) for m in methods]
+        handles.append(Line2D([], [], color="#888888", lw=1.2, label="whole context"))
         if len(checkpoints) > 1:
             named = zip(checkpoints, LINES * len(checkpoints), strict=False)
-            handles += [plt.Line2D([], [], color="#222222", ls=line, label=entry["name"]) for entry, line in named]
+            handles += [Line2D([], [], color="#222222", ls=line, label=entry["name"]) for entry, line in named]
         axis.legend(handles=handles, fontsize=8)
         return _save(figure, path)
 

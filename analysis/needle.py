@@ -46,7 +46,7 @@ def make_needles(tokenizer: Tokenizer, fillers: Tensor, each: int, seed: int = 0
         answer = len(code)
         room = length - len(before) - len(after) - len(asked) - 2 * answer
         if room < length // 4:
-            raise InputError(f"--needle: texts of {length - 1} tokens have no room for the sentence and its question: give a larger --length")
+            raise InputError(f"--needle: texts of {length - 1} tokens have no room for the sentence and the question; raise --length")
         filler = fillers[len(rows) % len(fillers)].tolist()[:room]
         depth = DEPTHS[len(rows) // each]
         place = round(depth * room)
@@ -63,9 +63,7 @@ def score_needles(needles: Needles, nll: Tensor, correct: Tensor) -> dict[str, A
     by_depth = []
     for depth in dict.fromkeys(needles.depths):
         chosen = torch.tensor([found == depth for found in needles.depths])
-        by_depth.append(
-            {"depth": depth, "exact": float(exact[chosen].mean()), "log_probability": float(log_probability[chosen].mean())}
-        )
+        by_depth.append({"depth": depth, "exact": float(exact[chosen].mean()), "log_probability": float(log_probability[chosen].mean())})
     return {
         "needles": len(exact),
         "code_tokens": needles.answer,

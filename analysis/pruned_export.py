@@ -1,4 +1,4 @@
-"""A run with context pruning as a Hugging Face folder: the whole model, LoRA merged, and the two files of model/pruning_files.py; or those alone."""
+"""A run with context pruning as a Hugging Face folder: the model, LoRA merged, and the files of model/pruning_files.py; or those alone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def write_pruned(run: Run, checkpoint: Checkpoint, folder: Path, dtype: torch.dt
     """
     quieten_torchao()
     network, _ = build(checkpoint)
-    lines, end = [], {}
+    lines: list[str] = []
+    end: dict[str, Any] = {}
     if adapters:
         _check_adapters_suffice(network)
     else:
@@ -63,7 +64,7 @@ def _check_adapters_suffice(network: Any) -> None:
     source = network.config.source
     own = {name.replace(".base_layer.", "."): value for name, value in network.model.named_parameters(remove_duplicate=False)}
     if pruning_files.fingerprint(own) != pruning_files.fingerprint(pretrained_weights(source)):
-        raise InputError(f"--adapters: the run trained the weights of {source} too, so adapters alone would not give it back; export it whole")
+        raise InputError(f"--adapters: the run trained the weights of {source} too; export it whole")
 
 
 @torch.no_grad()

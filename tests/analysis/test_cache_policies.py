@@ -58,9 +58,7 @@ def decode(name: str, size: int, query: Tensor, key: Tensor, value: Tensor, scal
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_a_policy_is_decoding_with_evictions(name, size, kv_heads):
     generator = torch.Generator().manual_seed(size + kv_heads)
-    query, key, value = (
-        torch.randn(2, heads, 40, 6, generator=generator, dtype=torch.float64) * 1.5 for heads in (4, kv_heads, kv_heads)
-    )
+    query, key, value = (torch.randn(2, heads, 40, 6, generator=generator, dtype=torch.float64) * 1.5 for heads in (4, kv_heads, kv_heads))
     expected, read = decode(name, size, query, key, value, 6**-0.5)
     found, live = POLICIES[name](size)(query, key, value, None, CAUSAL)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def by_decoding(network: Any, rows: list[list[int]]) -> tuple[float, float]:
     for row in rows:
         ours = isinstance(network, Transformer)
         cache: Any = Cache(PrunedLayer) if ours else DynamicCache(config=network.config)
-        for now, following in zip(row[:-1], row[1:], strict=True):
+        for now, following in pairwise(row):
             tokens = torch.tensor([[now]])
             logits = network(tokens, cache=cache) if ours else network(tokens, past_key_values=cache, use_cache=True).logits
             nll.append(-float(logits[0, -1].log_softmax(-1)[following]))
@@ -230,7 +231,7 @@ def test_who_dropped_whom_is_what_the_layers_decided(place):
     """Reads against the decisions themselves, of a text long enough to be decided on in several pieces."""
     subject = open_subject(str(place / "llama"))
     network: Any = subject.network
-    tokens = torch.randint(VOCABULARY := 256, (2, 150), generator=torch.Generator().manual_seed(0)) % VOCABULARY
+    tokens = torch.randint(256, (2, 150), generator=torch.Generator().manual_seed(0))
     import model.context_pruning as mechanism
 
     rows, mechanism.ROWS = mechanism.ROWS, 64
@@ -280,7 +281,8 @@ def test_lifetimes_by_class_layer_and_position():
 
 
 def test_classes_of_tokens():
-    text = "The| state|-of| the|.|\n\n    |self|.for|ward|(|x|,| |4|2|)| foo|_|bar| =| 3|.|14| don|'t| camel|Case| --|>| \ufffd| a1| end|.| f|(|€"
+    text = "The| state|-of| the|.|\n\n    |self|.for|ward|(|x|,| |4|2|)| foo|_|bar| =| 3|.|14| don|'t| camel|Case| --|>| \ufffd| a1| end|."
+    text += "| f|(|€"
     expected = "word word word word punctuation whitespace identifier identifier identifier punctuation word punctuation whitespace number "
     expected += "number punctuation identifier identifier identifier punctuation number number number word word identifier identifier "
     expected += "punctuation punctuation other identifier word punctuation identifier punctuation punctuation"
@@ -355,4 +357,3 @@ def test_options_are_those_of_the_command_line():
     assert Options(**{name: getattr(parsed, name) for name in vars(Options())}) == Options(
         budgets=list(Options.budgets), methods=list(Options.methods)
     )
-

@@ -58,7 +58,8 @@ def test_colours_marks_and_layers():
 
 
 def test_arrow_keys_walk_and_a_layer_changes_under_the_pointer():
-    keys = [{"selector": "div.tokens", "index": 0, "kind": "keydown", "key": key} for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "Escape")]
+    pressed = ("ArrowRight", "ArrowRight", "ArrowLeft", "Escape")
+    keys = [{"selector": "div.tokens", "index": 0, "kind": "keydown", "key": key} for key in pressed]
     said = in_node(the_page(), [*keys, at(1), {**LAYER, "value": "1"}], SCRIPT)
     assert [text and text.split("\n")[0] for text in said[:4]] == ["layer 0: “A” (0)", "layer 0: “ <b>” (1)", "layer 0: “A” (0)", None]
     assert said[5] == "layer 3: “ <b>” (1)\ndropped by none: read by all 6 later tokens\ndrops none"
