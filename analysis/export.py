@@ -34,7 +34,15 @@ PIECE = 1 << 22  # elements read, cast and written at a time: 16 MB of float32
 _CARRIED = ("*.json", "*.txt", "*.jinja", "tokenizer.model", "*.tiktoken")
 
 
-def export(run: Run, out: Path, precision: str = "fp32", shard_gigabytes: float = 5.0, compare: bool = True, verify: bool = True) -> str:
+def export(
+    run: Run,
+    out: Path,
+    precision: str = "fp32",
+    shard_gigabytes: float = 5.0,
+    compare: bool = True,
+    verify: bool = True,
+    adapters: bool = False,
+) -> str:
     """Write the run's last checkpoint to `out`: one file if it ends in .safetensors, else a Hugging Face folder.
 
     Args:
@@ -42,6 +50,7 @@ def export(run: Run, out: Path, precision: str = "fp32", shard_gigabytes: float 
         shard_gigabytes: a folder's files are at most that large (one tensor may be larger).
         compare: load both models and compare their logits; this takes the memory of both. Without it the tensors are still compared.
         verify: compare the source's checksums first.
+        adapters: of a run with context pruning, what it added alone.
 
     Returns:
         What was written and how it compares, to print.
@@ -50,10 +59,20 @@ def export(run: Run, out: Path, precision: str = "fp32", shard_gigabytes: float 
         InputError: `out` exists; no model configuration for a folder; no space.
     """
     checkpoint = open_checkpoint(run.checkpoints[-1])
+    pruned = checkpoint.path.is_dir() and (checkpoint.path / "context_pruning.json").exists()
+    if pruned and (checkpoint.path / "config.json").exists():
+        raise InputError(f"{checkpoint.path}: a Hugging Face folder with context pruning already: copy it as it is")
+    if adapters and (not pruned or out.suffix == ".safetensors"):
+        raise InputError(f"--adapters: for the folder of a run with context pruning, {checkpoint.path} -> {out} is not one")
     if verify:
         checkpoint.verify()
 
     def write(path: Path) -> list[str]:
+        if pruned and out.suffix != ".safetensors":
+            from analysis.pruned_export import write_pruned  # transformers takes seconds to import
+
+            path.mkdir()
+            return write_pruned(run, checkpoint, path, PRECISIONS[precision], compare, adapters)
         if out.suffix == ".safetensors":
             return [_one_file(checkpoint, path, PRECISIONS[precision])]
         path.mkdir()
@@ -258,7 +277,7 @@ def _burnish_files(run: Run, source: Path, folder: Path, dtype: torch.dtype) -> 
     lines = ["no tokenizer/ beside the checkpoints: the folder has none"]
     tokenizer = run.folder / "tokenizer" if run.folder else None
     if tokenizer is not None and tokenizer.is_dir():
-        ids, line = _copy_tokenizer(tokenizer, folder)
+        ids, line = copy_tokenizer(tokenizer, folder)
         end, lines = ({"eos_token_id": ids, "pad_token_id": ids} if ids is not None else {}), [line]
     transformers_config(network, dtype, **end).save_pretrained(folder)
     GenerationConfig(**end).save_pretrained(folder)
@@ -273,7 +292,7 @@ def read_config(folder: Path) -> ModelConfig:
         raise InputError(f"{folder / 'model_config.json'}: not a model configuration: {error}") from None
 
 
-def _copy_tokenizer(source: Path, folder: Path) -> tuple[int | None, str]:
+def copy_tokenizer(source: Path, folder: Path) -> tuple[int | None, str]:
     """Put a run's tokenizer beside the weights as transformers reads it: (id that ends a text, what was done)."""
     from transformers import AutoTokenizer
 
@@ -307,7 +326,7 @@ def _compare_models(checkpoint: Checkpoint, folder: Path) -> list[str]:
     Raises:
         RuntimeError: the logits differ by more than rounding can make them.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     import model.huggingface  # noqa: F401  # makes the class known to transformers
 
@@ -329,16 +348,20 @@ def _compare_models(checkpoint: Checkpoint, folder: Path) -> list[str]:
     exact = all(torch.equal(a, b) for a, b in zip(exported.parameters(), live.parameters(), strict=True))
     if not math.isfinite(difference) or (exact and difference > 1e-4 * max(scale, 1.0)):
         raise RuntimeError(f"the exported model does not compute what the checkpoint's does: {lines[0]}")
-    has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
-    if has_tokenizer:
+    return [*lines, sample(exported, folder, tokens, length)]
+
+
+def sample(model: Any, folder: Path, tokens: Tensor, longest: int) -> str:
+    """What a model goes on with, in words where the folder has a tokenizer; else after some of `tokens` (1, any)."""
+    from transformers import AutoTokenizer
+
+    if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         prompt = tokenizer("The", return_tensors="pt", add_special_tokens=False)["input_ids"]
-        text = exported.generate(prompt, max_new_tokens=min(24, length - prompt.shape[1]), do_sample=False)
-        lines.append(f"a sample: {tokenizer.decode(text[0])!r}")
-    else:
-        text = exported.generate(tokens[:1, :4], max_new_tokens=min(12, length - 4), do_sample=False)
-        lines.append(f"a sample, token ids: {text[0].tolist()}")
-    return lines
+        text = model.generate(prompt, max_new_tokens=min(24, longest - prompt.shape[1]), do_sample=False)
+        return f"a sample: {tokenizer.decode(text[0])!r}"
+    text = model.generate(tokens[:1, :4], max_new_tokens=min(12, longest - 4), do_sample=False)
+    return f"a sample, token ids: {text[0].tolist()}"
 
 
 def _live_model(checkpoint: Checkpoint) -> Any:

@@ -75,16 +75,19 @@ footer { margin-top: 60px; padding-top: 16px; border-top: 1px solid var(--line);
 """
 
 
-def page(title: str, body: str) -> str:
-    """A whole document. The security policy lets the page load nothing, and run its own script alone, whatever text it shows."""
-    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+def page(title: str, body: str, script: str = SCRIPT, style: str = "") -> str:
+    """A whole document. The security policy lets the page load nothing, and run its own script alone, whatever text it shows.
+
+    style: CSS beside what all pages have.
+    """
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
-        f'<div id="tip" role="status" hidden></div>\n<script>{SCRIPT}</script>\n</body>\n</html>\n'
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}{style}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
+        f'<div id="tip" role="status" hidden></div>\n<script>{script}</script>\n</body>\n</html>\n'
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -54,27 +54,57 @@ def file_windows(encode: Callable[[str], list[int]], files: list[str], sequences
     return _windows([text for text in texts if len(text) >= length], sequences, length, seed, ", ".join(files))
 
 
+class Tokenizer(NamedTuple):
+    """Text to tokens, and what each token stands for.
+
+    pieces: of tokens, the text of each, a space before a word with it; U+FFFD where a token is a part of a character.
+    """
+
+    encode: Callable[[str], list[int]]
+    pieces: Callable[[Sequence[int]], list[str]]
+
+
 def encoder(source: Run | Pretrained) -> Callable[[str], list[int]]:
     """What turns text into the model's tokens. Raises InputError when there is no tokenizer."""
-    if isinstance(source, Pretrained):
-        return source.encoder()
-    folder = source.folder / "tokenizer" if source.folder else None
+    return source.encoder() if isinstance(source, Pretrained) else run_tokenizer(source).encode
+
+
+def run_tokenizer(run: Run) -> Tokenizer:
+    """The tokenizer of a run. Raises InputError when there is none."""
+    folder = run.folder / "tokenizer" if run.folder else None
     if folder is None or not folder.is_dir():
-        raise InputError(f"{source.path}: no tokenizer/ beside the checkpoints, so text files cannot be encoded")
+        raise InputError(f"{run.path}: no tokenizer/ beside the checkpoints, so text files cannot be encoded")
     if (folder / "tokenizer.model").exists():
         import sentencepiece
 
         try:
-            return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).encode  # pyright: ignore
+            processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))  # pyright: ignore
         except (OSError, RuntimeError) as error:
             raise InputError(f"{folder / 'tokenizer.model'}: not a SentencePiece model: {error}") from None
+        return Tokenizer(processor.encode, lambda tokens: [_sentencepiece_text(processor, token) for token in tokens])
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        return tokenizer_of_transformers(AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False))
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: not a tokenizer: {error}") from None
-    return lambda text: tokenizer.encode(text, add_special_tokens=False)
+
+
+def tokenizer_of_transformers(tokenizer: Any) -> Tokenizer:
+    def text(token: int) -> str:
+        decoded = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        known = tokenizer.convert_ids_to_tokens(token)
+        # some decoders take the space off the first word of a text
+        return f" {decoded}" if known is not None and known.startswith("\u2581") and not decoded.startswith(" ") else decoded
+
+    return Tokenizer(lambda words: tokenizer.encode(words, add_special_tokens=False), lambda tokens: [text(int(token)) for token in tokens])
+
+
+def _sentencepiece_text(processor: Any, token: int) -> str:
+    token = int(token)
+    if processor.is_byte(token):
+        return bytes([int(processor.id_to_piece(token)[3:-1], 16)]).decode("utf-8", errors="replace")
+    return processor.id_to_piece(token).replace("\u2581", " ")
 
 
 def check_vocabulary(tokens: Tensor, vocab_size: int, source: str) -> None:

@@ -59,6 +59,11 @@ class Decided(NamedTuple):
     positions: Tensor
 
 
+# (query, key, value, scale, which slots each query may see: (batch or 1, queries, slots) bool) -> (mixed values, live entries that each
+# query read: (batch, queries), a mean over heads where they differ)
+Policy = Callable[[Tensor, Tensor, Tensor, float | None, Tensor], tuple[Tensor, Tensor]]
+
+
 @dataclass
 class Settings:
     """How a model prunes now; one object, shared by its layers.
@@ -72,6 +77,8 @@ class Settings:
         distillation_weight: share of the objective that is the divergence from the network without pruning.
         kept: of each layer, while `recording`: (sum of I over pairs j < k that see each other, with gradient; their number).
         kept_hard: that sum were decisions hard.
+        policy: stands in for the decisions in whole texts, to compare with (analysis/cache_policies.py).
+        live: what the policy says that each query read, by layer.
     """
 
     config: PruningConfig
@@ -87,6 +94,8 @@ class Settings:
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     kept_hard: dict[int, Tensor] = field(default_factory=dict)
     observers: list[Callable[[Decided], None]] = field(default_factory=list)
+    policy: Policy | None = None
+    live: dict[int, Tensor] = field(default_factory=dict)
     calls: int = 0
     above: dict[int, Tensor] = field(default_factory=dict)  # propagate_in_depth: log I with that of all layers before, by place
 
@@ -126,8 +135,8 @@ class Settings:
         self.standards = {int(layer): (float(mean), float(deviation)) for layer, mean, deviation in description["standards"]}
 
     def plainly_hard(self) -> bool:
-        """Decisions are hard, and nobody looks at them."""
-        return math.isinf(self.alpha) and not (self.recording or self.observers or self.config.propagate_in_depth)
+        """Decisions are hard, nobody looks at them, and nothing stands in for them."""
+        return math.isinf(self.alpha) and not (self.recording or self.observers or self.policy or self.config.propagate_in_depth)
 
     def above_of(self, layer: int) -> Tensor | None:
         """What the pruned layers before one have left of each place in the text; None with propagate_in_depth off, or before the first."""
@@ -300,6 +309,11 @@ def pruned_attention(
     else:
         first, positions, before = 0, torch.arange(queries, device=query.device)[None], None
     places = torch.arange(first, first + queries, device=query.device)
+    if settings.policy is not None:
+        if layer is not None:
+            raise InputError("a cache policy stands in for context pruning in whole texts alone: use_cache=False")
+        mixed, settings.live[layer_number] = settings.policy(query, key, value, scale, visible.slots(places, positions))
+        return mixed
     above = settings.above_of(layer_number)
     outputs, passed_on = [], []
     step = queries if torch.is_grad_enabled() or settings.recording else ROWS
@@ -432,6 +446,7 @@ def _pruned_layer(cache: Any, number: int) -> PrunedLayer:
 def _before_model(module: Any, arguments: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     settings: Settings = module.context_pruning_settings
     settings.calls = 0
+    settings.live.clear()
     settings.above.clear()
     settings.kept.clear()
     settings.kept_hard.clear()

@@ -1,4 +1,4 @@
-// As much of a browser as analysis/page.js asks for, so that Node runs the script of a page where no browser is installed.
+// As much of a browser as analysis/page.js and context_page.js ask for, so that Node runs the script of a page where no browser is installed.
 // stdin: {"tree": [tag, {attributes}, [children or text]], "script": "...", "actions": [...]}; stdout: what each action shows.
 "use strict";
 const { tree, script, actions } = JSON.parse(require("fs").readFileSync(0, "utf8"));
@@ -15,6 +15,7 @@ class Element {
   }
   get textContent() { return this.nodes.map((node) => (node instanceof Element ? node.textContent : node)).join(""); }
   set textContent(text) { this.nodes = [text]; }
+  get value() { return this.attributes.value; }
   getAttribute(name) { return name in this.attributes ? this.attributes[name] : null; }
   setAttribute(name, value) { this.attributes[name] = String(value); }
   removeAttribute(name) { delete this.attributes[name]; }
@@ -66,8 +67,11 @@ globalThis.window = { innerWidth: 1200, innerHeight: 900 };
 new Function(script)();
 
 const tip = document.getElementById("tip");
-const results = actions.map(({ selector, index, kind, x, y, key, head }) => {
+const results = actions.map(({ selector, index, kind, x, y, key, head, value }) => {
   const element = root.querySelectorAll(selector)[index];
+  if (kind === "class") return element.getAttribute("class");
+  if (kind === "text") return element.textContent;
+  if (value !== undefined) element.setAttribute("value", value);
   if (kind === "sort") {
     element.querySelectorAll("th")[head].querySelector("button").dispatch("click", {});
     const rows = element.querySelector("tbody").querySelectorAll("tr");
