@@ -57,8 +57,8 @@ format: $(STAMP) ## rewrite the files in the house style
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-benchmark: $(STAMP) ## our training loop against bare PyTorch and bare DeepSpeed, as ratios
-	$(RUN) -m scripts.benchmark_training
+benchmark: $(STAMP) ## tokens per second beside bare loops, Hugging Face's Trainer and litgpt, as ratios
+	$(RUN) -m scripts.benchmark
 
 soak: $(STAMP) ## hours: kill a run 200 times, 50 ZeRO-3 exits, 1200 mutated recipes, checkpoints and data files
 	$(RUN) -m scripts.soak --kills 200 --exits 50

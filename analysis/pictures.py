@@ -541,3 +541,24 @@ def step_picture(result: dict[str, Any], path: Path) -> Path:
             axes[3].plot(median, place, "o", ms=4, color="#222222")
         axes[3].set(title="log₁₀ of squared gradients", xlabel="1, 10, 50, 90, 99 percent of the coordinates")
         return _save(figure, path)
+
+
+def benchmark_picture(result: dict[str, Any], path: Path) -> Path:
+    """Tokens per second of each subject of scripts/benchmark.py, over the fastest peer's, with the spread of the rounds."""
+    rows, best = result["subjects"], result["best_peer"]
+    with mpl.rc_context(_STYLE):
+        figure, axis = plt.subplots(figsize=(7.2, 0.6 + 0.32 * len(rows)), layout="constrained")
+        unit = rows[best]["tokens_per_second"] if best else 1.0
+        for place, (name, row) in enumerate(rows.items()):
+            peer = name in result["peers"]
+            low, high = (value / unit for value in row["spread"])
+            share = row["tokens_per_second"] / unit
+            axis.barh(place, share, color=RUN_COLOURS[1] if peer else RUN_COLOURS[0], height=0.7)
+            axis.plot([low, high], [place, place], color="#333333", linewidth=1.2)
+            axis.text(0.01 * share, place, f" {row['tokens_per_second']:,.0f}", va="center", color="white", fontsize=8)
+        axis.set_yticks(range(len(rows)), [name.replace("_", " ") for name in rows])
+        axis.invert_yaxis()
+        axis.grid(visible=False, axis="y")
+        axis.set_xlabel(f"tokens per second over those of {best.replace('_', ' ')}" if best else "tokens per second")
+        axis.set_title(f"{result['size']}, {result['precision']}, length {result['sequence_length']}: Burnish (blue) and peers (orange)")
+        return _save(figure, path)

@@ -2,7 +2,7 @@
 
 With hidden states h (rows, width), the unembedding W (vocabulary, width), logits z = h W^T, targets y and counted rows:
 
-    loss   = sum over counted rows of  logsumexp(z) - z_y             `linear_cross_entropy`
+    loss   = sum over counted rows of  logsumexp(z) - z_y             `linear_cross_entropy`, with its gradients
     g      = d loss / d z = softmax(z) - onehot(y)                    `logit_derivative`
     VJP    = d <z, g> / d h = g W,   d <z, g> / d W = g^T h           `linear_product`, for any g, held fixed
 
@@ -17,9 +17,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 IGNORED_TARGET = -100  # a target with this value is not predicted and not counted
-CHUNK_ELEMENTS = 2**24  # logits of a chunk: 64 MiB in float32
+# Logits of a chunk. On a CPU they stay in its cache, 16 MiB in float32 (docs/performance.md has the measurement); a GPU needs thousands
+# of rows for its products to be worth more than the adding up of the unembedding's gradient: 512 MiB. (Not measured on one.)
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
 
 
 @dataclass(frozen=True)
@@ -57,18 +60,76 @@ def logit_derivative(logits: Tensor, targets: Tensor) -> Tensor:
     return derivative.mul_(counted[:, None])
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross-entropy in nats of logits hidden W^T, a float32 scalar; for measuring: no gradient flows.
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, logits: Tensor | None = None) -> Tensor:
+    """Summed cross-entropy in nats of logits hidden W^T, a float32 scalar whose gradient flows to hidden and weight.
 
-    hidden (batch, length, width), weight (vocabulary, width), targets (batch, length).
+    Where a gradient will be asked for it is made here, chunk by chunk, while the chunk's logits are at hand, and only multiplied by
+    the incoming scalar later: no product is taken twice, and what waits for the backward pass has the sizes of `hidden` and `weight`.
+    It can be asked for once.
+
+    Args:
+        hidden: (batch, length, width).
+        weight: (vocabulary, width).
+        targets: (batch, length); `IGNORED_TARGET` where nothing counts.
+        logits: (batch, length, vocabulary), to be filled with the logits.
     """
-    hidden, targets = hidden.detach().flatten(0, 1), targets.flatten()
-    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    for rows in _chunks(len(hidden), len(weight)):
-        logits = F.linear(hidden[rows], weight.detach())
-        logits = logits.to(_wide(logits))
-        loss += F.cross_entropy(logits, targets[rows], ignore_index=IGNORED_TARGET, reduction="sum")
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, logits)  # pyright: ignore[reportAssignmentType]
     return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, kept: Tensor | None) -> Tensor:  # type: ignore[override]
+        to_hidden_wanted, to_weight_wanted = ctx.needs_input_grad[:2]
+        kind, types = hidden.device.type, (hidden.dtype, weight.dtype)
+        if torch.is_autocast_enabled(kind):
+            hidden, weight = hidden.to(torch.get_autocast_dtype(kind)), weight.to(torch.get_autocast_dtype(kind))
+        with torch.autocast(kind, enabled=False):
+            shape, hidden, targets = hidden.shape, hidden.flatten(0, 1), targets.flatten()
+            counted = (targets != IGNORED_TARGET)[:, None]
+            loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+            to_hidden = torch.empty_like(hidden) if to_hidden_wanted else None
+            to_weight = torch.zeros(weight.shape, dtype=_wide(weight), device=weight.device) if to_weight_wanted else None
+            for rows in _chunks(hidden, weight):
+                logits = F.linear(hidden[rows], weight)
+                if kept is not None:
+                    kept.flatten(0, 1)[rows] = logits
+                if not logits.is_cuda:  # whose kernel widens by itself
+                    logits = logits.to(_wide(logits))
+                log_probabilities = torch.log_softmax(logits, dim=-1, dtype=_wide(logits))
+                del logits
+                loss += F.nll_loss(log_probabilities, targets[rows], ignore_index=IGNORED_TARGET, reduction="sum")
+                if to_hidden is None and to_weight is None:
+                    continue
+                derivative = log_probabilities.exp_()
+                del log_probabilities
+                # one is taken off at the target; what a row that is not counted gives is emptied where it is narrow
+                derivative.scatter_add_(-1, targets[rows].clamp_min(0)[:, None], -torch.ones_like(derivative[:, :1]))
+                derivative = derivative.to(weight.dtype)
+                if to_hidden is not None:
+                    torch.mm(derivative, weight, out=to_hidden[rows])
+                    to_hidden[rows] *= counted[rows]
+                if to_weight is not None:
+                    _add_product(to_weight, derivative, hidden[rows] * counted[rows])
+                del derivative  # or the next chunk's logits would be made beside it
+        ctx.save_for_backward(None if to_hidden is None else to_hidden.view(shape).to(types[0]), to_weight)
+        ctx.weight_dtype = types[1]
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+        # in place, so autograd itself refuses a second backward pass
+        to_hidden, to_weight = (None if gradient is None else gradient.mul_(scale) for gradient in ctx.saved_tensors)
+        return to_hidden, None if to_weight is None else to_weight.to(ctx.weight_dtype), None, None
+
+
+def _add_product(total: Tensor, derivative: Tensor, hidden: Tensor) -> None:
+    """total += derivative^T hidden; chunks add up in float32, as one product over all rows does inside."""
+    if total.dtype == derivative.dtype:
+        total.addmm_(derivative.T, hidden)
+    else:
+        total += derivative.T @ hidden
 
 
 def linear_product(hidden: Tensor, weight: Tensor, frozen: FrozenHead) -> Tensor:
@@ -90,19 +151,20 @@ class _LinearProduct(torch.autograd.Function):
         # The weight is saved as the parameter itself: under ZeRO-3 it is gathered again for the backward pass.
         ctx.save_for_backward(hidden, weight)
         ctx.frozen = frozen
-        return linear_cross_entropy(hidden, weight, frozen.targets) if frozen.measured else hidden.new_zeros((), dtype=torch.float32)
+        if not frozen.measured:
+            return hidden.new_zeros((), dtype=torch.float32)
+        return linear_cross_entropy(hidden.detach(), weight.detach(), frozen.targets)
 
     @staticmethod
     def backward(ctx, scale: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         hidden, weight = ctx.saved_tensors
         rows_of_hidden = hidden.flatten(0, 1)
         to_hidden = torch.empty_like(rows_of_hidden)
-        # chunks add up in float32, as one product over all rows does inside
         to_weight = torch.zeros(weight.shape, dtype=_wide(weight), device=weight.device)
-        for rows in _chunks(len(rows_of_hidden), len(weight)):
-            g = (ctx.frozen.derivative(rows) * scale).to(weight.dtype)
-            to_hidden[rows] = g @ weight
-            to_weight += g.T @ rows_of_hidden[rows]
+        for rows in _chunks(rows_of_hidden, weight):
+            g = ctx.frozen.derivative(rows).mul_(scale).to(weight.dtype)
+            torch.mm(g, weight, out=to_hidden[rows])
+            _add_product(to_weight, g, rows_of_hidden[rows])
         return to_hidden.view_as(hidden), to_weight.to(weight.dtype), None
 
 
@@ -110,6 +172,12 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
-    size = max(1, CHUNK_ELEMENTS // vocabulary)
-    return (slice(first, min(first + size, rows)) for first in range(0, rows, size))
+def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    """Rows of hidden (rows, width), as many at a time as `chunk_rows` says."""
+    size = chunk_rows(len(weight), hidden.device.type)
+    return (slice(first, min(first + size, len(hidden))) for first in range(0, len(hidden), size))
+
+
+def chunk_rows(vocabulary: int, device: str) -> int:
+    """Rows whose logits exist at once on that kind of device."""
+    return max(1, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cuda"]) // vocabulary)

@@ -16,18 +16,33 @@ from model.cache import Cache
 from model.config import ModelConfig
 from model.errors import InputError
 from model.linear_cross_entropy import IGNORED_TARGET as IGNORED_TARGET
-from model.linear_cross_entropy import FrozenHead, linear_product
+from model.linear_cross_entropy import FrozenHead, linear_cross_entropy, linear_product
 
 
 class Unembedding(Linear):
-    """The map from hidden states to logits; or, with the loss's derivative at the logits given, what gives its gradient."""
+    """The map from hidden states to logits, and the loss behind it, which never has all logits at once.
 
-    def forward(self, hidden: Tensor, frozen: FrozenHead | None = None) -> Tensor:
-        """hidden (batch, length, width) -> logits (batch, length, vocabulary), or with `frozen` a scalar: see `linear_product`.
+    Attributes:
+        kept_logits: where the logits behind a loss are to be put, (batch, length, vocabulary) each; None: nowhere.
+    """
 
-        Both happen here, and not outside, since ZeRO-3 gathers a weight for the time of its module's forward and backward.
+    kept_logits: list[Tensor] | None = None
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, frozen: FrozenHead | None = None) -> Tensor:
+        """hidden (batch, length, width) -> logits (batch, length, vocabulary); with targets the summed loss, with `frozen` the scalar of
+        `linear_product`.
+
+        All happens here, and not outside, since ZeRO-3 gathers a weight for the time of its module's forward and backward.
         """
-        return super().forward(hidden) if frozen is None else linear_product(hidden, self.weight, frozen)
+        if frozen is not None:
+            return linear_product(hidden, self.weight, frozen)
+        if targets is None:
+            return super().forward(hidden)
+        logits = None
+        if self.kept_logits is not None:
+            logits = hidden.new_empty(*hidden.shape[:-1], self.out_features)
+            self.kept_logits.append(logits)
+        return linear_cross_entropy(hidden, self.weight, targets, logits)
 
 
 class Transformer(nn.Module):
@@ -37,7 +52,7 @@ class Transformer(nn.Module):
         super().__init__()
         assert config.embedding_multiplier is not None and config.head_dim is not None
         self.config = config
-        self.activation_checkpointing = False  # set by training
+        self.activation_checkpointing = 0  # the first so many blocks keep their input alone; set by training
         self.context_pruning_settings: Any = None  # set where model/context_pruning.py is attached
         self.watch: Callable[[str, Tensor], None] | None = None  # sees the residual stream: see model/activation_statistics.py
         self.embedding = Embedding(config.vocab_size, config.width)
@@ -73,15 +88,11 @@ class Transformer(nn.Module):
             InputError: the sequence is longer than the model accepts.
         """
         hidden = self.hidden_states(tokens, document_ids, cache)
-        if frozen is not None:
-            return self.unembedding(hidden, frozen)
-        logits = self.unembedding(hidden)
-        if targets is None:
-            return logits
+        if targets is None or frozen is not None or self.context_pruning_settings is None:
+            return self.unembedding(hidden, targets, frozen)
+        logits = self.unembedding(hidden)  # whole, since the objective of context pruning looks at them
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED_TARGET, reduction="sum")
-        if self.context_pruning_settings is not None:
-            loss = self.context_pruning_settings.objective(loss, logits, targets, lambda: self.dense_logits(tokens, document_ids))
-        return loss
+        return self.context_pruning_settings.objective(loss, logits, targets, lambda: self.dense_logits(tokens, document_ids))
 
     @torch.no_grad()
     def dense_logits(self, tokens: Tensor, document_ids: Tensor | None) -> Tensor:
@@ -110,7 +121,7 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.blocks):
             if self.watch is not None:
                 self.watch(f"layer {i}", x)
-            if self.activation_checkpointing and self.training:
+            if i < self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, context, use_reentrant=False)
             else:
                 x = block(x, context, cache.layer(i) if cache is not None else None)

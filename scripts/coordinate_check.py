@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -181,7 +182,7 @@ def train(recipe: Recipe, batch: Tensor, steps: int, seed: int) -> dict[str, lis
     model = Transformer(recipe.model.config(recipe.data.tokenizer.vocab_size, recipe.training.sequence_length))
     initialize(model, seed)
     model.to(device)
-    optimizer = make_optimizer(model, recipe.optimizer, fused=False, sharded=recipe.optimizer.kind == "adamw")
+    optimizer = make_optimizer(model, recipe.optimizer, sharded=recipe.optimizer.kind == "adamw")
     if hasattr(optimizer, "ready"):
         optimizer.ready = True  # pyright: ignore[reportAttributeAccessIssue]
     batch = batch.to(device)
@@ -197,7 +198,7 @@ def train(recipe: Recipe, batch: Tensor, steps: int, seed: int) -> dict[str, lis
 
     for _ in range(steps):
         with watching(model, note):
-            loss = model(batch[:, :-1], batch[:, 1:]) / batch[:, 1:].numel()
+            loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

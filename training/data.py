@@ -15,7 +15,9 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ import torch
 
 from model.errors import InputError
 from model.transformer import IGNORED_TARGET
+from training.distributed import Ranks
 from training.recipe import DataSection
 from training.sources import Source, file_state, listing_digest, open_source
 from training.token_shards import FORMAT, SPLITS, Split, build, sync_folder
@@ -290,6 +293,9 @@ class Batch:
         """Targets that count."""
         return int((self.targets != IGNORED_TARGET).sum())
 
+    def pinned(self) -> Batch:
+        return Batch(*(None if t is None else t.pin_memory() for t in (self.tokens, self.targets, self.document_ids)))  # pyright: ignore
+
 
 class Sequences:
     """A split as windows of `sequence_length` + 1 tokens; a window's last token is the next one's first.
@@ -334,6 +340,16 @@ class Sequences:
         targets[ends] = IGNORED_TARGET
         return Batch(torch.from_numpy(inputs.copy()), torch.from_numpy(targets), torch.from_numpy(document_ids.astype(np.int32)))
 
+    def valid_targets(self, numbers: np.ndarray) -> int:
+        """Targets that count in the windows with these global numbers: every rank can know the whole step's without asking the others."""
+        if self.end_of_text is None:
+            return len(numbers) * self.sequence_length
+        row, ends = np.empty(self.sequence_length, dtype=self._shards[0].dtype), 0
+        for window in self.windows(numbers):
+            self._read(int(window) * self.sequence_length, row)
+            ends += int(np.count_nonzero(row == self.end_of_text))
+        return len(numbers) * self.sequence_length - ends
+
     def windows(self, numbers: np.ndarray) -> np.ndarray:
         """Index in the split (int64, in [0, len(self))) of the window with each global number."""
         epochs, positions = np.divmod(np.asarray(numbers, dtype=np.int64), self._windows)
@@ -355,6 +371,43 @@ class Sequences:
             out[filled : filled + len(part)] = part
             filled += len(part)
             shard, offset = shard + 1, 0
+
+
+class Feed:
+    """A rank's micro-batches, step by step, read by a thread one step ahead of the training.
+
+    Attributes:
+        waited: seconds that the training has waited for them.
+    """
+
+    def __init__(self, sequences: Sequences, sequences_per_step: int, ranks: Ranks, micro_batch_size: int, pinned: bool) -> None:
+        """`pinned`: in memory that a GPU copies from by itself. Raises InputError when the sequences do not divide."""
+        self._sequences, self._per_step, self._pinned = sequences, sequences_per_step, pinned
+        self._of_step = lambda step: step_rows(step, sequences_per_step, ranks.rank, ranks.world_size, micro_batch_size)
+        self._of_step(0)
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="data")
+        self._ahead: dict[int, Future[tuple[list[Batch], int]]] = {}
+        self.waited = 0.0
+
+    def step(self, step: int) -> tuple[list[Batch], int]:
+        """This rank's micro-batches of a step (counted from 0), and how many targets count over all ranks."""
+        started = time.perf_counter()
+        reading = self._ahead.pop(step, None) or self._reader.submit(self._read, step)
+        found = reading.result()
+        self._ahead = {step + 1: self._reader.submit(self._read, step + 1)}  # after a rewind another step is asked for than the next
+        self.waited += time.perf_counter() - started
+        return found
+
+    def _read(self, step: int) -> tuple[list[Batch], int]:
+        batches = [self._sequences.rows(numbers) for numbers in self._of_step(step)]
+        if self._pinned:
+            batches = [batch.pinned() for batch in batches]
+        first = step * self._per_step
+        return batches, self._sequences.valid_targets(np.arange(first, first + self._per_step, dtype=np.int64))
+
+    def close(self) -> None:
+        """End the thread."""
+        self._reader.shutdown(cancel_futures=True)
 
 
 def permutation(positions: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:

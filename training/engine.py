@@ -51,7 +51,7 @@ from training.data import Batch
 from training.distributed import Ranks
 from training.network import make_network
 from training.optimizers import JointOptimizer, make_optimizer
-from training.plan import count_parameters
+from training.plan import count_parameters, recomputed_blocks
 from training.recipe import Recipe, zero_stage
 
 if not torch.cuda.is_available():
@@ -70,10 +70,16 @@ warnings.filterwarnings("ignore", message=".*is deprecated. Please use .*_single
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an optimizer step did. `grad_norm` is the global norm before clipping."""
+    """What an optimizer step did."""
 
-    grad_norm: float
+    norm: torch.Tensor | float | None  # as DeepSpeed has it: on the device, negative where it is not finite
     applied: bool
+
+    @property
+    def grad_norm(self) -> float:
+        """The global norm before clipping. Reading it waits for the device, so only steps that are logged do."""
+        norm = float(self.norm) if self.norm is not None else math.nan
+        return norm if norm >= 0 else math.inf
 
 
 def start_distributed(ranks: Ranks) -> torch.device:
@@ -214,14 +220,12 @@ class Engine:
             load_pretrained(model, pretrained_weights(model.config.source) if self.stage < 3 or ranks.is_first else None, self._gather)
         else:
             initialize(model, recipe.run.seed, gather=self._gather)
-        model.activation_checkpointing = recipe.training.activation_checkpointing
+        model.activation_checkpointing = recomputed_blocks(recipe, model_config, ranks.world_size, accumulation, device.type)
         if recipe.training.compile:
             for block in model.blocks:
                 block.compile()
-        offloaded = bool(recipe.deepspeed.get("zero_optimization", {}).get("offload_optimizer"))
-        fused = device.type == "cuda" and not offloaded
         max_norm = recipe.training.gradient_clipping if _unguarded(recipe) else None
-        base = make_optimizer(model, recipe.optimizer, fused, sharded=self.stage > 0, max_norm=max_norm)
+        base = make_optimizer(model, recipe.optimizer, sharded=self.stage > 0, max_norm=max_norm)
         if isinstance(base, JointOptimizer):
             _name_parameters(base, model)
         self.deepspeed, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=base, config=config)
@@ -275,7 +279,7 @@ class Engine:
         applied = self.deepspeed.skipped_steps == skipped_before
         if applied:
             self._perturbed, self._added = False, None  # DeepSpeed has written the new masters to the forward weights
-        return StepResult(self._grad_norm(), applied)
+        return StepResult(self.deepspeed.get_global_grad_norm(), applied)
 
     def discard(self) -> StepResult:
         """End a step without an update: gradients are dropped; weights, moments and the moments' bias correction stay as they are."""
@@ -289,12 +293,7 @@ class Engine:
             self.deepspeed.step()
         finally:
             del base.step
-        return StepResult(self._grad_norm(), applied=False)
-
-    def _grad_norm(self) -> float:
-        norm = self.deepspeed.get_global_grad_norm()
-        norm = float(norm) if norm is not None else math.nan
-        return norm if norm >= 0 else math.inf
+        return StepResult(self.deepspeed.get_global_grad_norm(), applied=False)
 
     def _step_with_a_copy(self, gradient: Vector) -> None:
         step = self._base.step
@@ -404,17 +403,22 @@ class Engine:
     def kept_heads(self, logits: bool) -> Iterator[list[torch.Tensor]]:
         """Collect what the unembedding is given, or the logits that it makes, of every forward pass within; detached."""
         kept: list[torch.Tensor] = []
-        hook = self.model.unembedding.register_forward_hook(
-            lambda module, inputs, output: kept.append((output if logits else inputs[0]).detach())
-        )
+        unembedding = self.model.unembedding
+        hook = None if logits else unembedding.register_forward_hook(lambda module, inputs, output: kept.append(inputs[0].detach()))
+        unembedding.kept_logits = kept if logits else None
         try:
             yield kept
         finally:
-            hook.remove()
+            unembedding.kept_logits = None
+            if hook is not None:
+                hook.remove()
 
     def unembedding_weight(self) -> torch.Tensor:
-        """A copy of the whole unembedding matrix as the forward pass has it, (vocabulary, width). Every rank calls it."""
+        """The whole unembedding matrix as the forward pass has it now, (vocabulary, width), also when that is perturbed later. Every rank
+        calls it."""
         weight = self.model.unembedding.weight
+        if self.masters.aliased:  # another storage takes the place of this one, which waits
+            return weight.detach()
         with deepspeed.zero.GatheredParameters([weight]) if self.stage == 3 else nullcontext():
             return weight.detach().clone()
 

@@ -20,13 +20,14 @@ from model.pretrained import PretrainedModel
 from model.transformer import IGNORED_TARGET
 from training import checkpoint, faults, stop_request
 from training.curvature import Curvature
-from training.data import Batch, PreparedData, Sequences, open_prepared, prepare, require_step, step_rows
+from training.data import Batch, Feed, PreparedData, Sequences, open_prepared, prepare, require_step
 from training.distributed import Ranks, TrainingStoppedError, discover, reduce_moments, sum_over_ranks
 from training.engine import Engine, start_distributed
 from training.loss_spikes import LossSpikes
 from training.metrics import MFU_DEFINITION, Metrics, PeakMemory, duration, peak_flops
 from training.optimizers import describe_groups, learning_rate
-from training.plan import accumulation_steps, passes, plan
+from training.plan import accumulation_steps, memory_advice, passes, plan
+from training.profiling import profiled
 from training.recipe import LoadedRecipe, Recipe, model_config
 from training.run_folder import check_run_folder, describe_environment, open_run_folder, write_json
 from training.saver import Saver
@@ -96,13 +97,15 @@ def _train(
     metrics = Metrics(run, recipe.logging, ranks, last_step, start_step)
     memory = PeakMemory(device)
     watchdog.progress("building the model")
-    engine = Engine(recipe, config, accumulation_steps(recipe, ranks.world_size), ranks, device)
+    predicted = plan(recipe, config, ranks.world_size, data.manifest)
+    with memory_advice(predicted, "the building of the model"):
+        engine = Engine(recipe, config, accumulation_steps(recipe, ranks.world_size), ranks, device)
     spikes, skipped_in_a_row = LossSpikes(training.loss_spikes, device), 0
     if newest is not None:
         checkpoint.load(engine, newest)
         skipped_in_a_row = restore(newest, spikes)
     sequences = Sequences(data, "train", training.sequence_length, recipe.run.seed, shuffle=True, document_masks=recipe.data.document_masks)
-    predicted = plan(recipe, config, ranks.world_size, data.manifest)
+    feed = Feed(sequences, training.tokens_per_step // training.sequence_length, ranks, training.micro_batch_size, device.type == "cuda")
     for warning in config.warnings():
         metrics.say(f"warning: {warning}")
     if ranks.is_first:
@@ -130,19 +133,16 @@ def _train(
                 pruning.restore(state or {})
     curvature = Curvature(engine, data, recipe) if recipe.evaluation.curvature_every else None
     warned, stopped = False, False
-    clock, clock_tokens = time.perf_counter(), 0
+    clock, clock_tokens, waited = time.perf_counter(), 0, 0.0
     step = start_step - 1
     while step + 1 < last_step and not stopped:
         step += 1
         watchdog.progress(f"step {step + 1}")
         faults.before_step(step + 1, ranks.rank)
         data_step = step + spikes.data_ahead
-        rows = step_rows(
-            data_step, training.tokens_per_step // training.sequence_length, ranks.rank, ranks.world_size, training.micro_batch_size
-        )
-        batches = [sequences.rows(numbers) for numbers in rows]
+        batches, valid_targets = feed.step(data_step)
+        valid_tokens = float(max(valid_targets, 1))
         faults.spoil(batches, data_step + 1, data.vocab_size)
-        valid_tokens = _valid_tokens(batches, training.tokens_per_step, recipe.data.document_masks, device)
         if pruning is not None:
             if step == 0:
                 pruning.begin(engine, batches)
@@ -157,7 +157,9 @@ def _train(
         watch = watch_residuals(engine.model) if measured else nullcontext()
         if faults.asked_for("nan", done, ranks.rank):
             valid_tokens = math.nan
-        outcome = take_step(engine, batches, valid_tokens, step, total_steps, logged, watch, spikes.accept)
+        recorded = profiled(run / "profile", done, ranks.is_first and done in training.profile)
+        with memory_advice(predicted, f"step {done}"), recorded:
+            outcome = take_step(engine, batches, valid_tokens, step, total_steps, logged, watch, spikes.accept)
         result = outcome.result
         pruned = {} if pruning is None else pruning.after_step(step, total_steps)
         clock_tokens += training.tokens_per_step
@@ -194,6 +196,7 @@ def _train(
                 "skipped_steps": engine.skipped_steps,
                 "loss_spikes": spikes.count if training.loss_spikes.action != "none" else None,
                 "peak_memory_bytes": memory.bytes(),
+                "data_wait_seconds": feed.waited - waited,
                 **outcome.values,
                 **pruned,
             }
@@ -202,7 +205,7 @@ def _train(
             if outcome.buried and not warned:
                 warned = True
                 metrics.say(f"step {done}: {outcome.buried}")
-            clock, clock_tokens = time.perf_counter(), 0
+            clock, clock_tokens, waited = time.perf_counter(), 0, feed.waited
 
         if outcome.watched is not None:  # the weights before this step, on its tokens
             reduce_moments(outcome.watched)
@@ -235,6 +238,7 @@ def _train(
             metrics.say(f"step {saved.step}/{last_step}  saved {saved.folder}")
         clock += time.perf_counter() - aside  # evaluating and saving do not count as training time
 
+    feed.close()
     ended = step + 1
     stopped = stopped and ended < last_step
     metrics.say(
@@ -344,14 +348,6 @@ def evaluate_with_pruning(engine: Engine, data: PreparedData, recipe: Recipe, pr
             if how == "hard":
                 values["validation_kept_share"] = pruning.take_measured()[1]
     return values
-
-
-def _valid_tokens(batches: list[Batch], tokens_per_step: int, document_masks: bool, device: torch.device) -> float:
-    """Targets that count in this step, over all ranks and micro-batches."""
-    if not document_masks:
-        return float(tokens_per_step)
-    (valid,) = sum_over_ranks(sum(batch.valid_tokens for batch in batches), device=device)
-    return max(valid, 1.0)
 
 
 def _report_skip(

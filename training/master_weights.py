@@ -177,9 +177,8 @@ class MasterWeights:
         if with_moments:
             step = checkpoint.adam_settings(self.names[0]).step
             for master in self.masters:
-                # where torch's own AdamW keeps it: with the weights for its fused kernel, else on the CPU
-                device = master.device if self.base.param_groups[0].get("fused") else "cpu"
-                self.base.state[master]["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
+                # with the weights: the fused kernel reads it there
+                self.base.state[master]["step"] = torch.tensor(float(step), dtype=torch.float32, device=master.device)
         else:
             self.base.state.clear()
         self.push()

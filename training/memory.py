@@ -13,7 +13,7 @@ from typing import Any
 
 from model.config import ModelConfig
 from model.errors import InputError
-from model.linear_cross_entropy import CHUNK_ELEMENTS
+from model.linear_cross_entropy import chunk_rows
 from training.recipe import Recipe, zero_stage
 
 # DeepSpeed's defaults (runtime/zero/config.py, runtime/engine.py), in elements
@@ -76,6 +76,7 @@ def predict(
     accumulation: int,
     device: str,
     frozen: int = 0,
+    recomputed: int = 0,
 ) -> Memory:
     """Bytes on one rank, by part and by moment.
 
@@ -85,11 +86,12 @@ def predict(
         accumulation: micro-batches of a step.
         device: "cuda" or "cpu".
         frozen: elements that are not trained, which are weights and nothing else.
+        recomputed: how many blocks, the first ones, keep their input alone.
     """
     training = recipe.training
     compute = 2 if training.precision == "bf16" else 4
     if zero_stage(recipe) == 0:
-        states = _unsharded(recipe, tensor_sizes, state_elements, accumulation, device)
+        states = _unsharded(recipe, tensor_sizes, state_elements, accumulation)
     else:
         sharded = _sharded_weights if zero_stage(recipe) == 3 else _sharded_optimizer
         states = sharded(recipe, tensor_sizes, world_size, accumulation, device)
@@ -98,18 +100,27 @@ def predict(
     block, head = activation_bytes(config, training.sequence_length, compute, recipe.data.document_masks, device == "cuda")
     if recipe.context_pruning is not None:
         block += pruning_bytes(config, training.sequence_length, compute)
-    if training.activation_checkpointing:
-        kept = tokens * (config.depth * compute * config.width + head)
-    else:
-        kept = tokens * (config.depth * block + head)
+    inputs = tokens * recomputed * compute * config.width
+    kept = inputs + tokens * ((config.depth - recomputed) * block + head)
     # The backward pass of a block: what it kept, the gradient that came in, and that of the MLP's hidden layer.
     assert config.mlp_width is not None
     inside = tokens * (block + compute * (config.width + config.mlp_width))
-    # Cross-entropy works in float32: log-probabilities, the gradient of the loss to them, and the gradient to the logits.
-    logits = 12 * tokens * config.vocab_size
-    behind = compute * tokens * config.vocab_size  # the gradient to the logits
-    if training.activation_checkpointing:
-        behind = max(behind, inside)
+    # The loss goes by chunks (model/linear_cross_entropy.py): a chunk's logits and their log-probabilities in float32; then their gradient
+    # and, in bf16, the chunk's part of the unembedding's, whose sum in float32 waits for the backward pass.
+    chunk, matrix = min(tokens, chunk_rows(config.vocab_size, device)) * config.vocab_size, config.vocab_size * config.width
+    low = compute == 2
+    logits = 4 * matrix + max((4 + compute if device == "cuda" else 8) * chunk, compute * (chunk + matrix) if low else 0)
+    # That sum, in bf16 a second time; or the unembedding's gradient and the last block's backward pass, when the head's part is gone
+    last_block = inside if recomputed == config.depth else inside - tokens * block
+    behind = max((6 if low else 4) * matrix, compute * matrix + last_block - tokens * head)
+    if recipe.model.pretrained is not None or recipe.context_pruning is not None:  # whole logits: log-probabilities, and two gradients
+        logits, behind = 12 * tokens * config.vocab_size, max(behind, compute * tokens * config.vocab_size)
+    # A shared matrix has one gradient of two parts, and autograd keeps the unembedding's until the embedding's is there.
+    inside += compute * matrix if config.tied_embeddings else 0
+    at_the_end = compute * matrix * (2 if config.tied_embeddings else 1)
+    if zero_stage(recipe) == 0 and accumulation == 1:  # there the first part becomes the gradient itself
+        at_the_end -= compute * matrix
+        inside -= compute * matrix if config.tied_embeddings else 0
     # X^T X and the sums beside it at each place (model/activation_statistics.py)
     statistics = (config.depth + 1) * (4 * config.width**2 + 8 * (config.width + 4)) if recipe.logging.outliers_every else 0
     checkpoint = _checkpoint_copy(states, tensor_sizes, zero_stage(recipe), compute, world_size) if recipe.checkpoint.asynchronous else 0
@@ -117,16 +128,17 @@ def predict(
     phases = {
         "the loss": fixed + states.at_loss + kept + logits,
         "the first gradients": fixed + states.at_first_gradients + kept + behind,
-        "the last gradients": fixed + states.at_last_gradients + inside,
+        "the recomputing": fixed + states.at_first_gradients + inputs + inside if recomputed else 0,
+        "the last gradients": fixed + states.at_last_gradients + max(inside, at_the_end),
         "the optimizer's step": fixed + states.at_step,
     }
     if recipe.optimizer.sharpness_aware != "none":
-        phases = _two_passes(recipe, config, phases, tensor_sizes, world_size, accumulation, fixed, kept, inside, states)
+        phases = _two_passes(recipe, config, phases, tensor_sizes, world_size, accumulation, fixed, kept, inside, states, chunk)
     return Memory(
         weights=states.weights,
         gradients=states.gradients,
         optimizer=states.optimizer,
-        activations=kept + (tokens * block if training.activation_checkpointing else 0),
+        activations=kept + (tokens * block if recomputed else 0),
         logits=logits,
         buckets=states.buckets,
         step=states.step,
@@ -155,6 +167,7 @@ def _two_passes(
     kept: int,
     inside: int,
     states: _States,
+    chunk: int,
 ) -> dict[str, int]:
     """The moments of a sharpness-aware step (training/sharpness_aware.py), from those of a plain one: `phases`."""
     stage, low = zero_stage(recipe), recipe.training.precision == "bf16"
@@ -164,20 +177,24 @@ def _two_passes(
     vectors = 0 if offloaded else (8 + compute) * share  # the perturbation, masters + perturbation, forward weights as they were
     weights = 4 * count if stage == 0 and not low else 0  # there the masters wait beside the perturbed weights
     tokens = recipe.training.micro_batch_size * recipe.training.sequence_length
+    matrix = config.vocab_size * config.width
     heads = head = products = 0
     if recipe.optimizer.sharpness_aware == "functional_sam":
         stored = recipe.optimizer.sharpness.store_logits
         heads = accumulation * tokens * compute * (config.vocab_size if stored else config.width)
-        head = 0 if stored else compute * config.vocab_size * config.width  # the unperturbed unembedding
+        head = 0 if stored or weights else compute * matrix  # the unperturbed unembedding, where the masters do not hold it
         # a chunk's logits twice in float32, and in bf16; or once and its part of the unembedding's gradient; that gradient's sum so far
-        chunk, matrix = min(tokens * config.vocab_size, CHUNK_ELEMENTS), config.vocab_size * config.width
         products = 4 * matrix + max((10 if low else 8) * chunk, 4 * chunk + compute * matrix)
         second = {
             "the second loss": fixed + weights + states.at_loss + kept + heads + head + products,
             "the second last gradients": fixed + weights + states.at_last_gradients + inside + heads + head,
         }
     else:
-        second = {f"the second {moment.removeprefix('the ')}": size + weights for moment, size in list(phases.items())[:3]}
+        second = {
+            f"the second {moment.removeprefix('the ')}": size + weights
+            for moment, size in phases.items()
+            if moment != "the optimizer's step"
+        }
     first = {moment: size + (heads if moment != "the optimizer's step" else heads + head) for moment, size in phases.items()}
     return {**first, "the perturbation": fixed + states.at_loss + vectors + heads + head, **second}
 
@@ -254,13 +271,13 @@ def pruning_bytes(config: ModelConfig, sequence_length: int, compute: int) -> in
     return sequence_length * (17 + compute + config.heads * compute)
 
 
-def _unsharded(recipe: Recipe, tensor_sizes: list[int], state_elements: int, accumulation: int, device: str) -> _States:
+def _unsharded(recipe: Recipe, tensor_sizes: list[int], state_elements: int, accumulation: int) -> _States:
     """Stage 0: everything whole on every rank. In fp32 the weights are their own master copy."""
     count, low = sum(tensor_sizes), recipe.training.precision == "bf16"
     gradients = (2 if low else 4) * count
     flat = (2 if low else 4) * min(count, REDUCE_BUCKET)  # made at the end to be summed over the ranks
-    adam = 8 * max(tensor_sizes) if device == "cpu" else 0  # temporaries of AdamW where it is not fused, a tensor at a time
-    step = (4 * count if low else 0) + adam  # with float32 gradients
+    temporaries = 0 if recipe.optimizer.kind == "adamw" else 8 * max(tensor_sizes)  # a tensor at a time; AdamW, fused, has none
+    step = (4 * count if low else 0) + temporaries  # with float32 gradients
     waiting = gradients if accumulation > 1 else 0
     return _States(
         weights=(2 if low else 4) * count,
@@ -283,15 +300,14 @@ def _sharded_optimizer(recipe: Recipe, tensor_sizes: list[int], world_size: int,
     compute = 2 if low else 4
     offloaded = _offloaded(zero, "offload_optimizer")
     in_float32 = low and _accumulates_in_float32(recipe)
-    adam = 8 * share if device == "cpu" or offloaded else 0
     weights, optimizer = compute * count, 12 * share
     if stage == 1 and in_float32 and not offloaded:  # DeepSpeed's BF16_Optimizer: float32 gradients of everything, always there
         gradients, flat = 4 * count, 4 * min(count, REDUCE_BUCKET)
-        return _States(weights, gradients, optimizer, flat, adam, gradients, gradients, gradients + flat, gradients + adam)
+        return _States(weights, gradients, optimizer, flat, 0, gradients, gradients, gradients + flat, gradients)
     bucket = compute * _reduce_bucket(zero, count, device) * (2 if zero.get("overlap_comm") else 1)
     if offloaded:  # the gradients of one tensor at a time go through the device
         passing = compute * max(tensor_sizes) + (compute * count if stage == 1 else 0)
-        host = optimizer + 4 * share + compute * share + adam  # with float32 gradients and a copy of the weights
+        host = optimizer + 4 * share + compute * share  # with float32 gradients and a copy of the weights
         return _States(weights, passing, 0, bucket, 0, passing, passing + bucket, passing + bucket, passing, host)
     # Gradients that are added up, and those that are left at the step: this rank's, from which a float32 copy is made.
     if stage == 1:
@@ -300,7 +316,7 @@ def _sharded_optimizer(recipe: Recipe, tensor_sizes: list[int], world_size: int,
         waiting = (4 if in_float32 else compute) * share
         gradients = waiting * (2 if accumulation > 1 and not in_float32 else 1)  # this micro-batch's beside the sum so far
     flat = 0 if in_float32 else compute * share
-    step = flat + adam if not low or in_float32 else 4 * share + max(flat, adam)
+    step = flat if not low or in_float32 else 4 * share + flat
     if accumulation == 1:
         waiting = 0
     return _States(
@@ -309,7 +325,7 @@ def _sharded_optimizer(recipe: Recipe, tensor_sizes: list[int], world_size: int,
         optimizer=optimizer,
         buckets=bucket,
         step=step,
-        at_loss=waiting,
+        at_loss=waiting + (bucket if stage == 1 and accumulation > 1 else 0),  # at stage 1 it stays between micro-batches
         at_first_gradients=waiting + bucket,
         at_last_gradients=gradients + bucket,
         at_step=(4 if in_float32 else compute) * share + step,
@@ -330,12 +346,11 @@ def _sharded_weights(recipe: Recipe, tensor_sizes: list[int], world_size: int, a
     scattered = compute * min(count, bucket)  # gradients leave the bucket by a second copy
     bucket *= compute
     sub_group = min(share, _elements(zero, "sub_group_size", SUB_GROUP))
-    adam = 8 * sub_group if device == "cpu" or optimizer_offloaded else 0
     gradients = (4 if _accumulates_in_float32(recipe) else compute) * share  # one buffer, always there
-    optimizer, step = 12 * share, 4 * sub_group + adam
+    optimizer, step = 12 * share, 4 * sub_group
     host = compute * share if weights_offloaded else 0
     if optimizer_offloaded:
-        host += optimizer + gradients + 4 * share + adam
+        host += optimizer + gradients + 4 * share
         gradients = optimizer = step = 0
     return _States(
         weights=whole + (0 if weights_offloaded else compute * share),

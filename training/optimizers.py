@@ -87,26 +87,23 @@ def state_elements(model: Network, section: OptimizerSection) -> int:
     return count
 
 
-def make_optimizer(
-    model: Network, section: OptimizerSection, fused: bool, sharded: bool = True, max_norm: float | None = None
-) -> torch.optim.Optimizer:
+def make_optimizer(model: Network, section: OptimizerSection, sharded: bool = True, max_norm: float | None = None) -> torch.optim.Optimizer:
     """The recipe's base optimizer over `parameter_groups`.
 
     Args:
-        fused: one kernel updates a whole group (AdamW on a GPU).
         sharded: DeepSpeed hands it flat shards (ZeRO 1 to 3), which AdamW alone can work on; otherwise it is a `JointOptimizer`.
         max_norm: what that one clips to; None where DeepSpeed does.
     """
     groups = parameter_groups(model, section)
-    adam: dict[str, Any] = {"betas": section.betas}
+    adam: dict[str, Any] = {"betas": section.betas}  # AdamW is fused, on a CPU too: one pass over a group's memory, without temporaries
     if section.kind == "adamw":
-        members: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups.values(), **adam, fused=fused)]
+        members: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups.values(), **adam, fused=True)]
     elif section.kind == "adafactor":
         members = [torch.optim.Adafactor(groups.values())]
     elif section.kind == "muon":  # orthogonalised momentum, with AdamW's size of step so that one learning rate serves both
         momentum = 0.95 if section.momentum is None else section.momentum
         muon = torch.optim.Muon([groups.pop("matrices")], momentum=momentum, adjust_lr_fn="match_rms_adamw")
-        members = [muon, torch.optim.AdamW(groups.values(), **adam, fused=fused)]
+        members = [muon, torch.optim.AdamW(groups.values(), **adam, fused=True)]
     else:
         from pytorch_optimizer import SOAP
 

@@ -5,8 +5,12 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,6 +82,7 @@ class Plan:
     tokens: int
     flops_per_token: int
     train_tokens: int | None  # of the prepared corpus, when it is known
+    recomputed: int = 0  # blocks of which activation checkpointing keeps the input alone
 
     @property
     def flops(self) -> int:
@@ -210,6 +215,7 @@ def plan(
     accumulation = accumulation_steps(recipe, world_size)
     parameters = count_parameters(config, recipe.context_pruning)
     elements = state_elements(_meta_model(config, recipe.context_pruning), recipe.optimizer)
+    recomputed = recomputed_blocks(recipe, config, world_size, accumulation, device)
     config = config.shape() if isinstance(config, PretrainedModel) else config
     steps = training.tokens // training.tokens_per_step
     return Plan(
@@ -217,13 +223,98 @@ def plan(
         model=config,
         parameters=parameters,
         batch=Batch(training.tokens_per_step, world_size, training.micro_batch_size, accumulation, training.sequence_length),
-        memory=predict(recipe, config, parameters.tensor_sizes, elements, world_size, accumulation, device, parameters.frozen),
+        memory=predict(recipe, config, parameters.tensor_sizes, elements, world_size, accumulation, device, parameters.frozen, recomputed),
         device=device,
         steps=steps,
         tokens=steps * training.tokens_per_step,
         flops_per_token=flops_per_token(config, parameters, training.sequence_length),
         train_tokens=data["train"]["tokens"] if data else None,
+        recomputed=recomputed,
     )
+
+
+def recomputed_blocks(recipe: Recipe, config: ModelConfig | PretrainedModel, world_size: int, accumulation: int, device: str) -> int:
+    """Of how many blocks, the first ones, activation checkpointing keeps the input alone.
+
+    With auto as few as fit, since each costs a forward pass of its own; the first ones, since theirs would wait longest.
+
+    Raises:
+        InputError: not even all of them make it fit.
+    """
+    asked, shape = recipe.training.activation_checkpointing, config.shape() if isinstance(config, PretrainedModel) else config
+    choices = (0, shape.depth) if isinstance(config, PretrainedModel) else range(shape.depth + 1)  # transformers has all or none
+    if asked != "auto":
+        blocks = (shape.depth if asked else 0) if isinstance(asked, bool) else asked
+        return next(choice for choice in choices if choice >= min(blocks, shape.depth))
+    parameters = count_parameters(config, recipe.context_pruning)
+    elements = state_elements(_meta_model(config, recipe.context_pruning), recipe.optimizer)
+
+    def memory(blocks: int) -> Memory:
+        return predict(recipe, shape, parameters.tensor_sizes, elements, world_size, accumulation, device, parameters.frozen, blocks)
+
+    budget = device_memory(device) * 9 // 10 if recipe.training.memory_budget_gb is None else round(recipe.training.memory_budget_gb * 1e9)
+    least = memory(shape.depth)
+    if least.total > budget:
+        raise InputError(
+            f"training.activation_checkpointing: auto finds nothing that fits {budget / 1e9:.2f} GB: with all {shape.depth} blocks "
+            f"recomputed a rank takes {least.total / 1e9:.2f} GB, most of it at {least.peak_phase}; lower training.micro_batch_size, raise "
+            "the ZeRO stage or the ranks, or offload (python -m scripts.plan says what fits)"
+        )
+    return next(blocks for blocks in choices if memory(blocks).total <= budget)
+
+
+def device_memory(device: str) -> int:
+    """Bytes that a rank of this machine has: its GPU's, or its share of the memory that is free for the ranks of this host."""
+    if device == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    if device == "cuda":
+        raise InputError("training.memory_budget_gb: required with activation_checkpointing auto where there is no GPU to ask")
+    (free,) = (int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def what_would_fit(made: Plan) -> list[str]:
+    """Changes of a recipe that need less memory, by the plan, as `key=value (GB)`, the cheapest first."""
+    recipe, found = made.recipe, []
+    changes: list[tuple[str, dict[str, Any]]] = [("training", {"activation_checkpointing": True, "memory_budget_gb": None})]
+    size = recipe.training.micro_batch_size
+    changes += [("training", {"micro_batch_size": size // factor}) for factor in (2, 4) if size % factor == 0]
+    for stage in range(zero_stage(recipe) + 1, 4):
+        changes.append(("deepspeed", {"zero_optimization": {**recipe.deepspeed.get("zero_optimization", {}), "stage": stage}}))
+    for section, values in changes:
+        tree = recipe.model_dump()
+        tree[section].update(values)
+        try:
+            total = plan(Recipe.model_validate(tree), made.model, made.batch.ranks, device=made.device).memory.total
+        except InputError:
+            continue
+        if total < 0.98 * made.memory.total:
+            (key, value), *_ = values.items()
+            words = (
+                f"deepspeed.zero_optimization.stage={value['stage']}" if section == "deepspeed" else f"{section}.{key}={str(value).lower()}"
+            )
+            found.append(f"{words} ({total / 1e9:.2f} GB)")
+    return found
+
+
+@contextmanager
+def memory_advice(plan: Plan, during: str) -> Iterator[None]:
+    """Turn running out of memory into one line: what the plan counts, and what it says would need less.
+
+    Raises:
+        InputError: the device, or the host, had no memory left.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        # a CPU's allocator has no exception of its own
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "not enough memory" not in str(error):
+            raise
+        advice = "; ".join(what_would_fit(plan))
+        raise InputError(
+            f"out of memory during {during}: the plan counts {plan.memory.total / 1e9:.2f} GB of tensors on a rank, most at "
+            f"{plan.memory.peak_phase}. By the plan less would do with {advice or 'more ranks, or a smaller model'}"
+        ) from None
 
 
 def print_plan(loaded: LoadedRecipe, world_size: int) -> None:
@@ -305,8 +396,9 @@ _STATE = {
 def _memory_lines(plan: Plan) -> list[str]:
     memory, batch, stage = plan.memory, plan.batch, zero_stage(plan.recipe)
     kept = f"{batch.micro_batch_size} x {batch.sequence_length} tokens, "
-    if plan.recipe.training.activation_checkpointing:
-        kept += f"the input of {plan.model.depth} blocks and one block whole"
+    if plan.recomputed:
+        kept += f"the input of {plan.recomputed} blocks and one block whole"
+        kept += f", {plan.model.depth - plan.recomputed} blocks" if plan.recomputed < plan.model.depth else ""
     else:
         kept += f"{plan.model.depth} blocks"
     rows = [
@@ -318,7 +410,7 @@ def _memory_lines(plan: Plan) -> list[str]:
             ("float32 weights and " if stage or plan.recipe.training.precision == "bf16" else "") + _STATE[plan.recipe.optimizer.kind],
         ),
         ("activations", memory.activations, kept),
-        ("logits", memory.logits, "three times in float32: log-probabilities and two gradients"),
+        ("logits", memory.logits, "a chunk of them at a time, and the unembedding's gradient in float32"),
         ("ZeRO buckets" if stage else "all-reduce", memory.buckets, "with whole weights where they are used" if stage == 3 else ""),
         ("optimizer's step", memory.step, ""),
         ("outlier statistics", memory.statistics, f"in one step of {plan.recipe.logging.outliers_every}" if memory.statistics else ""),

@@ -109,10 +109,20 @@ class TrainingSection(Section):
     sequence_length: int = Field(description="Tokens in a sequence.", gt=0)
     precision: Literal["fp32", "bf16"] = "bf16"
     gradient_clipping: float = Field(default=1.0, ge=0, description="Largest global gradient norm; 0: no clipping.")
-    activation_checkpointing: bool = Field(
-        default=False, description="Keep only each block's input and recompute the rest in the backward pass."
+    activation_checkpointing: bool | int | Literal["auto"] = Field(
+        default=False,
+        description="Keep only a block's input and recompute the rest in the backward pass: every block (true), the first so many, or "
+        "as few as fit (auto).",
+    )
+    memory_budget_gb: float | None = Field(
+        default=None,
+        gt=0,
+        description="activation_checkpointing auto: what a rank may take, in 10^9 bytes; default: nine tenths of the device.",
     )
     compile: bool = Field(default=False, description="torch.compile each block.")
+    profile: list[int] = Field(
+        default_factory=list, description="Steps whose work is recorded by torch's profiler, into the run's folder profile/ (first rank)."
+    )
     max_skipped_steps: int = Field(default=5, ge=1, description="Stop after so many steps in a row with non-finite gradients.")
     loss_spikes: LossSpikesSection = LossSpikesSection()
 
@@ -409,7 +419,9 @@ MAY_CHANGE_ON_RESUME = (
     "deepspeed.zero_optimization",
     "training.micro_batch_size",
     "training.activation_checkpointing",
+    "training.memory_budget_gb",
     "training.compile",
+    "training.profile",
     "evaluation.",
     "checkpoint.",
     "logging.",
@@ -646,6 +658,11 @@ def _cross_field_problems(recipe: Recipe) -> list[str]:
         problems.append(
             f"training.loss_spikes.warmup: {training.loss_spikes.warmup} is over the window of {training.loss_spikes.window} losses"
         )
+    if training.memory_budget_gb is not None and training.activation_checkpointing != "auto":
+        problems.append("training.memory_budget_gb: only activation_checkpointing auto looks at it; leave it out, or set that")
+    blocks = training.activation_checkpointing
+    if isinstance(blocks, int) and not isinstance(blocks, bool) and blocks < 0:
+        problems.append(f"training.activation_checkpointing: {blocks} is not a number of blocks")
     if any(not 0 <= beta < 1 for beta in recipe.optimizer.betas):
         problems.append(f"optimizer.betas: expected two numbers in [0, 1), found {list(recipe.optimizer.betas)}")
     return problems + _pruning_problems(recipe) + _optimizer_problems(recipe) + _sharpness_problems(recipe) + _deepspeed_problems(recipe)

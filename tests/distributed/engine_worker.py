@@ -122,9 +122,7 @@ def reference_losses(recipe: LoadedRecipe) -> list[float]:
     """The same by plain autograd and the base optimizer in this process, over all sequences at once, in float32."""
     model = Transformer(model_config(recipe.recipe, VOCAB))
     initialize(model, recipe.recipe.run.seed)
-    optimizer = make_optimizer(
-        model, recipe.recipe.optimizer, fused=False, sharded=False, max_norm=recipe.recipe.training.gradient_clipping
-    )
+    optimizer = make_optimizer(model, recipe.recipe.optimizer, sharded=False, max_norm=recipe.recipe.training.gradient_clipping)
     assert isinstance(optimizer, JointOptimizer)
     optimizer.ready = True
     losses = []

@@ -309,7 +309,7 @@ def peak_memory(path: str, ranks: Ranks, device: torch.device, *options: str) ->
     memory = plan(recipe, engine.model.config, 1, device="cpu").memory
     engine.deepspeed.destroy()
     planned = memory.total - memory.weights - memory.optimizer - memory.statistics  # no outliers are measured here
-    return {"seen": min(peaks), "planned": planned, "phase": memory.peak_phase}
+    return {"seen": min(peaks), "planned": planned, "held": memory.weights + memory.optimizer, "phase": memory.peak_phase}
 
 
 def in_float32(path: str, ranks: Ranks, device: torch.device, *options: str) -> dict[str, Any]:

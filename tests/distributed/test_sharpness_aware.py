@@ -167,11 +167,13 @@ def test_a_run_killed_between_the_passes_goes_on_as_if_it_had_not_been(launch: L
 @pytest.mark.parametrize("kind", ["none", "sam", "functional_sam"])
 @pytest.mark.parametrize("sharding", ["fp32-0", "fp32-2"])
 def test_the_planned_memory_is_what_a_step_takes(sharding: str, kind: str, seen: dict[int, dict[str, Any]]) -> None:
-    """The allocator's record of a logged step with two micro-batches; Functional-SAM takes at most 1.15 of a plain step."""
+    """The allocator's record of a logged step with two micro-batches; with what is held between steps, Functional-SAM takes at most 1.15
+    of a plain step."""
     measured = seen[1][f"memory-{sharding}-{kind}"]
     assert measured["seen"] == pytest.approx(measured["planned"], rel=0.03)
     if kind == "functional_sam":
-        assert measured["seen"] < 1.15 * seen[1][f"memory-{sharding}-none"]["seen"]
+        plain = seen[1][f"memory-{sharding}-none"]
+        assert measured["seen"] + measured["held"] < 1.15 * (plain["seen"] + plain["held"])
 
 
 @pytest.mark.parametrize("name", ["bf16-0", "bf16-1-fp32", "bf16-2-fp32"])

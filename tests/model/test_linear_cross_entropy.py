@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model.linear_cross_entropy
 from model.config import ModelConfig
@@ -21,7 +22,7 @@ ROWS, WIDTH, VOCAB = (2, 5), 6, 11
 @pytest.fixture(params=[1, 3, 10, 1000])
 def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of one row, of a number that does not divide, of all rows, and larger than that."""
-    monkeypatch.setattr(model.linear_cross_entropy, "CHUNK_ELEMENTS", request.param * VOCAB)
+    monkeypatch.setitem(model.linear_cross_entropy.CHUNK_ELEMENTS, "cpu", request.param * VOCAB)
 
 
 def head(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,10 +45,84 @@ def test_the_derivative_is_autograds() -> None:
 
 
 @pytest.mark.usefixtures("chunked")
-def test_the_chunked_loss_is_the_loss() -> None:
+def test_the_chunked_loss_and_its_gradients_are_those_of_whole_logits() -> None:
     hidden, weight, targets = head()
+    hidden.requires_grad_()
+    weight.requires_grad_()
     expected = F.cross_entropy(F.linear(hidden, weight).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-    assert linear_cross_entropy(hidden, weight, targets).item() == pytest.approx(expected.item(), rel=1e-6)
+    kept = torch.zeros(*ROWS, VOCAB, dtype=torch.float64)
+    loss = linear_cross_entropy(hidden, weight, targets, kept)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(0.7 * loss, (hidden, weight)), torch.autograd.grad(0.7 * expected, (hidden, weight)))
+    torch.testing.assert_close(kept, F.linear(hidden, weight).detach())
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
+def test_only_the_gradients_that_are_asked_for(frozen: str) -> None:
+    hidden, weight, targets = head()
+    hidden.requires_grad_(frozen == "weight")
+    weight.requires_grad_(frozen == "hidden")
+    loss = linear_cross_entropy(hidden, weight, targets)
+    assert loss.requires_grad == (frozen != "both")
+    if frozen != "both":
+        loss.backward()
+        assert (hidden.grad is None) == (frozen == "hidden") and (weight.grad is None) == (frozen == "weight")
+
+
+def test_in_bf16_and_under_autocast_it_is_as_near_to_float64_as_whole_logits_are() -> None:
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(4, 64, 32), torch.randn(500, 32) * 0.2, torch.randint(500, (4, 64))
+
+    def gradients(form: str) -> tuple[Tensor, ...]:
+        low = torch.bfloat16 if form in ("chunked", "whole") else torch.float64 if form == "exact" else torch.float32
+        h, w = (x.to(torch.bfloat16).to(low).detach().requires_grad_() for x in (hidden, weight))
+        with torch.autocast("cpu", torch.bfloat16, enabled=form == "autocast"):
+            if form in ("chunked", "autocast"):
+                loss = linear_cross_entropy(h, w, targets)
+            else:
+                logits = F.linear(h, w).flatten(0, 1)
+                loss = F.cross_entropy(logits if form == "exact" else logits.float(), targets.flatten(), reduction="sum")
+        (loss / targets.numel()).backward()
+        assert h.grad is not None and w.grad is not None and h.grad.dtype == w.grad.dtype == low
+        return loss.detach().double(), h.grad.double(), w.grad.double()
+
+    exact = gradients("exact")
+
+    def errors(form: str) -> list[float]:
+        return [float((a - b).norm() / b.norm()) for a, b in zip(gradients(form), exact, strict=True)]
+
+    for form in ("chunked", "autocast"):
+        assert all(ours < 1.3 * whole + 1e-4 for ours, whole in zip(errors(form), errors("whole"), strict=True))
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    hidden, weight, targets = head()
+    loss = linear_cross_entropy(hidden.requires_grad_(), weight, targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_the_logits_of_all_rows_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest tensor that a training loss makes, seen by the dispatcher: a chunk's, or the unembedding."""
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, list | tuple) else [out]:
+                if isinstance(tensor, Tensor):
+                    Largest.elements = max(Largest.elements, tensor.numel())
+            return out
+
+    monkeypatch.setitem(model.linear_cross_entropy.CHUNK_ELEMENTS, "cpu", 8 * 300)
+    network = Transformer(ModelConfig(width=16, depth=1, heads=2, vocab_size=300, sequence_length=64))
+    initialize(network, seed=0)
+    tokens = torch.zeros(4, 64, dtype=torch.long)
+    with Largest():
+        network(tokens, tokens).backward()
+    assert Largest.elements == max(8 * 300, 300 * 16, 4 * 64 * 64)  # chunk, unembedding, the MLP's hidden layer
 
 
 @pytest.mark.usefixtures("chunked")

@@ -45,7 +45,7 @@ def make(**fields: Any) -> Transformer:
 
 def train(model: Transformer, kind: str, steps: int = 3, **section: Any) -> list[float]:
     """Steps of the base optimizer, and the loss before each."""
-    optimizer = make_optimizer(model, OptimizerSection.model_validate({"kind": kind, "learning_rate": 1e-2, **section}), fused=False)
+    optimizer = make_optimizer(model, OptimizerSection.model_validate({"kind": kind, "learning_rate": 1e-2, **section}))
     losses = []
     for step in range(steps):
         tokens = torch.randint(0, 61, (4, 17), generator=torch.Generator().manual_seed(step))
@@ -116,7 +116,7 @@ def test_a_step_moves_hidden_weights_by_one_over_the_width_whatever_the_optimize
     def moved(**fields: Any) -> dict[str, float]:
         model = make(**fields, tied_embeddings=False, norm="rms_norm")
         section = OptimizerSection.model_validate({"kind": kind, "learning_rate": 1e-2, "weight_decay": 0.0})
-        optimizer = make_optimizer(model, section, fused=False, sharded=False)
+        optimizer = make_optimizer(model, section, sharded=False)
         optimizer.ready = True  # pyright: ignore[reportAttributeAccessIssue]
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         for step in range(2):  # SOAP's first step only looks
@@ -219,7 +219,7 @@ def test_a_factor_on_the_logits_is_a_smaller_start_and_learning_rate_of_the_unem
         if by_hand:
             readout.data /= 4
             unembed = model.unembedding.forward
-            model.unembedding.forward = lambda hidden, frozen=None: unembed(hidden * 4, frozen)  # pyright: ignore
+            model.unembedding.forward = lambda hidden, *loss: unembed(hidden * 4, *loss)  # pyright: ignore
         for step in range(3):
             tokens = torch.randint(0, 61, (4, 17), generator=torch.Generator().manual_seed(step))
             optimizer.zero_grad()

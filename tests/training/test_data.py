@@ -23,7 +23,8 @@ from model.errors import InputError
 from scripts import prepare_data
 from training import data as data_module
 from training import token_shards
-from training.data import PreparedData, Sequences, open_prepared, permutation, prepare, require_step, step_rows, verify_checksums
+from training.data import Feed, PreparedData, Sequences, open_prepared, permutation, prepare, require_step, step_rows, verify_checksums
+from training.distributed import Ranks
 from training.recipe import DataSection
 from training.sources import FilesSource, ReadCounts, read_documents
 from training.tokenizer import load_tokenizer
@@ -566,3 +567,23 @@ def test_a_prepared_corpus_can_be_named_itself(tmp_path: Path) -> None:
     first = prepare(DataSection(**section, prepared=str(tmp_path / "prepared")))
     text.unlink()
     assert prepare(DataSection(**section, prepared=str(first.folder))).manifest == first.manifest
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_the_feed_gives_each_step_its_own_rows_also_after_a_jump(shared: tuple[DataSection, PreparedData], masks: bool) -> None:
+    """Rows and counted targets of every rank's micro-batches, in order, out of order, and when the same step is asked for again."""
+    _, prepared = shared
+    sequences = Sequences(prepared, "train", 150, seed=2, shuffle=True, document_masks=masks)
+    feeds = [Feed(sequences, 12, Ranks(rank, 2, rank, 2), micro_batch_size=3, pinned=False) for rank in range(2)]
+    for step in (0, 1, 2, 1, 2, 9):
+        counted = 0
+        for rank, feed in enumerate(feeds):
+            batches, valid = feed.step(step)
+            for batch, numbers in zip(batches, step_rows(step, 12, rank, 2, 3), strict=True):
+                expected = sequences.rows(numbers)
+                assert torch.equal(batch.tokens, expected.tokens) and torch.equal(batch.targets, expected.targets)
+                counted += batch.valid_tokens
+        assert counted == valid
+    for feed in feeds:
+        assert feed.waited > 0
+        feed.close()

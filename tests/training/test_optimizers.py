@@ -109,7 +109,7 @@ def test_every_weight_moves_and_every_parameter_is_in_one_group(kind: str) -> No
     assert sorted(members) == sorted(id(p) for p in model.parameters())
     assert all(p.ndim == 2 for name in ("matrices", "embeddings") for p in groups[name]["params"])
     assert all(line.endswith("weight decay 0") for line in describe_groups(model, section).splitlines()[2:])
-    optimizer = make_optimizer(model, section, fused=False, sharded=False, max_norm=1.0)
+    optimizer = make_optimizer(model, section, sharded=False, max_norm=1.0)
     assert isinstance(optimizer, JointOptimizer)
     optimizer.ready = True
     before = [p.detach().clone() for p in model.parameters()]
@@ -132,14 +132,14 @@ def test_muon_is_muon_on_the_blocks_and_adamw_elsewhere() -> None:
     """Against torch's two optimizers run by hand on the same parameters."""
     section = OptimizerSection(kind="muon", learning_rate=1e-2, weight_decay=0.2, betas=(0.8, 0.9), epsilon=1e-6, momentum=0.9)
     ours, theirs = network(), network()
-    joint = make_optimizer(ours, section, fused=False, sharded=False, max_norm=None)
+    joint = make_optimizer(ours, section, sharded=False, max_norm=None)
     assert isinstance(joint, JointOptimizer)
     joint.ready = True
     matrices = [p for n, p in theirs.named_parameters() if n.startswith("blocks") and p.ndim == 2]
     vectors = [p for p in theirs.parameters() if p.ndim == 1]
     muon = torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.2, momentum=0.9, adjust_lr_fn="match_rms_adamw")
     rest = [{"params": [theirs.embedding.weight], "weight_decay": 0.2}, {"params": vectors, "weight_decay": 0.0}]
-    adam = torch.optim.AdamW(rest, lr=1e-2, betas=(0.8, 0.9), eps=1e-6)
+    adam = torch.optim.AdamW(rest, lr=1e-2, betas=(0.8, 0.9), eps=1e-6, fused=True)
     for step in range(3):
         for model in (ours, theirs):
             backward(model, step)
@@ -158,7 +158,7 @@ def test_saved_state_goes_on_exactly(kind: str) -> None:
 
     def make_both() -> tuple[Transformer, JointOptimizer]:
         model = network()
-        optimizer = make_optimizer(model, section, fused=False, sharded=False, max_norm=0.0)
+        optimizer = make_optimizer(model, section, sharded=False, max_norm=0.0)
         assert isinstance(optimizer, JointOptimizer)
         optimizer.ready = True
         return model, optimizer
@@ -183,7 +183,7 @@ def test_soap_rotates_what_is_short_enough() -> None:
         kind="soap", learning_rate=1e-2, largest_preconditioner=1, weight_decay=0.0, betas=(0.9, 0.95), epsilon=1e-20
     )
     ours, theirs = network(), network()
-    soap = make_optimizer(ours, section, fused=False, sharded=False, max_norm=None)
+    soap = make_optimizer(ours, section, sharded=False, max_norm=None)
     assert isinstance(soap, JointOptimizer)
     soap.ready = True
     adam = torch.optim.AdamW(theirs.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-20, weight_decay=0.0)

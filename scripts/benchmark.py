@@ -1,0 +1,428 @@
+"""Tokens per second of Burnish, with each of its methods, beside its peers: one command, one process group, in turn.
+
+    python -m scripts.benchmark [--size 17m] [--precision fp32] [--rounds 5] [--out FILE.json] [section.key=value ...]
+    torchrun --nproc_per_node 2 -m scripts.benchmark ...
+    python -m scripts.benchmark --size 130m --precision bf16 --steps 12 training.compile=true        # one GPU
+
+Subjects, each built anew for its turn, on random tokens in batches of one shape; a step is a forward and a backward pass, clipping and
+AdamW, and reads no value but the last loss. All ours are `training.engine` and `training.sharpness_aware`, as the loop has them:
+    pre_norm, outlier_protected, shaped, simplified     blocks of one size; pre_norm is what the peers train
+    sam, functional_sam                                 pre_norm with two passes a step: tokens count once
+    loop                                                `training.loop.train` itself, data, logging and TensorBoard included (small sizes)
+Peers:
+    bare_pytorch        our network in a bare loop: whole logits, autocast for bf16, DistributedDataParallel if there are ranks
+    bare_deepspeed      the same in a bare DeepSpeed loop
+    hf_trainer          transformers.Trainer on a LlamaForCausalLM of the same width, depth, heads and parameters (its SwiGLU is narrower);
+                        it and litgpt run in processes of their own
+    litgpt              litgpt's GPT of that shape, in a loop of the calls of its pretrain.py; --litgpt names the python of its venv:
+                        python -m venv runs/litgpt && runs/litgpt/bin/pip install litgpt
+Rounds are interleaved, each begins with another subject, and figures are medians of ratios within a round, so that a machine whose speed
+drifts treats all alike. The ceiling is the fastest of a few large matrix products in that precision, measured in every round; a share
+of it counts 6 N_matmul + 12 depth width length FLOPs a token. With --clock processor times are those of the process on its cores:
+what other programs do disturbs that less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import hashlib
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from analysis.pictures import benchmark_picture
+from model.config import ModelConfig
+from model.errors import InputError
+from model.parametrization import initialize
+from model.transformer import Transformer
+from training.data import Batch
+from training.distributed import Ranks, discover, leave, one_clear_line
+from training.engine import Engine, deepspeed_config, start_distributed
+from training.loop import train
+from training.metrics import peak_flops
+from training.optimizers import make_optimizer
+from training.plan import count_parameters, flops_per_token, passes
+from training.recipe import LoadedRecipe, Recipe, load_recipe, model_config
+from training.run_folder import describe_environment
+from training.sharpness_aware import take_step
+from training.token_shards import FORMAT, SPLITS
+from training.tokenizer import token_dtype
+
+# name -> (model section, vocabulary, length, micro-batch, steps a turn)
+SHAPES: dict[str, tuple[dict[str, Any], int, int, int, int]] = {
+    "1m": ({"width": 128, "depth": 4, "heads": 4}, 4096, 512, 8, 8),
+    "17m": ({"width": 384, "depth": 6, "heads": 6}, 16384, 512, 8, 4),
+    "100m": ({"width": 768, "depth": 12, "heads": 12}, 16384, 512, 4, 3),
+    "130m": ({"size": "130m"}, 50304, 2048, 16, 12),
+    "320m": ({"size": "320m"}, 50304, 2048, 8, 12),
+    "1b": ({"size": "1b"}, 50304, 2048, 4, 8),
+}
+OURS: dict[str, dict[str, Any]] = {
+    "pre_norm": {},
+    "outlier_protected": {"model": {"block": "outlier_protected"}},
+    "shaped": {"model": {"attention": "shaped"}},
+    "simplified": {"model": {"block": "simplified"}},
+    "sam": {"optimizer": {"sharpness_aware": "sam"}},
+    "functional_sam": {"optimizer": {"sharpness_aware": "functional_sam"}},
+}
+PEERS = ("bare_pytorch", "bare_deepspeed", "hf_trainer", "litgpt")
+LARGEST_LOOP = 50_000_000  # parameters: the loop ends by saving a checkpoint
+WARM_UP = 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for all of ours; peers follow in precision and compile")
+    parser.add_argument("--size", choices=SHAPES, default="17m")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, help=f"optimizer steps of a turn after {WARM_UP} that are not counted")
+    parser.add_argument("--subjects", nargs="+", choices=[*OURS, "loop", *PEERS], help="default: all that can run here")
+    parser.add_argument("--clock", choices=("wall", "processor"), default="wall")
+    parser.add_argument("--litgpt", type=Path, default=Path("runs/litgpt/bin/python"), help="python of an environment that has litgpt")
+    parser.add_argument("--out", type=Path, help="where to write the result as JSON, and a picture beside it")
+    with one_clear_line():
+        benchmark(parser.parse_intermixed_args())
+    leave(0)
+
+
+class Bench:
+    """What every subject is given: the recipe of the baseline, the ranks, and how steps are counted and timed."""
+
+    def __init__(self, arguments: argparse.Namespace, ranks: Ranks, device: torch.device, scratch: Path) -> None:
+        model, self.vocabulary, self.length, self.micro_batch, steps = SHAPES[arguments.size]
+        self.arguments, self.ranks, self.device, self.scratch = arguments, ranks, device, scratch
+        self.steps = arguments.steps or steps
+        self.tokens_per_step = self.micro_batch * self.length * ranks.world_size
+        self.base = scratch / "recipe.yaml"
+        tree = {
+            "run": {"folder": str(scratch)},
+            "model": model,
+            "data": {"tokenizer": {"vocab_size": self.vocabulary}},
+            "training": {
+                "tokens": 10**6 * self.tokens_per_step, "tokens_per_step": self.tokens_per_step, "micro_batch_size": self.micro_batch,
+                "sequence_length": self.length, "precision": arguments.precision,
+            },
+            "deepspeed": {"zero_optimization": {"stage": 2}},
+        }  # fmt: skip
+        if ranks.is_first:
+            self.base.write_text(json.dumps(tree))
+        dist.barrier()
+        self.recipe = self.loaded().recipe
+        self.config = self.network(self.recipe)
+
+    def loaded(self, *more: str) -> LoadedRecipe:
+        return load_recipe(self.base, [*self.arguments.overrides, *more])
+
+    def network(self, recipe: Recipe) -> ModelConfig:
+        return model_config(recipe, self.vocabulary)
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        tokens = torch.randint(self.vocabulary, (self.micro_batch, self.length + 1))
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def timed(self, step: Callable[[int], Tensor]) -> list[float]:
+        """Seconds of each step after the first ones; on a GPU of all of them together, since only the end waits for it."""
+        for number in range(WARM_UP):
+            float(step(number))
+        clock, seconds = (time.process_time if self.arguments.clock == "processor" else time.perf_counter), []
+        cuda, count = self.device.type == "cuda", self.steps
+        for first in range(0, count, count if cuda else 1):
+            started = clock()
+            for number in range(first, count if cuda else first + 1):
+                loss = step(WARM_UP + number)
+            float(loss)  # pyright: ignore[reportPossiblyUnboundVariable]
+            seconds += [(clock() - started) / (count if cuda else 1)]
+        return seconds
+
+    @property
+    def compiled(self) -> bool:
+        return self.recipe.training.compile
+
+
+def benchmark(arguments: argparse.Namespace) -> None:
+    ranks = discover()
+    device = start_distributed(ranks)
+    with contextlib.ExitStack() as stack:
+        scratch: list[str] = [stack.enter_context(tempfile.TemporaryDirectory())] if ranks.is_first else [""]
+        dist.broadcast_object_list(scratch)
+        bench = Bench(arguments, ranks, device, Path(scratch[0]))
+        parameters = count_parameters(bench.config)
+        flops = flops_per_token(bench.config, parameters, bench.length)
+        subjects, absent = choose(bench, parameters.total)
+        if not subjects:
+            raise InputError(f"--subjects: none of them can run here: {absent}")
+        seconds: dict[str, list[float]] = {name: [] for name in subjects}
+        memory: dict[str, int] = {}
+        ceilings = []
+        for turn in range(arguments.rounds):
+            names, offset = list(subjects), turn * max(1, len(subjects) // arguments.rounds)
+            ceilings.append(ceiling(bench))
+            for name in names[offset % len(names) :] + names[: offset % len(names)]:
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(device)
+                seconds[name].append(statistics.median(subjects[name]()))
+                if device.type == "cuda":
+                    memory[name] = torch.cuda.max_memory_allocated(device)
+                clear(device)
+                dist.barrier()
+                if ranks.is_first:
+                    print(
+                        f"round {turn + 1}/{arguments.rounds}  {name:<20}{bench.tokens_per_step / seconds[name][-1]:>12,.0f} tokens/s",
+                        flush=True,
+                    )
+        if ranks.is_first:
+            report(bench, seconds, ceilings, flops, parameters.total, memory, absent)
+
+
+def choose(bench: Bench, parameters: int) -> tuple[dict[str, Callable[[], list[float]]], dict[str, str]]:
+    """What runs here, in order, and of the others why they do not."""
+    absent = {}
+    found: dict[str, Callable[[], list[float]]] = {name: lambda name=name: ours(bench, name) for name in OURS}
+    found["loop"] = lambda: loop(bench)
+    found |= {"bare_pytorch": lambda: bare_pytorch(bench), "bare_deepspeed": lambda: bare_deepspeed(bench)}
+    found |= {
+        "hf_trainer": lambda: peer(bench, "hf_trainer", sys.executable),
+        "litgpt": lambda: peer(bench, "litgpt", str(bench.arguments.litgpt)),
+    }
+    if parameters > LARGEST_LOOP:
+        absent["loop"] = f"more than {LARGEST_LOOP:,} parameters: its checkpoints would be most of the time"
+    if bench.arguments.clock == "processor":
+        absent["loop"] = "its figures are by the clock on the wall"
+    if bench.ranks.world_size > 1:
+        absent |= dict.fromkeys(("hf_trainer", "litgpt"), "measured on one rank")
+    if bench.device.type == "cpu" and bench.compiled:
+        absent["litgpt"] = "not compiled on a CPU"
+    if not bench.arguments.litgpt.exists():
+        absent.setdefault("litgpt", f"{bench.arguments.litgpt} does not exist: see --help")
+    wanted = bench.arguments.subjects or list(found)
+    return {name: run for name, run in found.items() if name in wanted and name not in absent}, {
+        n: w for n, w in absent.items() if n in wanted
+    }
+
+
+def ours(bench: Bench, name: str) -> list[float]:
+    overrides = [f"{section}.{key}={value}" for section, values in OURS[name].items() for key, value in values.items()]
+    recipe = bench.loaded(*overrides).recipe
+    engine = Engine(recipe, bench.network(recipe), 1, bench.ranks, bench.device)
+    batches = [[Batch(*bench.batch(), None)] for _ in range(4)]
+
+    def step(number: int) -> Tensor:
+        return take_step(engine, batches[number % 4], float(bench.tokens_per_step), number, 10**6, logged=False).loss_sum
+
+    seconds = bench.timed(step)
+    engine.deepspeed.destroy()
+    return seconds
+
+
+def loop(bench: Bench) -> list[float]:
+    """Seconds a step of each logged stretch of `training.loop.train`, the first left out."""
+    name, every, never = f"loop{time.monotonic_ns()}", 2, 10**9
+    steps = WARM_UP + every * -(-bench.steps // every)
+    loaded = bench.loaded(
+        f"run.name={name}", f"training.tokens={steps * bench.tokens_per_step}", f"logging.every={every}", f"evaluation.every={never}",
+        f"checkpoint.every={never}", f"data.prepared={random_corpus(bench)}", "evaluation.tokens=1",
+    )  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()):
+        train(loaded)
+    dist.barrier()
+    records = [json.loads(line) for line in (bench.scratch / name / "metrics.jsonl").read_text().splitlines()]
+    return [bench.tokens_per_step / r["tokens_per_second"] for r in records if r["step"] > WARM_UP and "tokens_per_second" in r]
+
+
+def random_corpus(bench: Bench) -> Path:
+    """A prepared corpus of random tokens, for the loop alone."""
+    folder = bench.scratch / "random_corpus"
+    if bench.ranks.is_first and not folder.exists():
+        (folder / "tokenizer").mkdir(parents=True)
+        dtype, splits = token_dtype(bench.vocabulary), {}
+        for split in SPLITS:
+            tokens = np.random.default_rng(0).integers(bench.vocabulary, size=64 * bench.tokens_per_step + 1, dtype=dtype)
+            tokens.tofile(folder / f"{split}-00000.bin")
+            digest = hashlib.sha256(tokens.tobytes()).hexdigest()
+            splits[split] = {"tokens": len(tokens), "shards": [{"file": f"{split}-00000.bin", "tokens": len(tokens), "sha256": digest}]}
+        manifest = {
+            "format": FORMAT,
+            "vocab_size": bench.vocabulary,
+            "end_of_text": 0,
+            "dtype": dtype.name,
+            "content_hash": "random",
+            **splits,
+        }
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "validation_unigram_loss": None}))
+    dist.barrier()
+    return folder
+
+
+class WholeLogits(nn.Module):
+    """Our network with the loss as a bare loop has it."""
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__()
+        self.network = Transformer(bench.config)
+        initialize(self.network, 0)
+        if bench.compiled:
+            for block in self.network.blocks:
+                block.compile()
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.network(tokens).float().flatten(0, 1), targets.flatten())
+
+
+def bare_pytorch(bench: Bench) -> list[float]:
+    model = WholeLogits(bench).to(bench.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=bench.device.type == "cuda")
+    forward = nn.parallel.DistributedDataParallel(model) if bench.ranks.world_size > 1 else model
+    batches = [tuple(t.to(bench.device) for t in bench.batch()) for _ in range(4)]
+
+    def step(number: int) -> Tensor:
+        with torch.autocast(bench.device.type, torch.bfloat16, enabled=bench.arguments.precision == "bf16"):
+            loss = forward(*batches[number % 4])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return bench.timed(step)
+
+
+def bare_deepspeed(bench: Bench) -> list[float]:
+    import deepspeed  # after training.engine, which tells it the accelerator
+
+    model = WholeLogits(bench)
+    config = deepspeed_config(bench.recipe, count_parameters(bench.config).total, 1, bench.ranks.world_size)
+    optimizer = make_optimizer(model.network, bench.recipe.optimizer)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    batches = [tuple(t.to(bench.device) for t in bench.batch()) for _ in range(4)]
+
+    def step(number: int) -> Tensor:
+        loss = engine(*batches[number % 4])
+        engine.backward(loss)
+        engine.step()
+        return loss.detach()
+
+    seconds = bench.timed(step)
+    engine.destroy()
+    return seconds
+
+
+def peer(bench: Bench, name: str, python: str) -> list[float]:
+    """A peer in a process of its own, for which this one waits."""
+    config = bench.config
+    shape = {
+        "width": config.width, "depth": config.depth, "heads": config.heads, "mlp_width": config.mlp_width, "vocabulary": bench.vocabulary,
+        "length": bench.length, "micro_batch": bench.micro_batch, "steps": bench.steps, "warm_up": WARM_UP, "compile": bench.compiled,
+        "precision": bench.arguments.precision, "clock": bench.arguments.clock, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
+    environment = {key: value for key, value in os.environ.items() if key not in launched}
+    command = [python, str(Path(__file__).with_name("benchmark_peer.py")), name, json.dumps(shape)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise InputError(f"{name}: its process ended with exit code {done.returncode}: {done.stderr.strip()[-1000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def ceiling(bench: Bench) -> float:
+    """FLOP/s of the fastest of a few matrix products, by the clock on the wall."""
+    dtype = torch.bfloat16 if bench.arguments.precision == "bf16" else torch.float32
+    cuda, width, best = bench.device.type == "cuda", bench.config.width, 0.0
+    for m, k, n in [(8192, 8192, 8192)] if cuda else [(2048, 2048, 2048), (bench.micro_batch * bench.length, width, 4 * width)]:
+        a, b = torch.randn(m, k, dtype=dtype, device=bench.device), torch.randn(n, k, dtype=dtype, device=bench.device)
+        out = F.linear(a, b)
+        for _ in range(5):
+            if cuda:
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            torch.mm(a, b.T, out=out)
+            if cuda:
+                torch.cuda.synchronize()
+            best = max(best, 2 * m * k * n / (time.perf_counter() - started))
+    return best
+
+
+def clear(device: torch.device) -> None:
+    gc.collect()
+    torch._dynamo.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def report(
+    bench: Bench,
+    seconds: dict[str, list[float]],
+    ceilings: list[float],
+    flops: int,
+    parameters: int,
+    memory: dict[str, int],
+    absent: dict[str, str],
+) -> None:
+    arguments, peers = bench.arguments, [name for name in PEERS if name in seconds]
+    best = min(peers, key=lambda name: statistics.median(seconds[name])) if peers else None
+
+    def ratio(name: str, other: str) -> float:
+        return statistics.median(b / a for a, b in zip(seconds[name], seconds[other], strict=True))
+
+    peak, rows = peak_flops(bench.device), {}
+    for name in seconds:
+        rate = bench.tokens_per_step / statistics.median(seconds[name])
+        row: dict[str, Any] = {"tokens_per_second": rate, "spread": [bench.tokens_per_step / f(seconds[name]) for f in (max, min)]}
+        row |= {f"over_{peer}": ratio(name, peer) for peer in peers}
+        work = passes(bench.loaded(*(f"{s}.{k}={v}" for s, d in OURS.get(name, {}).items() for k, v in d.items())).recipe, 1, 10**6)
+        per_rank = rate * flops * work / bench.ranks.world_size
+        if arguments.clock == "wall":
+            row["share_of_matmul_ceiling"] = per_rank / statistics.median(ceilings)
+            if peak:
+                row["mfu"] = per_rank / peak
+        if name in memory:
+            row["peak_memory_bytes"] = memory[name]
+        rows[name] = row
+    result = {
+        "what": "medians over rounds; over_PEER: tokens per second over that peer's, the median of the ratios within a round",
+        "clock": arguments.clock,
+        "size": arguments.size,
+        "parameters": parameters,
+        "flops_per_token": flops,
+        "precision": arguments.precision,
+        "tokens_per_step": bench.tokens_per_step,
+        "sequence_length": bench.length,
+        "overrides": arguments.overrides,
+        "peers": peers,
+        "best_peer": best,
+        "subjects": rows,
+        "absent": absent,
+        "seconds_per_step": seconds,
+        "matmul_ceiling_flops": ceilings,
+        "environment": describe_environment(bench.ranks.world_size, bench.device),
+    }
+    if best:
+        for name, row in rows.items():
+            print(f"{name:<20}{row['tokens_per_second']:>12,.0f} tokens/s   {row[f'over_{best}']:.3f} of {best}")
+    for name, why in absent.items():
+        print(f"{name}: not run: {why}")
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+        benchmark_picture(result, arguments.out.with_suffix(".png"))
+        print(f"written to {arguments.out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""The planned peak of memory beside the measured one, over sizes, ZeRO stages, checkpointing and methods, on this CPU.
+
+    python -m scripts.measure_memory [--out FILE.json] [--only WORD]
+
+Every case is an engine of its own that takes three steps of two micro-batches. Measured are the bytes of tensors that PyTorch's
+allocator gave out since before the engine was built, at their most after the first step; planned is `training.memory.predict`'s total.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from training.data import Batch
+from training.distributed import Ranks, discover, leave, one_clear_line
+from training.engine import Engine, start_distributed
+from training.plan import plan
+from training.recipe import Recipe, model_config
+from training.run_folder import describe_environment
+from training.sharpness_aware import take_step
+
+SIZES = {
+    "1m": {"width": 128, "depth": 4, "heads": 4},
+    "5m": {"width": 256, "depth": 6, "heads": 4},
+    "17m": {"width": 384, "depth": 8, "heads": 6},
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "pre_norm": {},
+    "outlier_protected": {"model": {"block": "outlier_protected"}},
+    "shaped": {"model": {"attention": "shaped"}},
+    "simplified": {"model": {"block": "simplified"}},
+    "sam": {"optimizer": {"sharpness_aware": "sam"}},
+    "functional_sam": {"optimizer": {"sharpness_aware": "functional_sam"}},
+    "adafactor": {"optimizer": {"kind": "adafactor"}},
+    "muon": {"optimizer": {"kind": "muon"}},
+}
+WITHOUT_ZERO = ("adafactor", "muon")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="cases whose name has this word in it")
+    parser.add_argument("--out", type=Path, help="where to write the result as JSON")
+    arguments = parser.parse_args()
+    with one_clear_line():
+        measure_all(arguments)
+    leave(0)
+
+
+def cases() -> dict[str, Recipe]:
+    """Every size, stage, precision and checkpointing of pre_norm, and every method at the middle size."""
+    found = {}
+    for size in SIZES:
+        for precision in ("fp32", "bf16"):
+            for stage in (0, 1, 2, 3):
+                for checkpointing in (False, True, 2) if size == "5m" else (False, True):
+                    if size != "17m" or stage in (0, 2):
+                        found[f"{size} {precision} zero-{stage} pre_norm recomputed-{checkpointing}"] = case(
+                            size, precision, stage, checkpointing, "pre_norm"
+                        )
+    for method in METHODS:
+        for precision in ("fp32", "bf16"):
+            for stage in (0,) if method in WITHOUT_ZERO else (0, 2, 3):
+                if method != "pre_norm":
+                    found[f"5m {precision} zero-{stage} {method} recomputed-False"] = case("5m", precision, stage, False, method)
+    return found
+
+
+def case(size: str, precision: str, stage: int, checkpointing: bool | int, method: str) -> Recipe:
+    more = METHODS[method]
+    return Recipe.model_validate(
+        {
+            "model": {**SIZES[size], **more.get("model", {})},
+            "data": {"tokenizer": {"vocab_size": 8192}},
+            "training": {
+                "tokens": 10**7,
+                "tokens_per_step": 2 * 4 * 256,
+                "micro_batch_size": 4,
+                "sequence_length": 256,
+                "precision": precision,
+                "activation_checkpointing": checkpointing,
+            },
+            "optimizer": more.get("optimizer", {}),
+            "deepspeed": {"zero_optimization": {"stage": stage}},
+            "logging": {"outliers_every": 0},
+        }
+    )
+
+
+def measure_all(arguments: argparse.Namespace) -> None:
+    ranks = discover()
+    device = start_distributed(ranks)
+    rows = {}
+    for name, recipe in cases().items():
+        if arguments.only not in name:
+            continue
+        seen, planned = measure(recipe, ranks, device)
+        rows[name] = {"measured": seen, "planned": planned.total, "ratio": planned.total / seen, "phase": planned.peak_phase}
+        print(f"{name:<58}{seen / 2**20:>9.1f} MiB measured{planned.total / 2**20:>9.1f} planned{planned.total / seen:>7.3f}", flush=True)
+        gc.collect()
+    ratios = [row["ratio"] for row in rows.values()]
+    print(f"{len(rows)} cases: planned over measured from {min(ratios):.3f} to {max(ratios):.3f}")
+    if arguments.out:
+        result = {"what": __doc__, "cases": rows, "environment": describe_environment(ranks.world_size, device)}
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def measure(recipe: Recipe, ranks: Ranks, device: torch.device) -> tuple[int, Any]:
+    config = model_config(recipe, recipe.data.tokenizer.vocab_size)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        engine = Engine(recipe, config, 2, ranks, device)
+        tokens = torch.randint(config.vocab_size, (4, 256))
+        batches = [Batch(tokens, tokens, None)] * 2
+        for step in range(3):
+            gc.collect()
+            with torch.profiler.record_function("counted" if step else "first"):
+                take_step(engine, batches, 2048.0, step, 1000, logged=False)
+    events: list[Any] = recorded.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    begin = min(event.start_ns() for event in events if event.name() == "counted")
+    now = peak = 0
+    for when, change in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+        now += change
+        peak = max(peak, now) if when >= begin else 0
+    engine.deepspeed.destroy()
+    return peak, plan(recipe, config, ranks.world_size, device="cpu").memory
+
+
+if __name__ == "__main__":
+    main()
