@@ -123,12 +123,13 @@ class PretrainedDecoder(nn.Module):
         self.context_pruning_settings: Any = None
 
     @property
-    def activation_checkpointing(self) -> bool:
-        return self.model.is_gradient_checkpointing
+    def activation_checkpointing(self) -> int:
+        """Of how many layers the input alone is kept: none or all."""
+        return len(self.blocks) if self.model.is_gradient_checkpointing else 0
 
     @activation_checkpointing.setter
-    def activation_checkpointing(self, on: bool) -> None:
-        if on:
+    def activation_checkpointing(self, blocks: int) -> None:
+        if blocks:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     @property

@@ -58,7 +58,7 @@ from training.loop import train
 from training.metrics import peak_flops
 from training.optimizers import make_optimizer
 from training.plan import count_parameters, flops_per_token, passes
-from training.recipe import LoadedRecipe, Recipe, load_recipe, model_config
+from training.recipe import LoadedRecipe, Recipe, load_recipe
 from training.run_folder import describe_environment
 from training.sharpness_aware import take_step
 from training.token_shards import FORMAT, SPLITS
@@ -131,7 +131,7 @@ class Bench:
         return load_recipe(self.base, [*self.arguments.overrides, *more])
 
     def network(self, recipe: Recipe) -> ModelConfig:
-        return model_config(recipe, self.vocabulary)
+        return recipe.model.config(self.vocabulary, recipe.training.sequence_length)
 
     def batch(self) -> tuple[Tensor, Tensor]:
         tokens = torch.randint(self.vocabulary, (self.micro_batch, self.length + 1))

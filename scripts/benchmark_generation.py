@@ -122,7 +122,7 @@ def find_threshold(model: Any, settings: Settings, tokens: torch.Tensor, kept: f
     low, high = -8.0, 8.0
     for _ in range(12):
         settings.threshold = (low + high) / 2
-        cache = DynamicCache(config=model.config)
+        cache: Any = DynamicCache(config=model.config)
         for chunk in tokens.split(CHUNK, dim=1):
             model(chunk, past_key_values=cache, logits_to_keep=1)
         share = statistics.mean(float(layer.live().float().mean()) for layer in cache.layers) / tokens.shape[1]

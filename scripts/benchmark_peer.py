@@ -43,7 +43,7 @@ def hf_trainer(shape: dict[str, Any]) -> list[float]:
     import transformers
 
     times, count = Times(shape), shape["warm_up"] + shape["steps"]
-    config = transformers.LlamaConfig(
+    config = transformers.LlamaConfig(  # pyright: ignore[reportCallIssue]
         vocab_size=shape["vocabulary"], hidden_size=shape["width"], num_hidden_layers=shape["depth"], num_attention_heads=shape["heads"],
         intermediate_size=shape["mlp_width"] * 2 // 3, max_position_embeddings=shape["length"], tie_word_embeddings=True,
         attn_implementation="sdpa", use_cache=False,

@@ -96,7 +96,7 @@ def generate(arguments: argparse.Namespace) -> None:
     settings = getattr(model, "context_pruning_settings", None)
     if settings is None and (arguments.threshold is not None or arguments.compare):
         raise InputError(f"{arguments.model}: has no context pruning, so there is no threshold and nothing to compare")
-    if arguments.threshold is not None:
+    if settings is not None and arguments.threshold is not None:
         settings.threshold = arguments.threshold
     prompt = arguments.prompt if arguments.prompt_file is None else read(arguments.prompt_file)
     tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
@@ -179,6 +179,7 @@ def open_model(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """(model in evaluation mode, tokenizer). Raises InputError when either cannot be read."""
     quieten()
     folder = Path(source)
+    model: Any
     if (folder / DESCRIPTION).exists():
         model = load(folder, dtype)
         base = read_description(folder)["base"]
