@@ -43,10 +43,10 @@ def hf_trainer(shape: dict[str, Any]) -> list[float]:
     import transformers
 
     times, count = Times(shape), shape["warm_up"] + shape["steps"]
-    config = transformers.LlamaConfig(  # pyright: ignore[reportCallIssue]
+    config = transformers.LlamaConfig(
         vocab_size=shape["vocabulary"], hidden_size=shape["width"], num_hidden_layers=shape["depth"], num_attention_heads=shape["heads"],
         intermediate_size=shape["mlp_width"] * 2 // 3, max_position_embeddings=shape["length"], tie_word_embeddings=True,
-        attn_implementation="sdpa", use_cache=False,
+        attn_implementation="sdpa", use_cache=False,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     rows = torch.randint(shape["vocabulary"], (4 * shape["micro_batch"], shape["length"]))
     data = [{"input_ids": row, "labels": row} for row in rows] * -(-count // 4)
