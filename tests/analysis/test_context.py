@@ -263,20 +263,20 @@ def test_who_dropped_whom_is_what_the_layers_decided(place):
 
 def test_lifetimes_by_class_layer_and_position():
     length, horizon = 10, 5
-    reads = torch.tensor([[[10, 3, 8, 1, 6, 2, 4, 3, 2, 1]], [[10, 9, 8, 7, 6, 5, 4, 3, 2, 1]]])
+    reads = torch.tensor([[[10, 3, 8, 1, 5, 2, 4, 3, 2, 1]], [[10, 9, 8, 7, 6, 5, 4, 3, 2, 1]]])
     classes = [["word", "number", "word", "number", "punctuation"] + ["whitespace"] * 5]
     found = summarise(reads, classes, [0, 7])
     assert found["horizon"] == horizon
     assert found["tokens"] == {**dict.fromkeys(CLASSES, 0), "word": 2, "number": 2, "punctuation": 1}
     first, second = found["layers"]
     assert (first["layer"], second["layer"]) == (0, 7)
-    # of tokens 0 to 4, tokens 1 and 3 were read by 3 and 1 queries, the others by more than 5
-    assert first["dropped_share"] == pytest.approx(2 / 5) and first["median_lifetime"] is None
+    # of tokens 0 to 4, tokens 1, 3 and 4 were read by 3, 1 and 5 queries: token 4 is dropped by the last, the fifth after it
+    assert first["dropped_share"] == pytest.approx(3 / 5) and first["median_lifetime"] == 4.0
     assert first["classes"]["number"] == {"dropped_share": 1.0, "median_lifetime": 0.0}
     assert first["classes"]["word"] == {"dropped_share": 0.0, "median_lifetime": None}
     assert second["dropped_share"] == 0.0
     assert second["read_by_later_tokens"] == pytest.approx([1.0] * 9)
-    assert first["read_by_later_tokens"] == pytest.approx([9 / 9, 2 / 8, 7 / 7, 0, 5 / 5, 1 / 4, 3 / 3, 2 / 2, 1 / 1])
+    assert first["read_by_later_tokens"] == pytest.approx([9 / 9, 2 / 8, 7 / 7, 0, 4 / 5, 1 / 4, 3 / 3, 2 / 2, 1 / 1])
     assert found["positions"] == list(range(length - 1))
 
 
