@@ -73,6 +73,7 @@ class Settings:
         alpha: of the sparse sigmoid; infinity: hard decisions.
         threshold: common to all layers, 0 in the paper: higher drops more, so that one network serves several budgets.
         standards: of each layer (m, s).
+        level: with soft decisions, the gradient moves no layer's decisions all together: a threshold is steered instead.
         sparsity_weight: gamma, what a token's whole context costs, in nats; with gradient, while `recording`.
         distillation_weight: share of the objective that is the divergence from the network without pruning.
         kept: of each layer, while `recording`: (sum of I over pairs j < k that see each other, with gradient; their number).
@@ -87,6 +88,7 @@ class Settings:
     alpha: float = math.inf
     threshold: float = 0.0
     standards: dict[int, tuple[float, float]] = field(default_factory=dict)
+    level: bool = False
     recording: bool = False
     sparsity_weight: float = 0.0
     distillation_weight: float = 0.0
@@ -199,6 +201,25 @@ class Interaction(nn.Module):
 # ------------------------------------------------------------------------------------------------------- the decisions
 
 
+class _Levelled(torch.autograd.Function):
+    """x itself, whose gradient loses its mean over the pairs that have one.
+
+    With a threshold that keeps the share where it is meant to be, moving all decisions of a layer together has no use: the loss always
+    asks for it, since more context is better, and the threshold takes it back. What is left is which pairs to prefer.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, undecided: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(undecided)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (undecided,) = ctx.saved_tensors
+        mean = (gradient * undecided).sum() / undecided.sum().clamp_min(1)
+        return (gradient - mean) * undecided, None
+
+
 def log_kept(
     interaction_query: Tensor,
     interaction_key: Tensor,
@@ -236,6 +257,8 @@ def log_kept(
         # counted in int32: exact, and cheaper than sums of infinities
         log_keep = torch.zeros_like(x).masked_fill_(dropped.cumsum(1, dtype=torch.int32) > 0, -torch.inf)
     else:
+        if settings.level:
+            x = _Levelled.apply(x, ~exempt & (x.detach().abs() * (settings.alpha - 1) < 1))
         keep = sparse_sigmoid(x, settings.alpha).masked_fill(exempt, 1.0)
         log_keep = keep.clamp(min=math.exp(LOG_FLOOR)).log().cumsum(1)
     return log_keep if before is None else log_keep + before[:, None]

@@ -175,6 +175,30 @@ def test_soft_decisions_have_the_gradient_of_finite_differences() -> None:
         assert float((gradient * direction).sum()) == pytest.approx((values[0] - values[1]) / 2e-4, rel=1e-5, abs=1e-5), name
 
 
+def test_a_levelled_gradient_moves_no_layer_as_a_whole() -> None:
+    """It is the gradient less its mean over the pairs within the support, and changes no value."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, 14, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    places, weights = torch.arange(14), torch.rand(2, 14, 14, generator=generator, dtype=torch.float64)
+    found = []
+    for level in (False, True):
+        settings = Settings(PruningConfig(rank=6, sinks=1, window=2), [0], alpha=2.0, level=level)
+        beta, query_ = torch.tensor([1.1], dtype=torch.float64, requires_grad=True), query.clone().requires_grad_()
+        kept = log_kept(query_, key, beta, places, places[None], None, None, settings)
+        ((kept * weights).sum()).backward()
+        found.append((kept.detach(), float(beta.grad), query_.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert abs(found[0][1]) > 1 and abs(found[1][1]) < 1e-9  # beta moves all pairs together
+    # written out: the gradient at x, from the one of the query, less its mean
+    x = (query @ key.mT / math.sqrt(6) + 1.1).requires_grad_()
+    old = (places[:, None] - places >= 2) & (places >= 1)
+    keep = torch.where(old, ((1 + x) / 2).clamp(0, 1), 1.0).clamp(min=1e-9)
+    (gradient,) = torch.autograd.grad((keep.log().cumsum(1) * weights).sum(), x)
+    inside = (x.abs() < 1) & old
+    gradient = torch.where(inside, gradient - gradient[inside].mean(), 0.0)
+    torch.testing.assert_close(found[1][2], gradient @ key / math.sqrt(6))
+
+
 # -------------------------------------------------------------------------------------------------------- the whole model
 
 
