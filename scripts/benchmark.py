@@ -131,7 +131,9 @@ class Bench:
         return load_recipe(self.base, [*self.arguments.overrides, *more])
 
     def network(self, recipe: Recipe) -> ModelConfig:
-        return model_config(recipe, self.vocabulary)
+        config = model_config(recipe, self.vocabulary)
+        assert isinstance(config, ModelConfig)  # not a pretrained one
+        return config
 
     def batch(self) -> tuple[Tensor, Tensor]:
         tokens = torch.randint(self.vocabulary, (self.micro_batch, self.length + 1))

@@ -61,8 +61,7 @@ def summary(recorded: Any, step: int, cuda: bool) -> str:
     """A screen: milliseconds by kind of work, and the operations that took most; of kernels on a GPU, of operations on a CPU."""
     averages = recorded.key_averages()
     if cuda:  # the kernels themselves; an operation's device time is theirs once more
-        on_device = torch.autograd.DeviceType.CUDA
-        times = {e.key: (e.self_device_time_total / 1e3, e.count) for e in averages if e.device_type == on_device}
+        times = {e.key: (e.self_device_time_total / 1e3, e.count) for e in averages if e.device_type.name == "CUDA"}
     else:
         times = {e.key: (e.self_cpu_time_total / 1e3, e.count) for e in averages}
     total = sum(time for time, _ in times.values())
