@@ -7,8 +7,10 @@ load(decoder, pretrained_weights(shape.source))    # and its weights
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -252,8 +254,13 @@ def pretrained_weights(source: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load(decoder: PretrainedDecoder, weights: dict[str, Tensor] | None, gather: Gather = lambda parameter: nullcontext()) -> None:
-    """Fill the decoder's parameters but the adapters.
+def load(
+    decoder: PretrainedDecoder, weights: dict[str, Tensor] | None, gather: Gather = lambda parameter: nullcontext(), seed: int = 0
+) -> None:
+    """Fill the decoder's parameters but those that decide about the context.
+
+    LoRA's first factor is drawn as peft draws it, but from a generator of its own, seeded by (seed, name): the same on any number of ranks.
+    The second is 0.
 
     Args:
         weights: from `pretrained_weights`; None on ranks whose copy is not taken, under ZeRO-3 all but the first.
@@ -263,9 +270,18 @@ def load(decoder: PretrainedDecoder, weights: dict[str, Tensor] | None, gather: 
         InputError: a parameter that the file has not, or has in another shape.
     """
     for name, parameter in decoder.model.named_parameters():
-        if ".context_pruning." in name or ".lora_" in name:
+        if ".context_pruning." in name:
             continue
         with gather(parameter):
+            if ".lora_B." in name:
+                parameter.zero_()
+                continue
+            if ".lora_A." in name:
+                digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+                bound = 1 / math.sqrt(parameter.shape[1])
+                parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+                continue
             if weights is None:
                 continue
             found = weights.get(name.replace(".base_layer.", "."))

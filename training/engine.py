@@ -217,7 +217,8 @@ class Engine:
         with born_sharded:
             model = make_network(model_config, recipe.context_pruning, recipe.run.seed, self._gather)
         if isinstance(model, PretrainedDecoder):
-            load_pretrained(model, pretrained_weights(model.config.source) if self.stage < 3 or ranks.is_first else None, self._gather)
+            weights = pretrained_weights(model.config.source) if self.stage < 3 or ranks.is_first else None
+            load_pretrained(model, weights, self._gather, recipe.run.seed)
         else:
             initialize(model, recipe.run.seed, gather=self._gather)
         model.activation_checkpointing = recomputed_blocks(recipe, model_config, ranks.world_size, accumulation, device.type)
