@@ -9,7 +9,6 @@ A network without pruning is attached to all the same, with decisions that drop 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from analysis.runs import Run, find_run, read_json
 from analysis.tokens import Tokenizer, run_tokenizer, tokenizer_of_transformers
 from model import pruning_files
 from model.config import ModelConfig, PruningConfig
-from model.context_pruning import Policy, Settings, attach
+from model.context_pruning import Policy, Settings, attach, structure_of
 from model.errors import InputError
 from model.hub import locate
 from model.pretrained import LoraShape, PretrainedDecoder, PretrainedModel, without_lora
@@ -154,21 +153,20 @@ def build(checkpoint: Checkpoint) -> tuple[Transformer | PretrainedDecoder, bool
             network = Transformer(ModelConfig(**read_json(folder / "model_config.json")))
         else:
             raise InputError(f"{folder}: neither model_config.json nor pretrained.json, which train.py writes: no network can be built")
-        prunes, threshold, config = (folder / pruning_files.DESCRIPTION).exists(), 0.0, NEVER
-        if prunes:
-            fields = read_json(folder / pruning_files.DESCRIPTION)
-            threshold = float(fields.pop("threshold"))
-            config = PruningConfig(**fields)
-            if not math.isfinite(threshold):
-                raise ValueError("threshold is not a number")
+        prunes = (folder / pruning_files.DESCRIPTION).exists()
+        description = read_json(folder / pruning_files.DESCRIPTION) if prunes else {}
+        structure = structure_of(description) if prunes else NEVER
     except (TypeError, KeyError, ValueError) as error:
         raise InputError(f"{folder}: its description of the network is damaged: {type(error).__name__}: {error}") from None
     if prunes:
-        attach(network, config).threshold = threshold
+        try:
+            attach(network, structure).take(description)
+        except InputError as error:
+            raise InputError(f"{folder}: {error}") from None
         checkpoint.load_into(network)
     else:
         checkpoint.load_into(network)
-        attach(network, config)
+        attach(network, structure)
     return network.eval(), prunes
 
 

@@ -130,7 +130,7 @@ class Settings:
         return {"structure": asdict(self.config), "threshold": self.threshold, "standards": standards, "layers": self.layers}
 
     def take(self, description: dict[str, Any]) -> None:
-        """Decide as a description says. Raises InputError when it is of other layers."""
+        """Decide as a description says, which `structure_of` found whole. Raises InputError when it is of other layers."""
         if description["layers"] != self.layers:
             raise InputError(f"prunes layers {description['layers']}, and this model has {self.layers}")
         self.threshold = float(description["threshold"])
@@ -144,6 +144,20 @@ class Settings:
         """What the pruned layers before one have left of each place in the text; None with propagate_in_depth off, or before the first."""
         number = self.layers.index(layer)
         return self.above.get(self.layers[number - 1]) if number else None
+
+
+def structure_of(description: dict[str, Any]) -> PruningConfig:
+    """The structure in a description from outside.
+
+    Raises KeyError, TypeError or ValueError where it is not as `Settings.describe` makes it, and InputError for one that cannot be.
+    """
+    for key, kind in {"structure": dict, "threshold": (int, float), "layers": list, "standards": list}.items():
+        if not isinstance(description[key], kind):
+            raise TypeError(f"{key} is {str(description[key])[:40]}")
+    numbers = [description["threshold"], *(number for standard in description["standards"] for number in standard[1:])]
+    if not all(math.isfinite(number) for number in numbers) or any(len(s) != 3 or s[2] <= 0 for s in description["standards"]):
+        raise ValueError("threshold or standards are no numbers")
+    return PruningConfig(**description["structure"])
 
 
 def _divergence(dense: Tensor, logits: Tensor) -> Tensor:

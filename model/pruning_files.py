@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model.config import PruningConfig
-from model.context_pruning import attach, settings_of
+from model.context_pruning import attach, settings_of, structure_of
 from model.errors import InputError
 from model.hub import locate
 from model.pretrained import LoraShape, add_lora, quieten
@@ -109,7 +107,7 @@ def switch_on(model: Any, folder: str | Path | None = None) -> None:
         )
     if description["lora"] is not None:
         add_lora(model, LoraShape(**description["lora"]))
-    settings = attach(model, PruningConfig(**description["structure"]))
+    settings = attach(model, structure_of(description))
     try:
         settings.take(description)
     except InputError as error:
@@ -137,21 +135,10 @@ def read_description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     try:
         description = json.loads(path.read_text())
-        PruningConfig(**description["structure"])
-        kinds = {
-            "threshold": (int, float),
-            "layers": list,
-            "standards": list,
-            "fingerprint": str,
-            "base": (str, type(None)),
-            "lora": (dict, type(None)),
-        }
-        for key, kind in kinds.items():
+        structure_of(description)
+        for key, kind in {"fingerprint": str, "base": (str, type(None)), "lora": (dict, type(None))}.items():
             if not isinstance(description[key], kind):
                 raise TypeError(f"{key} is {str(description[key])[:40]}")
-        numbers = [description["threshold"], *(number for standard in description["standards"] for number in standard[1:])]
-        if not all(math.isfinite(number) for number in numbers) or any(len(s) != 3 or s[2] <= 0 for s in description["standards"]):
-            raise ValueError("threshold or standards are no numbers")
     except FileNotFoundError:
         raise InputError(f"{folder}: no {DESCRIPTION} there: expected a folder that save() or `analysis export` wrote") from None
     except (OSError, ValueError, KeyError, TypeError, UnicodeDecodeError) as error:

@@ -335,10 +335,11 @@ def test_damaged_descriptions_are_named(place, tmp_path, capsys):
     import shutil
 
     for file, change, problem in (
-        ("context_pruning.json", {"rank": 0}, "context_pruning.rank: 0"),
+        ("context_pruning.json", {"structure": {"rank": 0}}, "context_pruning.rank: 0"),
         ("context_pruning.json", {"threshold": "high"}, "description of the network is damaged"),
-        ("context_pruning.json", {"unheard_of": 1}, "description of the network is damaged"),
-        ("context_pruning.json", {"rank": 6}, "has shape"),
+        ("context_pruning.json", {"structure": {"unheard_of": 1}}, "description of the network is damaged"),
+        ("context_pruning.json", {"structure": {"rank": 6}}, "has shape"),
+        ("context_pruning.json", {"layers": [0]}, "prunes layers"),
         ("pretrained.json", {"lora": None}, "more"),
     ):
         run = tmp_path / "damaged"

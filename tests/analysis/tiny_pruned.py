@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -94,5 +93,4 @@ def _write(run: Path, network: Any, pruned: bool) -> None:
     if isinstance(network, PretrainedDecoder):
         (step / "model_config.json").rename(step / "pretrained.json")
     if pruned:
-        settings = network.context_pruning_settings
-        (step / "context_pruning.json").write_text(json.dumps({**asdict(settings.config), "threshold": settings.threshold}))
+        (step / "context_pruning.json").write_text(json.dumps(network.context_pruning_settings.describe()))
