@@ -12,11 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from analysis.decoders import Pretrained, find_decoder, quieten_torchao
+from analysis.decoders import Pretrained, find_decoder
 from analysis.outlier_neurons import Thresholds
 from analysis.quantization import RECIPES
 from analysis.runs import Run, find_run
 from model.errors import InputError
+from model.pretrained import quieten
 
 Found = TypeVar("Found", Run, Run | Pretrained)
 
@@ -177,7 +178,7 @@ def signal(arguments: argparse.Namespace) -> None:
 
 
 def context(arguments: argparse.Namespace) -> None:
-    quieten_torchao()
+    quieten()
     from analysis.context import Options, analyze_context, describe
     from analysis.context_page import context_page
     from analysis.context_pictures import context_picture, lifetimes_picture

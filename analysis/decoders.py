@@ -12,7 +12,6 @@ what a linear map is for follows from the order in which it is called.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from analysis.runs import Run, find_run, read_json
 from analysis.shards import Checkpoint
 from model.config import ModelConfig
 from model.errors import InputError
+from model.pretrained import quieten
 from model.transformer import Transformer
 
 LONGEST_SEQUENCE = 1024  # of a Hugging Face model, whose configuration may allow sequences that no machine here would hold
@@ -91,7 +91,7 @@ class Pretrained:
 
     def load(self) -> Decoder:
         """The network with its weights. Raises InputError when it is not a causal language model, or of an unknown build."""
-        quieten_torchao()
+        quieten()
         from transformers import AutoModelForCausalLM
 
         try:
@@ -112,12 +112,6 @@ class Pretrained:
 
     def _from(self) -> dict[str, Any]:
         return {"gguf_file": self.gguf} if self.gguf else {}
-
-
-def quieten_torchao() -> None:
-    """To be called before the first import of torchao (transformers' models do it): it warns of GPU kernels that a CPU has no use for."""
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def find_decoder(path: str | Path) -> Run | Pretrained:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from analysis.checkpoint import Checkpoint
-from analysis.decoders import quieten_torchao
 from analysis.runs import Run, find_run, read_json
 from analysis.tokens import Tokenizer, run_tokenizer, tokenizer_of_transformers
 from model import pruning_files
@@ -27,7 +26,7 @@ from model.config import ModelConfig, PruningConfig
 from model.context_pruning import Policy, Settings, attach, structure_of
 from model.errors import InputError
 from model.hub import locate
-from model.pretrained import LoraShape, PretrainedDecoder, PretrainedModel, without_lora
+from model.pretrained import LoraShape, PretrainedDecoder, PretrainedModel, quieten, without_lora
 from model.transformer import Transformer
 
 NEVER = PruningConfig(rank=1, window=1 << 40)  # every token is within the window
@@ -103,7 +102,7 @@ def open_subject(path: str, precision: str = "fp32", verify: bool = True) -> Sub
     Raises:
         InputError: no model there, a damaged one, or one whose attention cannot be pruned, and so not take a policy either.
     """
-    quieten_torchao()
+    quieten()
     folder = Path(path).expanduser()
     if (folder / pruning_files.TENSORS).exists():
         subject = _saved(folder)

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 
 from analysis.checkpoint import Checkpoint
-from analysis.decoders import quieten_torchao
 from analysis.export import copy_tokenizer, sample
 from analysis.pruned import build
 from analysis.runs import Run
 from model import pruning_files
 from model.context_pruning import dense
 from model.errors import InputError
-from model.pretrained import PretrainedDecoder, pretrained_weights
+from model.pretrained import PretrainedDecoder, pretrained_weights, quieten
 
 
 def write_pruned(run: Run, checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, compare: bool, adapters: bool) -> list[str]:
@@ -27,7 +26,7 @@ def write_pruned(run: Run, checkpoint: Checkpoint, folder: Path, dtype: torch.dt
     Raises:
         InputError: adapters alone of a network that has no such model, or whose own weights were trained too.
     """
-    quieten_torchao()
+    quieten()
     network, _ = build(checkpoint)
     lines: list[str] = []
     end: dict[str, Any] = {}

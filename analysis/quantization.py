@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from analysis.decoders import Decoder, Pretrained, Projections, open_decoder, projection_groups, quieten_torchao, watch
+from analysis.decoders import Decoder, Pretrained, Projections, open_decoder, projection_groups, watch
 from analysis.fake_quantization import StaticRanges, calibrate, check_sites, intercept, quantise_weights
 from analysis.runs import Run
 from analysis.tokens import check_vocabulary, encoder, file_windows, held_out_tokens, training_windows
 from model.activation_statistics import ActivationMoments, add_to
 from model.errors import InputError
+from model.pretrained import quieten
 
 Logits = Callable[[Tensor], Tensor]  # tokens (batch, length) -> logits (batch, length, vocab_size)
 
@@ -85,7 +86,7 @@ def quantise_linears(decoder: Decoder, groups: list[Projections], recipe: str) -
     Raises:
         InputError: a shape that the recipe cannot take, by the name of the first such map.
     """
-    quieten_torchao()
+    quieten()
     from torchao.quantization import (
         Int8DynamicActivationInt8WeightConfig,
         Int8DynamicActivationIntxWeightConfig,

@@ -205,11 +205,19 @@ class Interaction(nn.Module):
         query, key = both.unbind(2)
         return query, key, self.bias * 1.0  # a product: under ZeRO-3 the parameter itself is given back after this
 
+    def attend_next(self, x: Tensor, layer: PrunedLayer | None) -> None:
+        """Make the interaction queries and keys of what the attention module is about to read, for `mix` and for the cache's layer."""
+        query, key, beta = self(x, 0 if layer is None else layer.seen)
+        if layer is not None:
+            layer.staged = key
+        self.current = query, key, beta, layer
+
     def mix(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, dropout: float = 0.0) -> Tensor:
-        """`pruned_attention`, mask (batch or 1, 1, queries, places) as `Visible` has it. Only after `current` was set."""
+        """`pruned_attention`, mask (batch or 1, 1, queries, places) bool, or added to the scores. Only after `attend_next`."""
         if mask is not None and mask.shape[1] != 1:
             raise InputError(f"attention mask: {mask.shape[1]} masks, one a head; context pruning takes one for all heads")
-        return pruned_attention(self, query, key, value, Visible(None if mask is None else mask[:, 0]), scale, dropout)
+        seen = None if mask is None else mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+        return pruned_attention(self, query, key, value, Visible(seen), scale, dropout)
 
 
 # ------------------------------------------------------------------------------------------------------- the decisions
@@ -281,7 +289,7 @@ def log_kept(
 class Visible(NamedTuple):
     """Who may look at whom, by places in the text.
 
-    mask: (batch or 1, queries, places) bool, or added to the scores; None: every token those before it.
+    mask: (batch or 1, queries, places) bool; None: every token those before it.
     """
 
     mask: Tensor | None
@@ -291,10 +299,7 @@ class Visible(NamedTuple):
 
     def starts(self) -> Tensor | None:
         """The first place each query may look at, (batch or 1, queries)."""
-        if self.mask is None:
-            return None
-        seen = self.mask if self.mask.dtype == torch.bool else self.mask == 0
-        return seen.int().argmax(-1)
+        return None if self.mask is None else self.mask.int().argmax(-1)
 
     def slots(self, places: Tensor, positions: Tensor) -> Tensor:
         """Which slots each query may look at, (batch or 1, queries, slots) bool; itself always, so that no row is empty."""
@@ -302,10 +307,9 @@ class Visible(NamedTuple):
         own = positions == places[:, None]
         if self.mask is None:
             return positions <= places[:, None]
-        seen = self.mask if self.mask.dtype == torch.bool else self.mask == 0
-        batch = max(seen.shape[0], positions.shape[0])
-        index = positions.expand(batch, seen.shape[1], -1)
-        return seen.expand(batch, -1, -1).gather(2, index) | own
+        batch = max(self.mask.shape[0], positions.shape[0])
+        index = positions.expand(batch, self.mask.shape[1], -1)
+        return self.mask.expand(batch, -1, -1).gather(2, index) | own
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None, dropout: float = 0.0) -> Tensor:
@@ -419,8 +423,7 @@ def _record(
     settings = interaction.settings
     pairs = (positions[:, None, :] < places[:, None]) & allowed
     if visible.mask is not None:  # queries that are padding have no context
-        seen = visible.mask if visible.mask.dtype == torch.bool else visible.mask == 0
-        pairs = pairs & seen.diagonal(dim1=1, dim2=2)[:, :, None]
+        pairs = pairs & visible.mask.diagonal(dim1=1, dim2=2)[:, :, None]
     pairs = pairs.expand(kept.shape)
     settings.kept[interaction.layer] = torch.where(pairs, kept, -torch.inf).exp().sum(), pairs.sum()
     with torch.no_grad():
@@ -452,11 +455,7 @@ def _before_attention(module: Any, arguments: tuple[Any, ...], kwargs: dict[str,
         return
     x = kwargs["hidden_states"] if "hidden_states" in kwargs else arguments[0]
     cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
-    layer = None if cache is None else _pruned_layer(cache, module.layer_idx)
-    query, key, beta = interaction(x, 0 if layer is None else layer.seen)
-    if layer is not None:
-        layer.staged = key
-    interaction.current = query, key, beta, layer
+    interaction.attend_next(x, None if cache is None else _pruned_layer(cache, module.layer_idx))
 
 
 def _pruned_layer(cache: Any, number: int) -> PrunedLayer:
@@ -551,10 +550,7 @@ def _before_our_attention(module: Any, arguments: tuple[Any, ...]) -> None:
     x, _, _, layer = arguments
     if layer is not None and not isinstance(layer, PrunedLayer):
         raise InputError("a cache made without context pruning: begin with Cache(PrunedLayer)")
-    query, key, beta = interaction(x, 0 if layer is None else layer.seen)
-    if layer is not None:
-        layer.staged = key
-    interaction.current = query, key, beta, layer
+    interaction.attend_next(x, layer)
 
 
 def _our_modules(network: Transformer) -> dict[int, nn.Module]:

@@ -26,7 +26,6 @@ from model.hub import locate
 from model.linear_cross_entropy import IGNORED_TARGET
 
 Gather = Callable[[nn.Parameter], AbstractContextManager]
-PREFIX = "model."  # before each of transformers' own names in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -229,15 +228,6 @@ def without_lora(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)  # pyright: ignore[reportCallIssue]
-
-
-def merge_lora(model: nn.Module) -> None:
-    """Add the adapters to the weights that they belong to, and take them out."""
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if hasattr(layer, "lora_A"):
-                layer.merge()  # pyright: ignore[reportCallIssue]
-                setattr(parent, name, layer.get_base_layer())  # pyright: ignore[reportCallIssue]
 
 
 def pretrained_weights(source: str) -> dict[str, Tensor]:

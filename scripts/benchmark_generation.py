@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 from model.config import PruningConfig
 from model.context_pruning import Settings, attach
 from model.pruned_cache import PrunedLayer
+from scripts.generate import cache_bytes
 
 CHUNK = 256  # tokens of the prompt at once
 
@@ -137,7 +138,7 @@ def one_round(model: Any, tokens: torch.Tensor, decode: int) -> tuple[float, flo
 
     def look(module: Any, arguments: Any, output: Any) -> None:
         nonlocal largest
-        largest = max(largest, sum(bytes_of(layer) for layer in cache.layers))
+        largest = max(largest, cache_bytes(cache))
 
     # each layer is looked at where its cache has all the new tokens and has dropped none of them yet
     hooks = [layer.self_attn.o_proj.register_forward_pre_hook(lambda m, a: look(m, a, None)) for layer in model.model.layers]
@@ -162,13 +163,7 @@ def one_round(model: Any, tokens: torch.Tensor, decode: int) -> tuple[float, flo
     for _ in range(decode):
         logits = model(logits.argmax(-1), past_key_values=cache).logits
     wait(model)
-    return (clock() - between) / decode, between - start, max(largest, sum(bytes_of(layer) for layer in cache.layers)), cache
-
-
-def bytes_of(layer: Any) -> int:
-    if isinstance(layer, PrunedLayer):
-        return layer.bytes()
-    return 0 if layer.keys is None else sum(buffer.numel() * buffer.element_size() for buffer in (layer.keys, layer.values))
+    return (clock() - between) / decode, between - start, max(largest, cache_bytes(cache)), cache
 
 
 def wait(model: Any) -> None:

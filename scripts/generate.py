@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
+from analysis.tokens import read_text
 from model.context_pruning import dense
 from model.errors import InputError
 from model.hub import locate
@@ -98,7 +99,7 @@ def generate(arguments: argparse.Namespace) -> None:
         raise InputError(f"{arguments.model}: has no context pruning, so there is no threshold and nothing to compare")
     if settings is not None and arguments.threshold is not None:
         settings.threshold = arguments.threshold
-    prompt = arguments.prompt if arguments.prompt_file is None else read(arguments.prompt_file)
+    prompt = arguments.prompt if arguments.prompt_file is None else read_text(arguments.prompt_file)
     tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
     if tokens.shape[1] == 0:
         raise InputError("the prompt has no token")
@@ -200,13 +201,6 @@ def open_model(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
             f"{source}: no tokenizer can be read from it: {next(iter(str(error).splitlines()), type(error).__name__)}"
         ) from None
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
-
-
-def read(file: str) -> str:
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from None
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from scripts.benchmark import OURS
 from training.data import Batch
 from training.distributed import Ranks, discover, leave, one_clear_line
 from training.engine import Engine, start_distributed
@@ -31,12 +32,7 @@ SIZES = {
     "17m": {"width": 384, "depth": 8, "heads": 6},
 }
 METHODS: dict[str, dict[str, Any]] = {
-    "pre_norm": {},
-    "outlier_protected": {"model": {"block": "outlier_protected"}},
-    "shaped": {"model": {"attention": "shaped"}},
-    "simplified": {"model": {"block": "simplified"}},
-    "sam": {"optimizer": {"sharpness_aware": "sam"}},
-    "functional_sam": {"optimizer": {"sharpness_aware": "functional_sam"}},
+    **OURS,
     "adafactor": {"optimizer": {"kind": "adafactor"}},
     "muon": {"optimizer": {"kind": "muon"}},
 }

@@ -11,6 +11,7 @@ import pytest
 import sentencepiece
 
 from model.errors import InputError
+from tests.training.tiny_pretrained import tiny_tokenizer
 from training.tokenizer import (
     END_OF_TEXT,
     SEGMENT_BYTES,
@@ -161,25 +162,8 @@ def test_save_and_load(tokenizer: SentencePieceTokenizer, tmp_path: Path) -> Non
 # ------------------------------------------------------------------------------------------------------------ pretrained
 
 
-def save_pretrained(folder: Path, eos_token: str | None) -> None:
-    """A byte-level BPE tokenizer as GPT-2's, with a handful of merges."""
-    tokenizers = pytest.importorskip("tokenizers")
-    transformers = pytest.importorskip("transformers")
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(["the quick brown fox jumps over the lazy dog"] * 9, trainer)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos_token).save_pretrained(folder)
-
-
 def test_a_pretrained_tokenizer(tmp_path: Path) -> None:
-    save_pretrained(tmp_path / "given", "<|endoftext|>")
+    tiny_tokenizer().save_pretrained(tmp_path / "given")
     tokenizer = pretrained_tokenizer(str(tmp_path / "given"))
     text = "the <|endoftext|> fox <|endoftext|>\0 🙂\r\n  ▁ " + "long " * 5000
     ids = tokenizer.encode(text)
@@ -196,7 +180,7 @@ def test_a_pretrained_tokenizer(tmp_path: Path) -> None:
 
 
 def test_a_pretrained_tokenizer_without_an_end_is_an_error(tmp_path: Path) -> None:
-    save_pretrained(tmp_path, None)
+    tiny_tokenizer(None).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="no end-of-sequence token"):
         pretrained_tokenizer(str(tmp_path))
 

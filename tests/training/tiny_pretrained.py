@@ -9,7 +9,8 @@ import torch
 import transformers
 
 
-def save_tiny_llama(folder: Path, seed: int = 0) -> None:
+def tiny_tokenizer(eos_token: str | None = "<|endoftext|>") -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer as GPT-2's, with a handful of merges."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
@@ -20,7 +21,11 @@ def save_tiny_llama(folder: Path, seed: int = 0) -> None:
         show_progress=False,
     )
     backend.train_from_iterator(["the quick brown fox jumps over the lazy dog"] * 9, trainer)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos_token)
+
+
+def save_tiny_llama(folder: Path, seed: int = 0) -> None:
+    tokenizer = tiny_tokenizer()
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer) + 3,
         hidden_size=36,
