@@ -10,7 +10,7 @@ from pathlib import Path
 
 from model.errors import InputError
 from training.distributed import leave, one_clear_line
-from training.recipe import load_recipe
+from training.recipe_file import load_recipe
 
 
 def main() -> None:

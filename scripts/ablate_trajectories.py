@@ -20,7 +20,7 @@ from typing import Any
 
 from analysis.runs import Run, read_json, read_metrics
 from training.data import prepare
-from training.recipe import load_recipe
+from training.recipe_file import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = "recipes/trajectory_grid.yaml"

@@ -58,7 +58,8 @@ from training.loop import train
 from training.metrics import peak_flops
 from training.optimizers import make_optimizer
 from training.plan import count_parameters, flops_per_token, passes
-from training.recipe import LoadedRecipe, Recipe, load_recipe
+from training.recipe import Recipe
+from training.recipe_file import LoadedRecipe, load_recipe
 from training.run_folder import describe_environment
 from training.sharpness_aware import take_step
 from training.token_shards import FORMAT, SPLITS

@@ -31,7 +31,8 @@ from training.data import Batch
 from training.distributed import Ranks, discover, leave, one_clear_line, sum_over_ranks
 from training.engine import Engine, start_distributed
 from training.plan import accumulation_steps
-from training.recipe import LoadedRecipe, load_recipe, model_config
+from training.recipe import model_config
+from training.recipe_file import LoadedRecipe, load_recipe
 from training.run_folder import describe_environment
 from training.saver import HostCopies, Saved, Saver
 from training.watchdog import Watchdog

@@ -27,7 +27,8 @@ from training.data import Batch
 from training.distributed import discover, leave, one_clear_line
 from training.engine import Engine, start_distributed
 from training.plan import accumulation_steps, passes, plan
-from training.recipe import Recipe, SharpnessSection, load_recipe, model_config
+from training.recipe import Recipe, SharpnessSection, model_config
+from training.recipe_file import load_recipe
 from training.run_folder import describe_environment
 from training.sharpness_aware import take_step
 

@@ -38,7 +38,7 @@ import torch
 from model.errors import InputError
 from training.data import prepare
 from training.distributed import one_clear_line
-from training.recipe import load_recipe
+from training.recipe_file import load_recipe
 from training.run_folder import describe_environment
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,7 +18,7 @@ from typing import Any
 from analysis.pictures import RUN_COLOURS
 from analysis.runs import find_run, read_metrics
 from training.data import prepare
-from training.recipe import load_recipe
+from training.recipe_file import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -31,7 +31,7 @@ from analysis.runs import Run, find_run, read_metrics
 from analysis.shards import open_checkpoint
 from analysis.tokens import encoder, validation_tokens
 from training.data import prepare
-from training.recipe import load_recipe
+from training.recipe_file import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, TUNING_SEED = 512, 100

@@ -36,7 +36,8 @@ from model.parametrization import initialize
 from model.section import resizing
 from model.transformer import Transformer
 from training.optimizers import make_optimizer
-from training.recipe import Recipe, load_recipe
+from training.recipe import Recipe
+from training.recipe_file import load_recipe
 
 LARGEST_SLOPE, FIRST_STEP = 0.25, 3
 MODULES = ("residual", "attention", "mlp", "scores", "logits", "logits_moved")

@@ -20,7 +20,8 @@ from model.errors import InputError
 from training.communication import scaling
 from training.distributed import leave, one_clear_line
 from training.plan import plan
-from training.recipe import Recipe, load_recipe, model_config
+from training.recipe import Recipe, model_config
+from training.recipe_file import load_recipe
 
 LARGEST_MICRO_BATCH = 1024
 

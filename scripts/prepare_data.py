@@ -11,7 +11,7 @@ import time
 
 from model.errors import InputError
 from training.data import PreparedData, prepare, require_step
-from training.recipe import load_recipe
+from training.recipe_file import load_recipe
 
 
 def summary(prepared: PreparedData) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from training.recipe import load_recipe
+from training.recipe_file import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ("quickstart_pre_norm", "quickstart_outlier_protected")

@@ -34,7 +34,7 @@ from model.errors import InputError
 from scripts.compare_sharpness_aware import Results
 from scripts.coordinate_check import add_size_arguments, axis_and_sizes, size_overrides
 from training.data import prepare
-from training.recipe import load_recipe
+from training.recipe_file import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDING = "standard_embedding"

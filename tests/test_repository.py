@@ -18,7 +18,8 @@ from scripts.check_imports import violations
 from scripts.recipe_schema import SCHEMA_PATH, schema_text
 from tests.training.tiny_pretrained import save_tiny_llama
 from training.plan import plan
-from training.recipe import load_recipe, model_config
+from training.recipe import model_config
+from training.recipe_file import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

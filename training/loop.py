@@ -28,7 +28,8 @@ from training.metrics import MFU_DEFINITION, Metrics, PeakMemory, duration, peak
 from training.optimizers import describe_groups, learning_rate
 from training.plan import accumulation_steps, memory_advice, passes, plan
 from training.profiling import profiled
-from training.recipe import LoadedRecipe, Recipe, model_config
+from training.recipe import Recipe, model_config
+from training.recipe_file import LoadedRecipe
 from training.run_folder import check_run_folder, describe_environment, open_run_folder, write_json
 from training.saver import Saver
 from training.sharpness_aware import Outcome, take_step

@@ -25,7 +25,8 @@ from model.transformer import Transformer
 from training.memory import Memory, predict
 from training.network import Network, make_network
 from training.optimizers import state_elements
-from training.recipe import ContextPruningSection, LoadedRecipe, Recipe, model_config, zero_stage
+from training.recipe import ContextPruningSection, Recipe, model_config, zero_stage
+from training.recipe_file import LoadedRecipe
 
 FLOPS_CONVENTION = (
     "6 N_matmul + 12 depth width length a token, forward and backward; N_matmul counts every matrix but the embedding",

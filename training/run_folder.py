@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from model.errors import InputError
-from training.recipe import LoadedRecipe, differences, dump_recipe
+from training.recipe_file import LoadedRecipe, differences, dump_recipe
 from training.run_lock import RunLock
 
 _PACKAGES = ("deepspeed", "transformers", "datasets", "sentencepiece", "numpy")

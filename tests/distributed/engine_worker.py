@@ -21,7 +21,8 @@ from training.data import Batch
 from training.distributed import Ranks, discover, leave, sum_over_ranks
 from training.engine import Engine, deepspeed, start_distributed
 from training.optimizers import JointOptimizer, make_optimizer
-from training.recipe import LoadedRecipe, load_recipe, model_config
+from training.recipe import model_config
+from training.recipe_file import LoadedRecipe, load_recipe
 
 VOCAB, LENGTH, SEQUENCES, SIZE = 333, 32, 8, 2
 # Blocks with gains of their own, each with a parametrization whose factors reach into the network and the optimizer

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training.data import Batch
 from training.distributed import Ranks, discover, leave
 from training.engine import Engine, start_distributed
-from training.recipe import load_recipe, model_config
+from training.recipe import model_config
+from training.recipe_file import load_recipe
 from training.sharpness_aware import take_step
 
 READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default, torch.ops.aten.equal.default)

@@ -17,7 +17,8 @@ from tests.distributed.engine_worker import VOCAB
 from training.data import Batch
 from training.distributed import Ranks, discover, leave
 from training.engine import Engine, start_distributed
-from training.recipe import load_recipe, model_config
+from training.recipe import model_config
+from training.recipe_file import load_recipe
 
 KINDS = ("adafactor", "muon", "soap")
 

@@ -29,7 +29,8 @@ from training.data import Batch
 from training.distributed import Ranks, discover, leave
 from training.engine import Engine, deepspeed, start_distributed
 from training.plan import plan
-from training.recipe import Recipe, load_recipe, model_config
+from training.recipe import Recipe, model_config
+from training.recipe_file import load_recipe
 from training.sharpness_aware import compare, take_step
 
 VOCAB, LENGTH, STEPS = 53, 12, 3

@@ -22,7 +22,8 @@ from tests.distributed.conftest import ROOT, records
 from tests.distributed.resharding_worker import LAYOUTS
 from tests.distributed.survival_worker import RUNS
 from training.data import Sequences, open_prepared
-from training.recipe import load_recipe, model_config
+from training.recipe import model_config
+from training.recipe_file import load_recipe
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1600)]  # two minutes on a quiet machine, far more on a busy one
 ROUNDING = 2e-6  # relative: float32 sums taken in another order

@@ -17,7 +17,8 @@ from model.parametrization import initialize
 from model.transformer import IGNORED_TARGET, Transformer
 from tests.distributed.conftest import LIMIT, ROOT, Launch, losses, records
 from training.data import Sequences, open_prepared
-from training.recipe import load_recipe, model_config
+from training.recipe import model_config
+from training.recipe_file import load_recipe
 
 pytestmark = pytest.mark.distributed
 STAGES = (0, 1, 2, 3)

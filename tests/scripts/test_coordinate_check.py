@@ -14,7 +14,8 @@ from model.attention import Context, rotary_tables
 from model.parametrization import initialize
 from model.transformer import Transformer
 from scripts.coordinate_check import MODULES, main, size_overrides, slope, train
-from training.recipe import load_recipe, model_config
+from training.recipe import model_config
+from training.recipe_file import load_recipe
 
 RECIPE = """
 model: {width: 32, depth: 2, heads: 2, init_std: 0.1}

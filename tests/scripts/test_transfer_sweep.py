@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from scripts.transfer_sweep import Job, Sweep, main, optimum_of
-from training.recipe import load_recipe
+from training.recipe_file import load_recipe
 
 RECIPE = """
 model: {width: 16, depth: 2, heads: 2, init_std: 0.1}

@@ -19,7 +19,8 @@ from training.context_pruning import PruningController, alpha_at, target_at
 from training.network import make_network
 from training.optimizers import parameter_groups
 from training.plan import count_parameters
-from training.recipe import ContextPruningSection, OptimizerSection, load_recipe
+from training.recipe import ContextPruningSection, OptimizerSection
+from training.recipe_file import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"width": 16, "depth": 2, "heads": 2, "vocab_size": 31, "sequence_length": 12}

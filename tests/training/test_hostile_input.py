@@ -15,7 +15,7 @@ from model.errors import InputError
 from training.checkpoint import newest_whole, read_manifest
 from training.data import open_prepared
 from training.distributed import Ranks
-from training.recipe import load_recipe
+from training.recipe_file import load_recipe
 from training.tokenizer import pretrained_tokenizer
 
 ALONE = Ranks(0, 1, 0, 1)

@@ -24,7 +24,8 @@ from scripts.plan import largest_micro_batch
 from training.communication import bytes_sent, scaling
 from training.memory import activation_bytes, predict
 from training.plan import accumulation_steps, count_parameters, flops_per_token, format_plan, memory_advice, plan, print_plan
-from training.recipe import CheckpointSection, LoadedRecipe, Recipe, model_config
+from training.recipe import CheckpointSection, Recipe, model_config
+from training.recipe_file import LoadedRecipe
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,7 +8,8 @@ import pytest
 
 from model.errors import InputError
 from training.plan import print_plan
-from training.recipe import Recipe, differences, dump_recipe, load_recipe, model_config
+from training.recipe import Recipe, model_config
+from training.recipe_file import differences, dump_recipe, load_recipe
 
 MINIMAL = """
 model: {size: nano}

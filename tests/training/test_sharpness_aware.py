@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-import training.recipe
+import training.recipe_problems
 from model.config import ModelConfig
 from model.errors import InputError
 from model.parametrization import initialize
 from model.transformer import Transformer
 from training.master_weights import MasterWeights
 from training.plan import accumulation_steps, format_plan, passes, plan
-from training.recipe import OptimizerSection, Recipe, load_recipe
+from training.recipe import OptimizerSection, Recipe
+from training.recipe_file import load_recipe
 from training.sharpness_aware import perturb_along, radius_at, split_of, unit_norm
 
 MINIMAL = """
@@ -204,5 +205,5 @@ def test_what_a_step_costs(path: Path, options: dict[str, Any], first: float, la
 def test_every_optimizer_with_a_second_moment_is_one_of_the_kinds() -> None:
     kinds = OptimizerSection.model_json_schema()["properties"]["kind"]
     known = kinds.get("enum", [kinds.get("const")])
-    assert set(training.recipe._WITH_SECOND_MOMENT) <= set(known)
+    assert set(training.recipe_problems._WITH_SECOND_MOMENT) <= set(known)
     assert Recipe.model_fields["optimizer"].default.sharpness_aware == "none"

@@ -1,0 +1,219 @@
+"""What is wrong with a recipe that no single field can say: fields that need or exclude one another, each problem one line."""
+
+from __future__ import annotations
+
+import difflib
+
+from model.config import SIZES, SMALLEST_ALPHA
+from model.errors import InputError
+from training.recipe import Recipe, model_config, zero_stage
+
+# What Burnish writes into DeepSpeed's configuration itself, and where a recipe says it.
+_SET_ELSEWHERE = {
+    "train_batch_size": "training.tokens_per_step",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.tokens_per_step",
+    "gradient_clipping": "training.gradient_clipping",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.schedule",
+    "tensorboard": "logging.tensorboard",
+}
+# DeepSpeed ignores a top-level key it does not know, so a mistyped one would silently do nothing. Its own list is spread over
+# its parser; these are the keys that its 0.19 documentation names and that make sense here.
+_DEEPSPEED_KEYS = (
+    "zero_optimization", "bf16", "torch_autocast", "data_types", "communication_data_type", "prescale_gradients",
+    "gradient_predivide_factor", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+    "activation_checkpointing", "aio", "checkpoint", "comms_logger", "compile", "dump_state", "flops_profiler",
+    "memory_breakdown", "seq_parallel_communication_data_type", "steps_per_print", "wall_clock_breakdown",
+    "disable_allgather", "dataloader_drop_last", "tensor_parallel", "sequence_parallel_size", "timers", "wandb",
+    "csv_monitor", "comet",
+)  # fmt: skip
+
+
+# Of these, the ones that are sections
+_DEEPSPEED_SECTIONS = (
+    "zero_optimization", "bf16", "torch_autocast", "data_types", "activation_checkpointing", "aio", "checkpoint", "comms_logger",
+    "compile", "flops_profiler", "tensor_parallel", "timers", "wandb", "csv_monitor", "comet",
+)  # fmt: skip
+
+
+def problems_between_fields(recipe: Recipe) -> list[str]:
+    """What single fields cannot say: fields that need or exclude one another."""
+    problems = []
+    model, data, training = recipe.model, recipe.data, recipe.training
+    if model.size is not None and model.size not in SIZES:
+        near = difflib.get_close_matches(model.size, SIZES, n=1)
+        problems.append(f"model.size: {model.size!r} is not one of {', '.join(SIZES)}" + (f"; did you mean {near[0]}?" if near else ""))
+    missing = [name for name in ("width", "depth", "heads") if getattr(model, name) is None]
+    if model.pretrained is not None:
+        beside = sorted(model.model_fields_set - {"pretrained", "sequence_length"})
+        if beside:
+            problems.append(f"model.{beside[0]}: model.pretrained brings its own shape; leave {', '.join(beside)} out")
+        if data.tokenizer.kind != "pretrained":
+            problems.append("data.tokenizer.kind: model.pretrained needs the tokenizer that it was trained with: kind pretrained")
+        problems.extend(_pretrained_problems(recipe))
+    elif recipe.context_pruning is not None and recipe.context_pruning.trainable == "lora":
+        problems.append("context_pruning.trainable: lora adapts a pretrained model (model.pretrained); use all or interactions")
+    elif model.size is None and missing:
+        problems.append(f"model: give a size ({', '.join(SIZES)}), or also {' and '.join(missing)}")
+    if not problems and model.pretrained is None:
+        try:
+            model_config(recipe, vocab_size=1)
+        except InputError as error:
+            problems.extend(str(error).splitlines())
+    if model.sequence_length is not None and training.sequence_length > model.sequence_length:
+        problems.append(
+            f"training.sequence_length: {training.sequence_length} is over the model's {model.sequence_length} (model.sequence_length)"
+        )
+    if training.tokens < training.tokens_per_step:
+        problems.append(
+            f"training.tokens: {training.tokens} is less than one step of {training.tokens_per_step} tokens (training.tokens_per_step)"
+        )
+    if data.source == "files" and not data.paths:
+        problems.append("data.paths: required with source files: the files, folders or globs to read")
+    if data.source == "huggingface" and not data.dataset:
+        problems.append("data.dataset: required with source huggingface: a hub name or a local folder")
+    if data.tokenizer.kind == "pretrained" and not (data.tokenizer.path or model.pretrained):
+        problems.append("data.tokenizer.path: required with kind pretrained: a local folder or a hub name")
+    saving, back = recipe.checkpoint, training.loss_spikes.rewind_steps
+    if training.loss_spikes.action == "rewind" and saving.keep_last is not None and (saving.keep_last - 1) * saving.every < back:
+        problems.append(
+            f"checkpoint.keep_last: {saving.keep_last} checkpoints, every {saving.every} steps, do not reach back {back} steps "
+            "(training.loss_spikes.rewind_steps); keep more"
+        )
+    if training.loss_spikes.warmup > training.loss_spikes.window:
+        problems.append(
+            f"training.loss_spikes.warmup: {training.loss_spikes.warmup} is over the window of {training.loss_spikes.window} losses"
+        )
+    if training.memory_budget_gb is not None and training.activation_checkpointing != "auto":
+        problems.append("training.memory_budget_gb: only activation_checkpointing auto looks at it; leave it out, or set that")
+    blocks = training.activation_checkpointing
+    if isinstance(blocks, int) and not isinstance(blocks, bool) and blocks < 0:
+        problems.append(f"training.activation_checkpointing: {blocks} is not a number of blocks")
+    if any(not 0 <= beta < 1 for beta in recipe.optimizer.betas):
+        problems.append(f"optimizer.betas: expected two numbers in [0, 1), found {list(recipe.optimizer.betas)}")
+    return problems + _pruning_problems(recipe) + _optimizer_problems(recipe) + _sharpness_problems(recipe) + _deepspeed_problems(recipe)
+
+
+def _pretrained_problems(recipe: Recipe) -> list[str]:
+    problems = []
+    if recipe.optimizer.sharpness_aware == "functional_sam":
+        problems.append(
+            "optimizer.sharpness_aware: functional_sam goes through our own network's unembedding; use sam with model.pretrained"
+        )
+    if recipe.evaluation.curvature_every:
+        problems.append("evaluation.curvature_every: is measured on our own network alone; leave it out with model.pretrained")
+    if recipe.optimizer.kind == "muon":
+        problems.append("optimizer.kind: muon is for the blocks of our own network; use adamw with model.pretrained")
+    return problems
+
+
+def _pruning_problems(recipe: Recipe) -> list[str]:
+    pruning, problems = recipe.context_pruning, []
+    if pruning is None:
+        return []
+    if pruning.target_kept is None and pruning.sparsity_weight == 0:
+        problems.append("context_pruning: nothing makes it drop anything; give target_kept, or a sparsity_weight")
+    for name in ("alpha_start", "alpha_end"):
+        if 1 < getattr(pruning, name) < SMALLEST_ALPHA:
+            problems.append(f"context_pruning.{name}: {getattr(pruning, name)}, expected 1 or at least {SMALLEST_ALPHA}")
+    if pruning.rope and pruning.rank % 2:
+        problems.append(f"context_pruning.rank: {pruning.rank} is odd, and rope rotates pairs")
+    if recipe.training.compile:
+        problems.append("training.compile: context pruning runs uncompiled; switch one of the two off")
+    if recipe.optimizer.sharpness_aware == "functional_sam":
+        problems.append(
+            "optimizer.sharpness_aware: functional_sam holds the loss's derivative at the logits, and the sparsity term does not go "
+            "through them; use sam"
+        )
+    return problems
+
+
+def _optimizer_problems(recipe: Recipe) -> list[str]:
+    optimizer, problems = recipe.optimizer, []
+    for field, kind in (("momentum", "muon"), ("precondition_frequency", "soap"), ("largest_preconditioner", "soap")):
+        if getattr(optimizer, field) is not None and optimizer.kind != kind:
+            problems.append(f"optimizer.{field}: only {kind} has it, and optimizer.kind is {optimizer.kind}; leave it out")
+    zero = recipe.deepspeed.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    if optimizer.kind != "adamw" and stage != 0:
+        problems.append(
+            f"optimizer.kind: {optimizer.kind} needs whole matrices, which ZeRO stage {stage} cuts into flat shards; "
+            "set deepspeed.zero_optimization.stage: 0, or use adamw"
+        )
+    return problems
+
+
+# Optimizers that keep a second moment of each weight, as `exp_avg_sq`
+_WITH_SECOND_MOMENT = ("adamw",)
+
+
+def _sharpness_problems(recipe: Recipe) -> list[str]:
+    optimizer, options = recipe.optimizer, recipe.optimizer.sharpness
+    problems = []
+    if recipe.evaluation.curvature_every and recipe.training.precision != "fp32":
+        problems.append(
+            "evaluation.curvature_every: bf16 rounds away what it looks at; use training.precision fp32, or, on the checkpoints, "
+            "python -m analysis curvature"
+        )
+    if optimizer.sharpness_aware == "none":
+        return problems
+    if options.precondition and optimizer.kind not in _WITH_SECOND_MOMENT:
+        problems.append(
+            f"optimizer.sharpness.precondition: needs an optimizer with a second moment ({', '.join(_WITH_SECOND_MOMENT)}); "
+            f"{optimizer.kind} has none"
+        )
+    if options.split_every is not None and options.ascent_fraction < 1:
+        problems.append("optimizer.sharpness.split_every: compares gradients of the same tokens, so ascent_fraction has to be 1")
+    if options.store_logits and optimizer.sharpness_aware != "functional_sam" and options.split_every is None:
+        problems.append("optimizer.sharpness.store_logits: only functional_sam needs the first pass's logits")
+    if options.float32_second_pass:
+        key, training = "optimizer.sharpness.float32_second_pass", recipe.training
+        if training.precision == "fp32":
+            problems.append(f"{key}: training.precision is fp32 already; leave it out")
+        elif training.compile:
+            problems.append(f"{key}: compiled blocks (training.compile) run in bf16 alone; switch one of the two off")
+        elif zero_stage(recipe) == 3:
+            problems.append(f"{key}: needs whole weights, which ZeRO stage 3 does not hold; use a lower stage, or training.precision fp32")
+    if recipe.deepspeed.get("torch_autocast"):
+        problems.append("deepspeed.torch_autocast: its weights cannot be perturbed (optimizer.sharpness_aware); use training.precision")
+    zero = recipe.deepspeed.get("zero_optimization")
+    for key in ("offload_optimizer", "offload_param"):
+        section = zero.get(key) if isinstance(zero, dict) else None
+        if isinstance(section, dict) and section.get("device") == "nvme":
+            problems.append(
+                f"deepspeed.zero_optimization.{key}.device: weights on nvme cannot be perturbed (optimizer.sharpness_aware); use cpu"
+            )
+    return problems
+
+
+def _deepspeed_problems(recipe: Recipe) -> list[str]:
+    problems = []
+    for key in recipe.deepspeed:
+        if key in _SET_ELSEWHERE:
+            problems.append(f"deepspeed.{key}: set by Burnish; say it as {_SET_ELSEWHERE[key]}")
+        elif key == "fp16":
+            problems.append("deepspeed.fp16: Burnish trains in fp32 or bf16; say it as training.precision")
+        elif key not in _DEEPSPEED_KEYS:
+            near = difflib.get_close_matches(key, _DEEPSPEED_KEYS, n=1)
+            problems.append(
+                f"deepspeed.{key}: unknown key"
+                + (f"; did you mean deepspeed.{near[0]}?" if near else f"; known: {', '.join(_DEEPSPEED_KEYS)}")
+            )
+    for key in _DEEPSPEED_SECTIONS:
+        if not isinstance(recipe.deepspeed.get(key, {}), dict):
+            example = " such as {stage: 2}" if key == "zero_optimization" else ""
+            problems.append(f"deepspeed.{key}: expected a mapping{example}, found {str(recipe.deepspeed[key])[:80]!r}")
+    zero = recipe.deepspeed.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        return problems
+    if zero.get("stage", 0) not in (0, 1, 2, 3):
+        problems.append(f"deepspeed.zero_optimization.stage: expected 0, 1, 2 or 3, found {zero['stage']!r}")
+    bf16 = recipe.deepspeed.get("bf16", {})
+    if isinstance(bf16, dict) and bf16.get("enabled", recipe.training.precision == "bf16") != (recipe.training.precision == "bf16"):
+        problems.append("deepspeed.bf16.enabled: contradicts training.precision; leave it out")
+    if zero.keys() - {"stage"}:
+        from training.engine import zero_section_problems  # DeepSpeed takes seconds to import
+
+        problems.extend(f"deepspeed.zero_optimization.{problem}" for problem in zero_section_problems(zero))
+    return problems
