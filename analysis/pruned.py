@@ -23,10 +23,11 @@ from analysis.runs import Run, find_run, read_json
 from analysis.tokens import Tokenizer, run_tokenizer, tokenizer_of_transformers
 from model import pruning_files
 from model.config import ModelConfig, PruningConfig
-from model.context_pruning import Policy, Settings, attach, structure_of
+from model.context_pruning import Policy, Settings, structure_of
 from model.errors import InputError
 from model.hub import locate
 from model.pretrained import LoraShape, PretrainedDecoder, PretrainedModel, quieten, without_lora
+from model.pruning_hooks import attach
 from model.transformer import Transformer
 
 NEVER = PruningConfig(rank=1, window=1 << 40)  # every token is within the window

@@ -22,10 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model.context_pruning import attach, settings_of, structure_of
+from model.context_pruning import settings_of, structure_of
 from model.errors import InputError
 from model.hub import locate
 from model.pretrained import LoraShape, add_lora, quieten
+from model.pruning_hooks import attach
 
 DESCRIPTION, TENSORS = "context_pruning.json", "context_pruning.safetensors"
 

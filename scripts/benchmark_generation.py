@@ -21,8 +21,9 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from model.config import PruningConfig
-from model.context_pruning import Settings, attach
+from model.context_pruning import Settings
 from model.pruned_cache import PrunedLayer
+from model.pruning_hooks import attach
 from scripts.generate import cache_bytes
 
 CHUNK = 256  # tokens of the prompt at once

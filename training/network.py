@@ -25,7 +25,7 @@ def make_network(
     """
     network = PretrainedDecoder(config) if isinstance(config, PretrainedModel) else Transformer(config)
     if pruning is not None:
-        from model.context_pruning import attach  # transformers takes seconds to import
+        from model.pruning_hooks import attach  # transformers takes seconds to import
 
         attach(network, pruning.structure(), seed, gather)
         if pruning.trainable != "all":

@@ -24,8 +24,9 @@ from analysis.runs import find_run
 from analysis.tokens import run_tokenizer, tokenizer_of_transformers
 from model.cache import Cache
 from model.config import PruningConfig
-from model.context_pruning import Decided, attach, observing, settings_of
+from model.context_pruning import Decided, observing, settings_of
 from model.pruned_cache import PrunedLayer
+from model.pruning_hooks import attach
 from model.transformer import Transformer
 
 LENGTH, CALIBRATING = 96, 4  # as many texts calibrate as are measured

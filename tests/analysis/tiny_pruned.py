@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from model.config import ModelConfig, PruningConfig
-from model.context_pruning import attach
 from model.parametrization import initialize
 from model.pretrained import LoraShape, PretrainedDecoder, describe, load, pretrained_weights
+from model.pruning_hooks import attach
 from model.transformer import Transformer
 from tests.analysis.conftest import write_checkpoint
 

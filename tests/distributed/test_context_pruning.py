@@ -12,8 +12,8 @@ import yaml
 
 from analysis.shards import open_checkpoint
 from model.config import PruningConfig
-from model.context_pruning import attach
 from model.pretrained import LoraShape, PretrainedDecoder, PretrainedModel, pretrained_weights
+from model.pruning_hooks import attach
 from tests.distributed.conftest import Launch, losses, records, write_corpus
 from tests.training.tiny_pretrained import save_tiny_llama
 

@@ -20,7 +20,6 @@ from model.config import ModelConfig, PruningConfig
 from model.context_pruning import (
     Decided,
     Settings,
-    attach,
     attend,
     dense,
     interactions,
@@ -34,6 +33,7 @@ from model.errors import InputError
 from model.huggingface import BurnishForCausalLM, transformers_config
 from model.parametrization import initialize
 from model.pruned_cache import PrunedLayer
+from model.pruning_hooks import attach
 from model.transformer import IGNORED_TARGET, Transformer
 
 transformers.logging.set_verbosity_error()

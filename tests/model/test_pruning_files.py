@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from model.config import PruningConfig
-from model.context_pruning import attach, dense, settings_of
+from model.context_pruning import dense, settings_of
 from model.errors import InputError
 from model.pretrained import LoraShape, add_lora
 from model.pruning_files import DESCRIPTION, TENSORS, load, save, switch_on
+from model.pruning_hooks import attach
 
 transformers.logging.set_verbosity_error()
 LORA = LoraShape(rank=3, alpha=6.0)

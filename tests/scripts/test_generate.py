@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from model.config import PruningConfig
-from model.context_pruning import attach
 from model.pruning_files import save
+from model.pruning_hooks import attach
 from scripts import benchmark_generation, generate
 from tests.training.tiny_pretrained import save_tiny_llama
 
