@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from analysis.pictures import RUN_COLOURS
 from analysis.runs import find_run, read_metrics
+from scripts.many_runs import run_python
 from training.data import prepare
 from training.recipe_file import load_recipe
 
-ROOT = Path(__file__).resolve().parent.parent
 # run: what it is, its recipe, and what differs from that
 ABLATION: dict[str, tuple[str, str, list[str]]] = {
     "ablation_pre_norm": ("pre-norm, AdamW", "ablation_pre_norm", []),
@@ -53,7 +50,7 @@ def main() -> int:
         list(pool.map(lambda job: train(job[0], job[1], arguments.runs, corpus), jobs))
     folders = {f"{name}_seed{seed}": Path(arguments.runs) / f"{name}_seed{seed}" for name, seed in jobs}
     scratch = Path(arguments.runs) / "quantization"
-    call("quantise", [sys.executable, "-m", "analysis", "quantization", *map(str, folders.values()), "--out", str(scratch)])
+    run_python("quantise", ["-m", "analysis", "quantization", *map(str, folders.values()), "--out", str(scratch)])
     quantized = {entry["name"]: entry for entry in json.loads((scratch / "quantization.json").read_text())["checkpoints"]}
     found = {name: [figures(folders[f"{name}_seed{seed}"], seed, quantized) for seed in arguments.seeds] for name in arguments.networks}
     out = Path(arguments.out)
@@ -159,20 +156,7 @@ def corpus_of(runs: Path) -> str:
 def train(name: str, seed: int, runs: str, corpus: str) -> None:
     run, (_, recipe, different) = f"{name}_seed{seed}", ABLATION[name]
     overrides = [*different, f"run.seed={seed}", f"run.name={run}", f"run.folder={runs}", f"data.prepared={corpus}"]
-    call(run, [sys.executable, "train.py", f"recipes/{recipe}.yaml", *overrides], log=Path(runs) / f"{run}.log")
-
-
-def call(what: str, command: list[str], log: Path | None = None) -> None:
-    """Run a command in one thread; its output goes to `log`, where given. Ends this program when it fails."""
-    print(f"{what} ...", flush=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    if log is not None:
-        log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a") if log is not None else nullcontext() as output:
-        code = subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=output and subprocess.STDOUT).returncode
-    if code:
-        raise SystemExit(f"{what}: failed with exit code {code}" + (f"; see {log}" if log else ""))
-    print(f"{what}: done", flush=True)
+    run_python(run, ["train.py", f"recipes/{recipe}.yaml", *overrides], Path(runs) / f"{run}.log")
 
 
 if __name__ == "__main__":

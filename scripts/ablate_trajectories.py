@@ -2,27 +2,23 @@
 
 Momentum x weight decay x learning rate x batch, on as many tokens each and 25 checkpoints evenly spaced; beside it three widths, an
 Outlier-Protected network, and Functional-SAM. After each run `python -m analysis trajectory` reads its checkpoints, which are then
-deleted (`--keep-checkpoints`). Figures go to the file --out, and a picture beside it. Launched again it carries on.
+deleted (`--keep-checkpoints`). What a run came to is written to --out as soon as it is known, a picture beside it at the end; launched
+again, with more seeds say, it carries on.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from analysis.runs import Run, read_json, read_metrics
-from training.data import prepare
-from training.recipe_file import load_recipe
+from scripts.many_runs import Results, common_corpus, environment_of, run_python
 
-ROOT = Path(__file__).resolve().parent.parent
 RECIPE = "recipes/trajectory_grid.yaml"
 TOKENS = 589_824
 INTERVALS = 24
@@ -67,27 +63,17 @@ def overrides_of(settings: dict[str, float]) -> list[str]:
     ]
 
 
-def train(name: str, overrides: list[str], seed: int, runs: Path, corpus: str, keep: bool) -> None:
-    """Train a run and analyse it, unless that is done already."""
+def train(name: str, overrides: list[str], seed: int, runs: Path, corpus: Path, keep: bool) -> Path:
+    """Train a run and analyse it, unless that is done; returns its folder."""
     run = runs / f"{name}_seed{seed}"
     if (run / "report" / "trajectory.json").exists():
-        return
+        return run
     common = [f"run.seed={seed}", f"run.name={run.name}", f"run.folder={runs}", f"data.prepared={corpus}"]
-    call(run.name, [sys.executable, "train.py", RECIPE, *overrides, *common], runs / f"{run.name}.log")
-    call(run.name, [sys.executable, "-m", "analysis", "trajectory", str(run)], runs / f"{run.name}.log")
+    run_python(run.name, ["train.py", RECIPE, *overrides, *common], runs / f"{run.name}.log")
+    run_python(f"{run.name} trajectory", ["-m", "analysis", "trajectory", str(run)], runs / f"{run.name}.log")
     if not keep:
         shutil.rmtree(run / "checkpoints")
-
-
-def call(what: str, command: list[str], log: Path) -> None:
-    """Run a command in one thread, its output into `log`. Ends this program when it fails."""
-    print(f"{what}: {command[1] if command[1] != '-m' else command[3]}", flush=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with open(log, "a") as output:
-        code = subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT).returncode
-    if code:
-        raise SystemExit(f"{what}: failed with exit code {code}; see {log}")
+    return run
 
 
 # what is measured of a run, and its name in a table
@@ -128,7 +114,7 @@ def figures(run: Path) -> dict[str, Any]:
             layer: {part: {key: kinds[part][key] for key in ("omega_relative", "mean_consecutive_update_angle")} for part in parts}
             for layer, kinds in result["layers_by_kind"].items()
         },
-        "relative_map": network["relative_map"],
+        "relative_map": [[None if x is None else round(x, 3) for x in row] for row in network["relative_map"]],
         "steps": result["steps"],
     }
 
@@ -164,57 +150,33 @@ def interaction(grid: list[dict[str, Any]], measure: str) -> dict[str, float | N
     }
 
 
-def summarize(runs: Path, seeds: list[int]) -> dict[str, Any]:
-    """Figures of the runs that are there, and the effects of the factors; `missing` names the others."""
-    grid, beside, missing = [], [], []
-    for seed in seeds:
-        for settings in settings_of_grid():
-            run = runs / f"{name_of(settings)}_seed{seed}"
-            if (run / "report" / "trajectory.json").exists():
-                grid.append({"settings": settings, "seed": seed, "figures": figures(run)})
-            else:
-                missing.append(run.name)
-        for name, (what, _) in BESIDE.items():
-            run = runs / f"{name}_seed{seed}"
-            if (run / "report" / "trajectory.json").exists():
-                beside.append({"name": name, "what": what, "seed": seed, "figures": figures(run)})
-            else:
-                missing.append(run.name)
-    first = next(runs.glob("*/report/trajectory.json"))
-    environment = read_json(first.parents[1] / "environment.json")
-    del environment["command"]  # of that run alone
+def summarize(results: Results) -> dict[str, Any]:
+    """The effects of the factors, over the runs that are known."""
+    grid = [run for run in results.runs.values() if "settings" in run]
     return {
-        "command": f"python -m scripts.ablate_trajectories --seeds {' '.join(map(str, seeds))}",
-        "environment": environment,
-        "tokens": TOKENS,
-        "factors": FACTORS,
-        "null_values": read_json(first)["null_values"],
         "effects": {measure: effects(grid, measure) for measure in MEASURES},
         "momentum_at_each_weight_decay": {measure: interaction(grid, measure) for measure in MEASURES},
-        "grid": grid,
-        "beside": beside,
-        "missing": missing,
     }
 
 
-def tables(result: dict[str, Any]) -> str:
+def tables(summary: dict[str, Any], runs: list[dict[str, Any]]) -> str:
     """For the terminal and docs/trajectories.md."""
     head = "| " + " | ".join(["from lowest to highest", *(f"{f} {v[0]:g} → {v[-1]:g}" for f, v in FACTORS.items())]) + " |"
     lines = [head, "|---" * (1 + len(FACTORS)) + "|"]
     for measure, label in MEASURES.items():
         cells = [label]
         for factor in FACTORS:
-            one = result["effects"][measure].get(factor)
+            one = summary["effects"][measure].get(factor)
             cells.append(f"{one['mean']:+.3g} ± {one['deviation']:.2g} ({one['up']} of {one['pairs']} up)" if one else "–")
         lines.append("| " + " | ".join(cells) + " |")
     shown = ("omega", "omega_relative", "straightness", "update_angle", "norm_growth", "participation_ratio", "validation_loss")
     lines += ["", "| run | " + " | ".join(MEASURES[measure] for measure in shown) + " |", "|---" * (1 + len(shown)) + "|"]
     for name, (what, _) in BESIDE.items():
-        runs = [run["figures"] for run in result["beside"] if run["name"] == name]
-        if runs:
-            lines.append(f"| {what} | " + " | ".join(" / ".join(f"{run[measure]:.3g}" for run in runs) for measure in shown) + " |")
+        found = [run["figures"] for run in runs if run.get("name") == name]
+        if found:
+            lines.append(f"| {what} | " + " | ".join(" / ".join(f"{run[measure]:.3g}" for run in found) for measure in shown) + " |")
     lines += ["", "| ω from the start, by layer | query | key | value | output | MLP |", "|---" * 6 + "|"]
-    everything = [run["figures"] for run in (*result["grid"], *result["beside"])]
+    everything = [run["figures"] for run in runs]
     for layer in everything[0]["layers_by_kind"]:
         parts = everything[0]["layers_by_kind"][layer]
         means = [statistics.fmean(run["layers_by_kind"][layer][part]["omega_relative"] for run in everything) for part in parts]
@@ -222,15 +184,13 @@ def tables(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
+def draw(grid: list[dict[str, Any]], path: Path) -> None:
     """Maps from the start at the corners of the grid, and each run's straightness and angle by factor."""
     import matplotlib.pyplot as plt
 
     from analysis.pictures import MAP_COLOURS, RUN_COLOURS
 
-    chosen = [
-        run for run in result["grid"] if run["seed"] == result["grid"][0]["seed"] and run["settings"]["batch"] == FACTORS["batch"][-1]
-    ]
+    chosen = [run for run in grid if run["seed"] == grid[0]["seed"] and run["settings"]["batch"] == FACTORS["batch"][-1]]
     figure, axes = plt.subplots(2, max(len(chosen), 4), figsize=(2.3 * max(len(chosen), 4), 5.2), layout="constrained")
     for axis, run in zip(axes[0], chosen, strict=False):
         axis.imshow([[x or 0.0 for x in row] for row in run["figures"]["relative_map"]], cmap=MAP_COLOURS, vmin=0, vmax=1)
@@ -245,12 +205,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axis.set_axis_off()
     for axis in axes[1]:
         axis.set_axis_off()
-    grid = axes[1, 0].get_gridspec()
+    places = axes[1, 0].get_gridspec()
     half = axes.shape[1] // 2
     for place, measure in ((slice(0, half), "straightness"), (slice(half, None), "update_angle")):
-        axis = figure.add_subplot(grid[1, place])
+        axis = figure.add_subplot(places[1, place])
         for number, (factor, levels) in enumerate(FACTORS.items()):
-            for run in result["grid"]:
+            for run in grid:
                 level = levels.index(run["settings"][factor])
                 x = number + (level - 0.5 * (len(levels) - 1)) * 0.4
                 axis.plot(x, run["figures"][measure], "o", ms=4, color=RUN_COLOURS[level], alpha=0.8)
@@ -266,25 +226,29 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--runs", type=Path, default=Path("runs/trajectory_grid"), help="folder of the runs")
     parser.add_argument("--keep-checkpoints", action="store_true", help="1.2 GB a seed; default: deleted when they are analysed")
-    parser.add_argument("--summarize-only", action="store_true", help="train nothing: figures of the runs that are there")
     parser.add_argument("--out", type=Path, default=Path("docs/evidence/trajectories_cpu.json"))
     arguments = parser.parse_args()
-    runs = arguments.runs.resolve()
-    if not arguments.summarize_only:
-        record = next(iter(sorted(runs.glob("*/data.json"))), None)
-        corpus = json.loads(record.read_text())["prepared"] if record else str(prepare(load_recipe(RECIPE).recipe.data).folder)
-        jobs = [(name, [*overrides_of(MIDDLE), *overrides]) for name, (_, overrides) in BESIDE.items()]
-        jobs += [(name_of(settings), overrides_of(settings)) for settings in settings_of_grid()]
-        for seed in arguments.seeds:
-            for name, overrides in jobs:
-                train(name, overrides, seed, runs, corpus, arguments.keep_checkpoints)
-    result = summarize(runs, arguments.seeds)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    draw(result, arguments.out.with_suffix(".png"))
-    for run in (*result["grid"], *result["beside"]):
-        del run["figures"]["relative_map"]
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(tables(result))
+    runs, results = arguments.runs.resolve(), Results(arguments.out)
+    corpus = common_corpus(runs, results, RECIPE, [])
+    results.header.update(command="python -m scripts.ablate_trajectories", tokens=TOKENS, factors=FACTORS)
+    jobs: list[tuple[str, list[str], dict[str, Any]]] = [
+        (name, [*overrides_of(MIDDLE), *overrides], {"name": name, "what": what}) for name, (what, overrides) in BESIDE.items()
+    ]
+    jobs += [(name_of(settings), overrides_of(settings), {"settings": settings}) for settings in settings_of_grid()]
+    for seed in arguments.seeds:
+        for name, overrides, kind in jobs:
+            if f"{name}_seed{seed}" not in results.runs:
+                run = train(name, overrides, seed, runs, corpus, arguments.keep_checkpoints)
+                results.header["null_values"] = read_json(run / "report" / "trajectory.json")["null_values"]
+                results.header["environment"] = environment_of(run)
+                found = figures(run)
+                if kind.get("settings", {}).get("batch") != FACTORS["batch"][-1]:
+                    del found["relative_map"]  # not in the picture
+                results.set(run.name, **kind, seed=seed, figures=found)
+    summary = summarize(results)
+    results.write(**{**results.header, **summary})
+    draw([run for run in results.runs.values() if "settings" in run], arguments.out.with_suffix(".png"))
+    print(tables(summary, list(results.runs.values())))
     return 0
 
 

@@ -7,20 +7,14 @@ again. Validation loss, tokens a second and the largest kurtosis of a layer, wit
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from analysis.pictures import RUN_COLOURS
 from analysis.runs import find_run, read_metrics
-from training.data import prepare
-from training.recipe_file import load_recipe
-
-ROOT = Path(__file__).resolve().parent.parent
+from scripts.many_runs import Results, common_corpus, environment_of, run_python
 
 
 def main() -> int:
@@ -31,40 +25,21 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/compared"), help="folder of the runs")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    result: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {"runs": {}}
-    corpus = arguments.runs / "corpus"  # says where it is, so that later seeds read the same text, whatever is installed by then
-    if not corpus.exists():
-        folder = prepare(load_recipe(arguments.recipes[0], arguments.overrides).recipe.data).folder.resolve()
-        arguments.runs.mkdir(parents=True, exist_ok=True)
-        corpus.write_text(str(folder))
-    content = json.loads((Path(corpus.read_text()) / "manifest.json").read_text())["content_hash"]
-    if result.setdefault("content_hash", content) != content:
-        raise SystemExit(f"{arguments.out}: its runs read another text than {corpus.read_text()}; give another --out")
+    results = Results(arguments.out)
+    corpus = common_corpus(arguments.runs, results, arguments.recipes[0], arguments.overrides)
     for seed in arguments.seeds:
         for recipe in arguments.recipes:
             name = f"{recipe.stem}_seed{seed}"
-            if name in result["runs"]:
+            if name in results.runs:
                 continue
-            print(f"{name} ...", flush=True)
-            places = [f"run.name={name}", f"run.folder={arguments.runs}", f"run.seed={seed}", f"data.prepared={corpus.read_text()}"]
-            train([str(recipe), *arguments.overrides, *places])
-            result["runs"][name] = {"recipe": recipe.stem, "seed": seed, **figures(arguments.runs / name)}
-            environment = json.loads((arguments.runs / name / "environment.json").read_text())
-            result["environment"] = {key: value for key, value in environment.items() if key != "command"}
-            result["command"] = "python -m scripts.compare_recipes " + " ".join(sys.argv[1:])
-            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    draw(result["runs"], arguments.out.with_suffix(".png"))
-    print(table(result["runs"]))
+            places = [f"run.name={name}", f"run.folder={arguments.runs.resolve()}", f"run.seed={seed}", f"data.prepared={corpus}"]
+            run_python(name, ["train.py", str(recipe.resolve()), *arguments.overrides, *places])
+            results.header["environment"] = environment_of(arguments.runs / name)
+            results.header["command"] = "python -m scripts.compare_recipes " + " ".join(sys.argv[1:])
+            results.set(name, recipe=recipe.stem, seed=seed, **figures(arguments.runs / name))
+    draw(results.runs, arguments.out.with_suffix(".png"))
+    print(table(results.runs))
     return 0
-
-
-def train(arguments: list[str]) -> None:
-    """One run in a process and a thread of its own; what it says is shown when it fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "train.py", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise SystemExit(f"{arguments[0]}: failed with exit code {done.returncode}\n{done.stdout[-2000:]}")
 
 
 def figures(run: Path) -> dict[str, Any]:

@@ -12,13 +12,10 @@ import argparse
 import functools
 import json
 import math
-import os
 import statistics
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
@@ -30,10 +27,8 @@ from analysis.pictures import RUN_COLOURS
 from analysis.runs import Run, find_run, read_metrics
 from analysis.shards import open_checkpoint
 from analysis.tokens import encoder, validation_tokens
-from training.data import prepare
-from training.recipe_file import load_recipe
+from scripts.many_runs import Results, common_corpus, environment_of, run_python
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS, TUNING_SEED = 512, 100
 COMMON = [
     f"training.tokens={STEPS * 1024}", "training.tokens_per_step=1024", "training.micro_batch_size=8", "training.sequence_length=128",
@@ -78,27 +73,6 @@ DEFINITIONS = {
 }
 
 
-class Results:
-    """What is known so far, by run, kept in a JSON file that several threads write."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.lock = path, Lock()
-        self.header: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-        self.runs: dict[str, dict[str, Any]] = self.header.pop("runs", {})
-
-    def set(self, run: str, **figures: Any) -> None:
-        with self.lock:
-            self.runs.setdefault(run, {}).update(figures)
-            self.write(**self.header)
-
-    def write(self, **header: Any) -> None:
-        self.header = header
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps({**header, "runs": self.runs}, indent=1) + "\n")
-        partial.replace(self.path)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
@@ -127,22 +101,7 @@ class Study:
 
     def __init__(self, runs: Path, results: Results, jobs: int) -> None:
         self.folder, self.results, self.jobs = runs, results, jobs
-        runs.mkdir(parents=True, exist_ok=True)
-        self.corpus = self._corpus()
-
-    def _corpus(self) -> Path:
-        """The prepared corpus of the runs that are there, or a new one: all read the same text, whatever is installed between them.
-
-        Ends this program when that is not the text of the results so far.
-        """
-        record = self.folder / "corpus"
-        if not record.exists():
-            record.write_text(str(prepare(load_recipe("recipes/adamw_nano.yaml", COMMON).recipe.data).folder.resolve()))
-        folder = Path(record.read_text())
-        content = json.loads((folder / "manifest.json").read_text())["content_hash"]
-        if self.results.header.setdefault("content_hash", content) != content:
-            raise SystemExit(f"{self.results.path}: its runs read another text than {folder}; give another --out, or bring that text back")
-        return folder
+        self.corpus = common_corpus(runs, results, "recipes/adamw_nano.yaml", COMMON)
 
     def tune_learning_rate(self, size: str) -> float:
         """Train AdamW at every rate; returns that of the least validation loss on the tuning seed."""
@@ -182,7 +141,7 @@ class Study:
         overrides += [f"optimizer.learning_rate={rate}", f"run.seed={seed}", f"run.folder={self.folder}", f"run.name={run}"]
         if radius is not None:
             overrides += [f"optimizer.sharpness.radius={radius}", f"optimizer.sharpness.split_every={STEPS // 8}"]
-        call(run, ["train.py", f"recipes/{recipe}.yaml", *overrides], self.folder / f"{run}.log")
+        run_python(run, ["train.py", f"recipes/{recipe}.yaml", *overrides], self.folder / f"{run}.log")
         records = read_metrics(find_run(self.folder / run))
         losses = [r["validation_loss"] for r in records if "validation_loss" in r]
         split = [{k: v for k, v in r.items() if k.startswith("split_")} for r in records if "split_logit_norm" in r]
@@ -201,7 +160,7 @@ class Study:
             print(f"{run} curvature ...", flush=True)
             self.results.set(run, **sharpness(find_run(folder)))
         if "w4a8_loss" not in known:
-            call(f"{run} W4A8", ["-m", "analysis", "quantization", str(folder), "--recipes", "w4a8", "--tokens", "32768"])
+            run_python(f"{run} W4A8", ["-m", "analysis", "quantization", str(folder), "--recipes", "w4a8", "--tokens", "32768"])
             (found,) = json.loads((folder / "report" / "quantization.json").read_text())["checkpoints"]
             self.results.set(run, w4a8_loss=math.log(found["recipes"]["w4a8"]["perplexity_ratio"]))
         if "forgotten" not in known:
@@ -209,25 +168,11 @@ class Study:
             self.results.set(run, **fine_tune(find_run(folder)))
 
     def environment(self) -> dict[str, Any]:
-        recorded = json.loads(next(iter(self.folder.glob("*/environment.json"))).read_text())
-        return {key: value for key, value in recorded.items() if key != "command"}
+        return environment_of(next(iter(self.folder.glob("*/environment.json"))).parent)
 
 
 def name_of(size: str, method: str, seed: int, rate: float, radius: float | None) -> str:
     return f"{size}_{method}_lr{rate:g}" + (f"_r{radius:g}" if radius is not None else "") + f"_seed{seed}"
-
-
-def call(what: str, arguments: list[str], log: Path | None = None) -> None:
-    """Run Python in one thread; its output goes to `log`, or is shown when it fails. Ends this program when it fails."""
-    print(f"{what} ...", flush=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    if log is not None:
-        log.write_text(done.stdout)
-    if done.returncode:
-        raise SystemExit(f"{what}: failed with exit code {done.returncode}\n{done.stdout[-2000:]}")
 
 
 def sharpness(run: Run) -> dict[str, float]:

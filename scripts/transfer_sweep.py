@@ -17,11 +17,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
-import re
 import shutil
 import statistics
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -31,12 +28,10 @@ from typing import Any
 from analysis.pictures import transfer_picture
 from analysis.runs import find_run, read_metrics
 from model.errors import InputError
-from scripts.compare_sharpness_aware import Results
 from scripts.coordinate_check import add_size_arguments, axis_and_sizes, size_overrides
-from training.data import prepare
+from scripts.many_runs import Results, common_corpus, run_python
 from training.recipe_file import load_recipe
 
-ROOT = Path(__file__).resolve().parent.parent
 EMBEDDING = "standard_embedding"
 DEFINITIONS = {
     "validation_loss": "at the last step, nats a token; null where training stopped because gradients were not finite",
@@ -134,11 +129,7 @@ class Sweep:
     def run(self) -> dict[str, Any]:
         """Train what is not known yet, and return what transfer.json holds."""
         folder = Path(self.arguments.runs)
-        folder.mkdir(parents=True, exist_ok=True)
-        record = folder / "corpus"
-        if not record.exists():  # all runs read the same text, whatever is installed between them
-            record.write_text(str(prepare(load_recipe(self.arguments.recipe, self.arguments.overrides).recipe.data).folder.resolve()))
-        corpus = record.read_text()
+        corpus = common_corpus(folder, self.results, self.arguments.recipe, self.arguments.overrides)
         missing = [job for job in self.jobs if job.name(self.axis) not in self.results.runs]
         done = len(self.jobs) - len(missing)
 
@@ -157,24 +148,21 @@ class Sweep:
         self.results.write(**summary)
         return {**summary, "runs": self.results.runs}
 
-    def train(self, job: Job, folder: Path, corpus: str) -> None:
+    def train(self, job: Job, folder: Path, corpus: Path) -> None:
         name = job.name(self.axis)
         overrides = [
-            *self.overrides(job), f"run.folder={folder}", f"run.name={name}", f"data.prepared={corpus}", "checkpoint.every=1000000",
-            "logging.tensorboard=false",
+            *self.overrides(job), f"run.folder={folder.resolve()}", f"run.name={name}", f"data.prepared={corpus}",
+            "checkpoint.every=1000000", "logging.tensorboard=false",
         ]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, str(ROOT / "train.py"), self.arguments.recipe, *overrides]
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        stopped = done.returncode == 1 and re.search(r"stopped at step \d+: .* non-finite gradients", done.stdout) is not None
-        if done.returncode and not stopped:
-            raise SystemExit(f"{name}: failed with exit code {done.returncode}\n{done.stdout[-2000:]}")
+        # a run that diverges is a result
+        command = ["train.py", str(Path(self.arguments.recipe).resolve()), *overrides]
+        whole = run_python(name, command, may_say=r"stopped at step \d+: .* non-finite gradients")
         records = read_metrics_of(folder / name)
         losses = [r["validation_loss"] for r in records if "validation_loss" in r]
         sharpness = {
             str(r["step"]): r["preconditioned_hessian_top"] / r["stability_line"] for r in records if "preconditioned_hessian_top" in r
         }
-        loss = None if stopped or not losses else losses[-1]
+        loss = None if not (whole and losses) else losses[-1]
         self.results.set(name, validation_loss=loss, **({"sharpness": sharpness} if job.sharpness else {}))
         shutil.rmtree(folder / name)
 

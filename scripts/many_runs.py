@@ -1,0 +1,87 @@
+"""What the scripts that train many runs share: one text for all of them, one thread each, and results that a later call carries on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from training.data import prepare
+from training.recipe_file import load_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Results:
+    """What is known so far, by run, kept in a JSON file that several threads write.
+
+    Attributes:
+        header: what the file holds beside the runs.
+        runs: name of a run -> what is known of it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.lock = path, Lock()
+        self.header: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        self.runs: dict[str, dict[str, Any]] = self.header.pop("runs", {})
+
+    def set(self, run: str, **figures: Any) -> None:
+        with self.lock:
+            self.runs.setdefault(run, {}).update(figures)
+            self.write(**self.header)
+
+    def write(self, **header: Any) -> None:
+        self.header = header
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps({**header, "runs": self.runs}, indent=1) + "\n")
+        partial.replace(self.path)
+
+
+def common_corpus(runs: Path, results: Results, recipe: str | Path, overrides: list[str]) -> Path:
+    """The prepared corpus that all runs read: of those in the folder `runs`, or a new one, whatever is installed between them.
+
+    Ends this program when that is not the text of the results so far.
+    """
+    record = runs / "corpus"
+    if not record.exists():
+        runs.mkdir(parents=True, exist_ok=True)
+        record.write_text(str(prepare(load_recipe(recipe, overrides).recipe.data).folder.resolve()))
+    folder = Path(record.read_text())
+    content = json.loads((folder / "manifest.json").read_text())["content_hash"]
+    if results.header.setdefault("content_hash", content) != content:
+        raise SystemExit(f"{results.path}: its runs read another text than {folder}; give another --out, or bring that text back")
+    return folder
+
+
+def run_python(what: str, arguments: list[str], log: Path | None = None, may_say: str | None = None) -> bool:
+    """Run Python in one thread, on the CPU; whether it went well. Ends this program when not, with the last of what it said.
+
+    Args:
+        log: what it says goes here.
+        may_say: a pattern that excuses exit code 1.
+    """
+    print(f"{what} ...", flush=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "a") as file:
+            file.write(done.stdout)
+    excused = done.returncode == 1 and may_say is not None and re.search(may_say, done.stdout) is not None
+    if done.returncode and not excused:
+        raise SystemExit(f"{what}: failed with exit code {done.returncode}\n{done.stdout[-2000:]}")
+    return done.returncode == 0
+
+
+def environment_of(run: Path) -> dict[str, Any]:
+    """What a run's environment.json says of the machine and the packages."""
+    recorded = json.loads((run / "environment.json").read_text())
+    return {key: value for key, value in recorded.items() if key != "command"}
