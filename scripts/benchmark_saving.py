@@ -3,8 +3,9 @@
     torchrun --nproc_per_node 2 -m scripts.benchmark_saving [--rounds 5] [--out FILE.json] [section.key=value ...]
 
 Round after round, in turn: some steps with nothing beside them; a save at once; a save with `checkpoint.asynchronous` and steps until it is
-whole; and the same copy written by a forked process instead of a thread, for comparison. Every save is the whole of
-`training/checkpoint.py`: files, fsync, reading back, CRC-32, SHA-256, rename. Two ratios to the save at once, medians over the rounds:
+whole. Every save is the whole of `training/checkpoint.py`: files, fsync, reading back, CRC-32, SHA-256, rename. After these rounds, since
+a fork makes every page of this process cost a fault when it is next written, as many in which a forked process writes the same copy
+instead of a thread, for comparison. Two ratios to the save at once, medians over the rounds:
 
     wait    how long training stood still
     lost    that, and what the steps meanwhile took longer than steps with nothing beside them: where there are no cores to spare,
@@ -82,20 +83,11 @@ def benchmark(arguments: argparse.Namespace, scratch: Path) -> None:
         times = step.until(whole_beside)
         wait = beside[0].wait_seconds
 
-        began = time.perf_counter()
-        contents = checkpoint.contents(engine, run, 4 * number + 3, 0, {})
-        taken, arrived = copies.of(contents.files)
-        arrived()
-        process = fork_writer(contents._replace(files=taken))
-        waited = time.perf_counter() - began
-        forked = step.until(lambda process=process: os.waitpid(process, os.WNOHANG)[0] != 0)
         row = {
             "save_at_once": whole,
             "wait": wait / whole,
             "lost": (wait + sum(times) - plain * len(times)) / whole,
             "beside_seconds": beside[0].seconds,
-            "process_wait": waited / whole,
-            "process_lost": (waited + sum(forked) - plain * len(forked)) / whole,
             "plain_step": plain,
             "steps_beside": len(times),
         }
@@ -103,6 +95,17 @@ def benchmark(arguments: argparse.Namespace, scratch: Path) -> None:
             rows.append(row)
         if ranks.is_first:
             print({key: round(value, 4) for key, value in row.items()}, flush=True)
+    copies.of(checkpoint.contents(engine, run, 4 * arguments.rounds + 6, 0, {}).files)  # makes the memory
+    for number, row in enumerate(rows, start=arguments.rounds + 1):
+        began = time.perf_counter()
+        contents = checkpoint.contents(engine, run, 4 * number + 3, 0, {})
+        taken, arrived = copies.of(contents.files)
+        arrived()
+        process = fork_writer(contents._replace(files=taken))
+        wait = (time.perf_counter() - began) / row["save_at_once"]
+        times = step.until(lambda process=process: os.waitpid(process, os.WNOHANG)[0] != 0)
+        row["process_wait"] = wait
+        row["process_lost"] = wait + (sum(times) - row["plain_step"] * len(times)) / row["save_at_once"]
     if ranks.is_first:
         size = sum(file.stat().st_size for file in checkpoint.checkpoints(run)[-1].iterdir())
         result = {
