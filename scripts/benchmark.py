@@ -171,7 +171,8 @@ def benchmark(arguments: argparse.Namespace) -> None:
             raise InputError(f"--subjects: none of them can run here: {absent}")
         seconds: dict[str, list[float]] = {name: [] for name in subjects}
         memory: dict[str, int] = {}
-        ceilings = []
+        ceilings: list[float] = []
+        result: dict[str, Any] = {}
         for turn in range(arguments.rounds):
             names, offset = list(subjects), turn * max(1, len(subjects) // arguments.rounds)
             ceilings.append(ceiling(bench))
@@ -188,8 +189,13 @@ def benchmark(arguments: argparse.Namespace) -> None:
                         f"round {turn + 1}/{arguments.rounds}  {name:<20}{bench.tokens_per_step / seconds[name][-1]:>12,.0f} tokens/s",
                         flush=True,
                     )
+            if ranks.is_first:
+                result = summarise(bench, seconds, ceilings, flops, parameters.total, memory, absent)
+                if arguments.out:  # after every round, should the machine be needed for something else
+                    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+                    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
         if ranks.is_first:
-            report(bench, seconds, ceilings, flops, parameters.total, memory, absent)
+            report(result, arguments.out)
 
 
 def choose(bench: Bench, parameters: int) -> tuple[dict[str, Callable[[], list[float]]], dict[str, str]]:
@@ -366,7 +372,7 @@ def clear(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def report(
+def summarise(
     bench: Bench,
     seconds: dict[str, list[float]],
     ceilings: list[float],
@@ -374,7 +380,8 @@ def report(
     parameters: int,
     memory: dict[str, int],
     absent: dict[str, str],
-) -> None:
+) -> dict[str, Any]:
+    """What is written; `seconds` are those of the rounds so far."""
     arguments, peers = bench.arguments, [name for name in PEERS if name in seconds]
     best = min(peers, key=lambda name: statistics.median(seconds[name])) if peers else None
 
@@ -395,7 +402,7 @@ def report(
         if name in memory:
             row["peak_memory_bytes"] = memory[name]
         rows[name] = row
-    result = {
+    return {
         "what": "medians over rounds; over_PEER: tokens per second over that peer's, the median of the ratios within a round",
         "clock": arguments.clock,
         "size": arguments.size,
@@ -413,16 +420,18 @@ def report(
         "matmul_ceiling_flops": ceilings,
         "environment": describe_environment(bench.ranks.world_size, bench.device),
     }
-    if best:
-        for name, row in rows.items():
-            print(f"{name:<20}{row['tokens_per_second']:>12,.0f} tokens/s   {row[f'over_{best}']:.3f} of {best}")
-    for name, why in absent.items():
+
+
+def report(result: dict[str, Any], out: Path | None) -> None:
+    """For the terminal, and as a picture beside the JSON."""
+    for name, row in result["subjects"].items():
+        beside = f"   {row['over_' + result['best_peer']]:.3f} of {result['best_peer']}" if result["best_peer"] else ""
+        print(f"{name:<20}{row['tokens_per_second']:>12,.0f} tokens/s{beside}")
+    for name, why in result["absent"].items():
         print(f"{name}: not run: {why}")
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-        benchmark_picture(result, arguments.out.with_suffix(".png"))
-        print(f"written to {arguments.out}", file=sys.stderr)
+    if out:
+        benchmark_picture(result, out.with_suffix(".png"))
+        print(f"written to {out}", file=sys.stderr)
 
 
 if __name__ == "__main__":
