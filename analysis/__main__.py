@@ -267,7 +267,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             verb.add_argument("--skip-comparison", action="store_true", help="do not load both models to compare their logits")
             verb.add_argument("--adapters", action="store_true", help="of a run with context pruning: what it added, without the model")
         if name == "trajectory":
-            verb.add_argument("--memory-megabytes", type=float, default=64, metavar="MB", help="bounds the working memory (default: 64)")
+            verb.add_argument("--memory-megabytes", type=float, default=512, metavar="MB", help="bounds the working memory (default: 512)")
             verb.add_argument("--every", type=int, metavar="STEPS", help="only checkpoints at multiples of this many steps")
             verb.add_argument("--heads", metavar="H[,KV]", help="attention heads, to take fused query, key and value apart")
         if name == "outliers":

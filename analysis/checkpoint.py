@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from analysis.files import check_crc, read_manifest, some
+from analysis.files import check_crc, fetch_ahead, read_manifest, some
 from model.errors import InputError
 
 Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
@@ -122,7 +122,21 @@ class Checkpoint:
 
     def read(self, name: str, start: int, out: Tensor, kind: Kind = "weight") -> None:
         """Fill the 1-D tensor `out` with elements [start, start + len(out)) of the flattened parameter, cast to its dtype."""
-        stop, filled = start + out.numel(), 0
+        filled = 0
+        for place, values in self._runs(name, start, start + out.numel(), kind):
+            out[place : place + values.numel()].copy_(values)
+            filled += values.numel()
+        if filled != out.numel():
+            shape = tuple(self.shapes[self.owner(name)])
+            raise InputError(f"{self.path}: {name!r} has no elements {start} to {start + out.numel()}: its shape is {shape}")
+
+    def expect(self, name: str, start: int, stop: int, kind: Kind = "weight") -> None:
+        """Say that `read` is about to ask for elements [start, stop), so that the disk fetches them meanwhile."""
+        for _, values in self._runs(name, start, stop, kind):
+            fetch_ahead(values)
+
+    def _runs(self, name: str, start: int, stop: int, kind: Kind) -> Iterator[tuple[int, Tensor]]:
+        """(place counted from `start`, memory-mapped values) of what there is of elements [start, stop)."""
         segments = self._remembered(self.owner(name), kind)
         # tensor-parallel weights come in a segment a row: go to the first one that matters
         for offset, values in segments[max(bisect_right(segments, start, key=lambda segment: segment.offset) - 1, 0) :]:
@@ -130,12 +144,7 @@ class Checkpoint:
                 break
             first, last = max(start, offset), min(stop, offset + values.numel())
             if first < last:
-                out[first - start : last - start].copy_(values[first - offset : last - offset])
-                filled += last - first
-        if filled != out.numel():
-            raise InputError(
-                f"{self.path}: {name!r} has no elements {start} to {stop}: its shape is {tuple(self.shapes[self.owner(name)])}"
-            )
+                yield first - start, values[first - offset : last - offset]
 
     def _remembered(self, name: str, kind: Kind) -> list[Segment]:
         """The segments asked for last are kept: a tensor is read a piece at a time."""

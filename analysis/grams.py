@@ -60,7 +60,7 @@ class _Kept:
 
 def increment_grams(
     checkpoints: Sequence[Checkpoint],
-    memory_megabytes: float = 64,
+    memory_megabytes: float = 512,
     progress: bool = True,
     keep: Path | None = None,
     ranks: Ranks | None = None,
@@ -155,6 +155,9 @@ def _multiply(
     total = sum(unit.width for unit in todo)
 
     def load(i: int) -> Tensor:
+        for unit in todo[i + 1 : i + 2] if i else todo[:2]:  # the disk fetches the next one while this one is copied
+            for checkpoint in checkpoints:
+                checkpoint.expect(unit.tensor, unit.runs[0][0], unit.runs[-1][1])
         rows = buffers[i % 2, : count * todo[i].width].view(count, todo[i].width)
         for row, checkpoint in zip(rows, checkpoints, strict=True):
             position = 0

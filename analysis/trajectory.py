@@ -252,7 +252,7 @@ def kind_of(name: str) -> str:
 
 def analyze_trajectory(
     run: Run,
-    memory_megabytes: float = 64,
+    memory_megabytes: float = 512,
     verify: bool = True,
     progress: bool = True,
     keep: Path | None = None,

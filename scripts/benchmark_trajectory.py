@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--stage", type=int, choices=(2, 3), default=3)
-    parser.add_argument("--memory-megabytes", type=float, default=64)
+    parser.add_argument("--memory-megabytes", type=float, default=512)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/burnish_benchmark_trajectory"), help="is emptied before and after")
     parser.add_argument("--processes", type=int, nargs="*", default=[], help="also spread over so many processes")
     parser.add_argument("--peer-checkpoints", type=int, metavar="P", help="default: all; 0: without the peer")
