@@ -60,7 +60,7 @@ format: $(STAMP) ## rewrite the files in the house style
 benchmark: $(STAMP) ## tokens per second beside bare loops, Hugging Face's Trainer and litgpt, as ratios
 	$(RUN) -m scripts.benchmark
 
-soak: $(STAMP) ## hours: kill a run 200 times, 50 ZeRO-3 exits, 1200 mutated recipes, checkpoints and data files
+soak: $(STAMP) ## most of an hour: kill a run 200 times, 50 ZeRO-3 exits, 1200 mutated recipes, checkpoints and data files
 	$(RUN) -m scripts.soak --kills 200 --exits 50
 	$(RUN) -m scripts.fuzz --recipes 500 --checkpoints 500 --data 200
 
