@@ -10,7 +10,9 @@ Makes checkpoints in DeepSpeed's ZeRO layout (stage 2 or 3), then times, in one 
     ours, N processes    `torchrun --nproc_per_node N -m analysis trajectory`, start and pictures included; compared with one process
     peer      zero_to_fp32 of each checkpoint; then torch.load of its output, and a dot product a pair of checkpoints
 
-The limit is the larger of the first two. Where other work shares the machine, seconds of the processor say more than the clock.
+The limit is the larger of the first two. Disks stray, so --rounds passes stand between readings: the share is the median over the rounds
+of the limit, with the mean of the readings before and after, over the pass. Where other work shares the machine, seconds of the processor
+say more than the clock.
 Anonymous memory is sampled while ours runs; files on disk are compared before and after.
 With --peer-checkpoints P the peer works on P checkpoints and its times are scaled: converting by K / P, the rest by the pairs.
 """
@@ -19,11 +21,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import threading
@@ -192,6 +196,7 @@ def main() -> None:
     parser.add_argument("--stage", type=int, choices=(2, 3), default=3)
     parser.add_argument("--memory-megabytes", type=float, default=512)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/burnish_benchmark_trajectory"), help="is emptied before and after")
+    parser.add_argument("--rounds", type=int, default=3, help="readings and passes in turn (default: 3)")
     parser.add_argument("--processes", type=int, nargs="*", default=[], help="also spread over so many processes")
     parser.add_argument("--peer-checkpoints", type=int, metavar="P", help="default: all; 0: without the peer")
     parser.add_argument("--out", type=Path, help="a JSON file")
@@ -206,16 +211,26 @@ def main() -> None:
         for step, path in enumerate(steps):
             write_checkpoint(path, shapes, step, arguments.ranks, arguments.stage)
         before, size = digest(folder), sum(path.stat().st_size for path in folder.rglob("*optim_states.pt"))
-        seconds = {"read": read_once(folder)}
-        seconds["multiply"], seconds["multiply, of the processor"] = multiply(count, parameters)
-        drop_caches(folder)
-        with Memory() as memory:
-            start, started = time.perf_counter(), time.process_time()
-            grams = increment_grams([open_checkpoint(path) for path in steps], arguments.memory_megabytes, progress=False)
-            seconds["ours"] = time.perf_counter() - start
-            seconds["ours, of the processor"] = time.process_time() - started
-        seconds["read again"] = read_once(folder)
-        limit = max(min(seconds["read"], seconds["read again"]), seconds["multiply"])
+        multiplying, of_processor = multiply(count, parameters)
+        readings, passes, processor, anonymous = [read_once(folder)], [], [], 0
+        for _ in range(arguments.rounds):
+            drop_caches(folder)
+            with Memory() as memory:
+                start, started = time.perf_counter(), time.process_time()
+                grams = increment_grams([open_checkpoint(path) for path in steps], arguments.memory_megabytes, progress=False)
+                passes.append(time.perf_counter() - start)
+                processor.append(time.process_time() - started)
+            anonymous = max(anonymous, memory.peak)
+            readings.append(read_once(folder))
+        reading = [statistics.fmean(pair) for pair in itertools.pairwise(readings)]
+        shares = [max(read, multiplying) / ours for read, ours in zip(reading, passes, strict=True)]
+        seconds = {
+            "read": statistics.median(readings),
+            "multiply": multiplying,
+            "multiply, of the processor": of_processor,
+            "ours": statistics.median(passes),
+            "ours, of the processor": statistics.median(processor),
+        }
         result = {
             "command": "python -m scripts.benchmark_trajectory " + " ".join(sys.argv[1:]),
             "checkpoints": count,
@@ -227,8 +242,13 @@ def main() -> None:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "seconds": seconds,
-            "share_of_the_limit": round(limit / seconds["ours"], 2),
-            "anonymous_megabytes": round(memory.peak / 2**20),
+            "share_of_the_limit": round(statistics.median(shares), 2),
+            "rounds": {
+                "read": [round(x, 2) for x in readings],
+                "ours": [round(x, 2) for x in passes],
+                "share": [round(x, 2) for x in shares],
+            },
+            "anonymous_megabytes": round(anonymous / 2**20),
         }
         deviations = {}
         for processes in arguments.processes:
@@ -248,7 +268,7 @@ def main() -> None:
                 "times_faster_than_the_peer": round(whole / seconds["ours"], 1),
                 "times_faster_than_its_converting_alone": round(seconds["peer, converting"] / seconds["ours"], 1),
             }
-        rate = size / min(seconds["read"], seconds["read again"])
+        rate = size / min(readings)
         result["predicted_hours_of_154_checkpoints_of_12B"] = {
             "reading, fp16 files": round(154 * 12e9 * 2 / rate / 3600, 1),
             "reading, float32 shards": round(154 * 12e9 * 4 / rate / 3600, 1),
