@@ -7,6 +7,9 @@ Two things can go wrong, and they look alike from inside a collective, which wou
 Then every rank writes the stacks of its threads to stacks/rank-00000.txt in the run folder, the first rank says in a line a rank where
 each one stood, and all end with exit code 1. Checkpoints are not touched: the same launch again goes on.
 
+A process that stood still itself (SIGSTOP, as Slurm suspends a job; a debugger) knows it when it wakes, by a nap that took far too long,
+and gives everything a fresh start: a job that was suspended whole goes on, but for one that slept past the C library's timer below.
+
 Signs of life go through a store of torch.distributed's on the first rank's host. Should a rank hold Python's lock for ever, so that no
 thread of its own can run, a timer of the C library dumps its stack a minute later.
 """
@@ -21,6 +24,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -101,8 +105,10 @@ class Watchdog:
     def _talk(self) -> None:
         """Give signs of life, and hear whether the run is to end."""
         number, seen = 0, {}
-        while not self._closed.wait(self._interval):
+        for stood_still in self._naps():
             number += 1
+            if stood_still:
+                seen.clear()  # the others may have stood still as well
             try:
                 self._store.set(f"alive/{self.ranks.rank}", f"{number}")
                 if self.ranks.is_first and (lost := self._without_sign(seen)):
@@ -117,11 +123,26 @@ class Watchdog:
                 continue
 
     def _watch(self) -> None:
-        while not self._closed.wait(self._interval):
+        for stood_still in self._naps():
+            if stood_still:
+                continue
             if time.monotonic() - self._reached > self.lost_seconds + self._interval:
                 self._end(f"{self._name(0)} has not answered for {self.lost_seconds:.0f} s")
             elif self._ending:
                 self._end(self._ending)
+
+    def _naps(self) -> Iterator[bool]:
+        """Until the end, after every nap of `_interval`: whether this process stood still in it. Then what is timed begins anew."""
+        began = time.monotonic()
+        while not self._closed.wait(self._interval):
+            stood_still = time.monotonic() - began > 3 * self._interval
+            if stood_still:
+                now = time.monotonic()
+                self._reached, self._last = now, (now, self._last[1])
+                if self._beside is not None:
+                    self._beside = (now, self._beside[1])
+            yield stood_still
+            began = time.monotonic()
 
     def _without_sign(self, seen: dict[int, tuple[str, float]]) -> list[int]:
         """Ranks whose number has not grown for `lost_seconds`; `seen` is rank -> (number, when it was new)."""
