@@ -242,6 +242,8 @@ def main() -> int:
                 results.header["null_values"] = read_json(run / "report" / "trajectory.json")["null_values"]
                 results.header["environment"] = environment_of(run)
                 found = figures(run)
+                if found["checkpoints"] != INTERVALS + 1:
+                    raise SystemExit(f"{run}: {found['checkpoints']} of {INTERVALS + 1} checkpoints: delete the folder, and launch again")
                 if kind.get("settings", {}).get("batch") != FACTORS["batch"][-1]:
                     del found["relative_map"]  # not in the picture
                 results.set(run.name, **kind, seed=seed, figures=found)
