@@ -10,8 +10,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -32,15 +35,25 @@ class Launches:
         self.done: dict[str, Any] = {}
 
     def __call__(
-        self, key: str, name: str, ranks: int, *overrides: str, stage: int = 2, faults: str = "", jumping_clock: bool = False
+        self,
+        key: str,
+        name: str,
+        ranks: int,
+        *overrides: str,
+        stage: int = 2,
+        faults: str = "",
+        jumping_clock: bool = False,
+        suspended: float = 0.0,
     ) -> None:
-        """One launch of the run `name`; what is seen is kept under `key`."""
+        """One launch of the run `name`, all of it suspended for some seconds after its third step; what is seen is kept under `key`."""
         self.number += 1
         log = self.recipe.parent / f"launch{self.number}.log"
         words = [f"run.name={name}", f"run.folder={self.recipe.parent / RUNS}", f"deepspeed.zero_optimization.stage={stage}", *overrides]
         began = time.monotonic()
         work = training(str(self.recipe), *words)
         processes = fork_ranks(with_a_jumping_clock(work) if jumping_clock else work, ranks, log, faults)
+        if suspended:
+            threading.Thread(target=suspend, args=(processes, log, suspended), daemon=True).start()
         codes = wait(processes, log, limit=LIMIT)
         run = self.recipe.parent / RUNS / name
         self.done[key] = {
@@ -51,6 +64,16 @@ class Launches:
             "seconds": time.monotonic() - began,
         }
         print(f"{key}: {codes} in {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
+
+
+def suspend(processes: list[int], log: Path, seconds: float) -> None:
+    """Stop all ranks when the log holds the third step, and let them go on `seconds` later, as Slurm does to a job."""
+    while not (log.exists() and re.search(r"step +3/", log.read_text())):
+        time.sleep(0.01)
+    for number, pause in ((signal.SIGSTOP, seconds), (signal.SIGCONT, 0.0)):
+        for process in processes:
+            os.kill(process, number)
+        time.sleep(pause)
 
 
 def with_a_jumping_clock(work: Callable[[], None]) -> Callable[[], None]:
@@ -87,6 +110,7 @@ def main() -> None:
         launch(kind, kind, 1, faults=f"{kind}@8")
         launch(f"{kind} again", kind, 1)
     launch("hung", "hung", 2, "run.hang_seconds=4", faults="hang@6:1")
+    launch("suspended", "suspended", 2, "run.lost_seconds=2", suspended=8.0)
     launch("frozen", "frozen", 2, "run.lost_seconds=3", faults="freeze@6:1")
 
     for key, (ranks, words, faults) in BESIDE.items():

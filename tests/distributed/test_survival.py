@@ -107,6 +107,13 @@ def test_a_frozen_rank_is_named(seen: dict[str, Any]) -> None:
     assert "no stack: it is stopped, dead, or cut off" in frozen["log"]
 
 
+def test_a_run_that_is_suspended_whole_goes_on_when_it_wakes(seen: dict[str, Any]) -> None:
+    """For four times as long as a rank may give no sign of life."""
+    assert seen["suspended"]["codes"] == [0, 0], seen["suspended"]["log"]
+    assert seen["suspended"]["seconds"] > 8
+    assert seen["suspended"]["losses"] == seen["reference"]["losses"]
+
+
 def test_what_is_written_beside_training_is_the_step_it_is_named_after(seen: dict[str, Any], workplace: Path) -> None:
     """Weights and moments, bit for bit those of a save at once, though the weights went on while it was written; and the same losses."""
     assert seen["beside"]["codes"] == [0, 0] and seen["beside"]["losses"] == seen["reference"]["losses"]
