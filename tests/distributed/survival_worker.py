@@ -110,7 +110,7 @@ def main() -> None:
         launch(kind, kind, 1, faults=f"{kind}@8")
         launch(f"{kind} again", kind, 1)
     launch("hung", "hung", 2, "run.hang_seconds=4", faults="hang@6:1")
-    launch("suspended", "suspended", 2, "run.lost_seconds=2", suspended=8.0)
+    launch("suspended", "suspended", 2, "run.hang_seconds=4", "run.lost_seconds=2", suspended=8.0)
     launch("frozen", "frozen", 2, "run.lost_seconds=3", faults="freeze@6:1")
 
     for key, (ranks, words, faults) in BESIDE.items():
