@@ -108,7 +108,7 @@ def test_a_frozen_rank_is_named(seen: dict[str, Any]) -> None:
 
 
 def test_a_run_that_is_suspended_whole_goes_on_when_it_wakes(seen: dict[str, Any]) -> None:
-    ""X""
+    """For longer than a rank may give no sign of life, and get no further."""
     assert seen["suspended"]["codes"] == [0, 0], seen["suspended"]["log"]
     assert seen["suspended"]["seconds"] > 8
     assert seen["suspended"]["losses"] == seen["reference"]["losses"]
