@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -63,22 +64,22 @@ def run_python(what: str, arguments: list[str], log: Path | None = None, may_say
     """Run Python in one thread, on the CPU; whether it went well. Ends this program when not, with the last of what it said.
 
     Args:
-        log: what it says goes here.
+        log: what it says goes here while it runs, after what is there.
         may_say: a pattern that excuses exit code 1.
     """
     print(f"{what} ...", flush=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "a") as file:
-            file.write(done.stdout)
-    excused = done.returncode == 1 and may_say is not None and re.search(may_say, done.stdout) is not None
-    if done.returncode and not excused:
-        raise SystemExit(f"{what}: failed with exit code {done.returncode}\n{done.stdout[-2000:]}")
-    return done.returncode == 0
+    with open(log, "a+") if log is not None else tempfile.TemporaryFile("w+") as output:  # a file, so that it can be followed
+        begin = output.seek(0, os.SEEK_END)
+        code = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT).returncode
+        output.seek(begin)
+        said = output.read()
+    excused = code == 1 and may_say is not None and re.search(may_say, said) is not None
+    if code and not excused:
+        raise SystemExit(f"{what}: failed with exit code {code}\n{said[-2000:]}")
+    return code == 0
 
 
 def environment_of(run: Path) -> dict[str, Any]:
