@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from model.cache import LayerCache
 from model.config import ModelConfig
@@ -46,12 +49,12 @@ class Context(NamedTuple):
 
     rotary: cosines and sines of RoPE, from `rotary_tables`; None without RoPE.
     mask: (batch or 1, 1, tokens, keys), added to the scores: 0 where a query may look, -inf elsewhere, in the dtype of the
-        network; None: causal attention over all keys.
+        network; or the same block by block, on a GPU; None: causal attention over all keys.
     starts: (batch or 1, tokens), the first key that each query may look at; None: key 0. The keys up to the query follow it.
     """
 
     rotary: tuple[Tensor, Tensor] | None = None
-    mask: Tensor | None = None
+    mask: Tensor | BlockMask | None = None
     starts: Tensor | None = None
 
 
@@ -71,6 +74,18 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     cosines, sines = rotary
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1).type_as(x)
+
+
+@functools.cache
+def compiled_flex_attention() -> Callable[..., Any]:
+    """flex_attention as one kernel: as it stands it makes all scores."""
+    return torch.compile(flex_attention)
+
+
+def block_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:
+    """softmax(scale Q K^T + M) V that skips the blocks that M hides whole; shapes as in `softcapped_attention`."""
+    attend = flex_attention if torch.compiler.is_compiling() or not query.is_cuda else compiled_flex_attention()
+    return attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=key.shape[1] != query.shape[1])  # pyright: ignore
 
 
 def softcapped_attention(query: Tensor, key: Tensor, value: Tensor, cap: float, scale: float, mask: Tensor | None) -> Tensor:
@@ -164,7 +179,9 @@ class Attention(nn.Module):
         new = value
         if cache is not None:
             key, value = cache.extend(key, value)
-        if self.context_pruning is not None and self.context_pruning.current is not None:
+        if isinstance(context.mask, BlockMask):
+            mixed = block_attention(query, key, value, context.mask, self.scale)
+        elif self.context_pruning is not None and self.context_pruning.current is not None:
             mixed = self.context_pruning.mix(query, key, value, context.mask, self.scale)
         elif self.softcap is not None:
             mixed = softcapped_attention(query, key, value, self.softcap, self.scale, context.mask)

@@ -17,6 +17,7 @@ from model.config import ModelConfig
 from model.errors import InputError
 from model.linear_cross_entropy import IGNORED_TARGET as IGNORED_TARGET
 from model.linear_cross_entropy import FrozenHead, linear_cross_entropy, linear_product
+from model.masks import attention_mask, block_mask, first_keys, has_block_kernel
 
 
 class Unembedding(Linear):
@@ -117,7 +118,7 @@ class Transformer(nn.Module):
             x = x + self.position_embedding(torch.arange(first, length, device=tokens.device))
         if self.config.embedding_multiplier != 1.0:
             x = x * self.config.embedding_multiplier
-        context = self._context(first, length, document_ids, x)
+        context = self._context(first, length, document_ids, x, cached=cache is not None)
         for i, block in enumerate(self.blocks):
             if self.watch is not None:
                 self.watch(f"layer {i}", x)
@@ -133,7 +134,7 @@ class Transformer(nn.Module):
         # muP's factor 1 / m_N on the logits, put on what they are made of
         return x if self.config.width_ratio == 1.0 else x / self.config.width_ratio
 
-    def _context(self, first: int, length: int, document_ids: Tensor | None, x: Tensor) -> Context:
+    def _context(self, first: int, length: int, document_ids: Tensor | None, x: Tensor, cached: bool = False) -> Context:
         """For the tokens from position `first` up to `length`."""
         config = self.config
         rotary = None
@@ -144,33 +145,10 @@ class Transformer(nn.Module):
         starts = None
         if document_ids is not None or window is not None:
             starts = first_keys(first, length, document_ids, window, x.device)
+        plain = not cached and config.attention_softcap is None and self.context_pruning_settings is None
+        if starts is not None and plain and has_block_kernel(x.device):
+            return Context(rotary, block_mask(starts, len(x)), starts)
         # One new token sees all that came before, which needs no mask; several with a cache, some of it.
         several_cached = first > 0 and length - first > 1
         mask = None if starts is None and not several_cached else attention_mask(first, length, starts, x.dtype, x.device)
         return Context(rotary, mask, starts)
-
-
-def first_keys(first: int, length: int, document_ids: Tensor | None, window: int | None, device: torch.device) -> Tensor:
-    """The first key that each of the queries from `first` up to `length` may look at, (batch or 1, length - first), int64.
-
-    Within the query's document, whose ids (batch, length) stand together, and the window that ends at it.
-    """
-    positions = torch.arange(length, device=device)[None]
-    starts = torch.zeros_like(positions)
-    if document_ids is not None:
-        begins = torch.ones_like(document_ids, dtype=torch.bool)
-        begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-        starts = torch.where(begins, positions, 0).cummax(dim=1).values
-    if window is not None:
-        starts = starts.maximum(positions - (window - 1))
-    return starts[:, first:]
-
-
-def attention_mask(first: int, length: int, starts: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Who may look at whom, (batch or 1, 1, length - first, length) of `dtype`: 0 where the query (row) sees the key (column), -inf
-    elsewhere. Additive, since every block would turn a boolean mask into this anew, and keep it."""
-    keys, queries = torch.arange(length, device=device), torch.arange(first, length, device=device)
-    allowed = (keys <= queries[:, None])[None]
-    if starts is not None:
-        allowed = allowed & (keys >= starts[:, :, None])
-    return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, -torch.inf)[:, None]

@@ -199,7 +199,7 @@ def _two_passes(
     return {**first, "the perturbation": fixed + states.at_loss + vectors + heads + head, **second}
 
 
-def activation_bytes(config: ModelConfig, sequence_length: int, compute: int, masked: bool, fused_norm: bool) -> tuple[int, int]:
+def activation_bytes(config: ModelConfig, sequence_length: int, compute: int, masked: bool, cuda: bool) -> tuple[int, int]:
     """Bytes a token that the backward pass keeps: (of one block, of what is there once: the mask, and what lies between blocks and logits).
 
     Counted over the tensors that autograd saves, each once, with the flash form of scaled_dot_product_attention, which keeps
@@ -208,7 +208,8 @@ def activation_bytes(config: ModelConfig, sequence_length: int, compute: int, ma
     Args:
         compute: bytes of an activation: 4 in fp32, 2 in bf16.
         masked: document masks, one additive (length, length) mask a sequence that all blocks share; a window has one for all sequences.
-        fused_norm: RMSNorm is one kernel that keeps its input (CUDA), not several that keep two float32 tensors (CPU).
+        cuda: RMSNorm is one kernel that keeps its input, not several that keep two float32 tensors; masks are kept by blocks, next to
+            nothing.
     """
     assert config.kv_heads is not None and config.head_dim is not None and config.mlp_width is not None
     width, queries, keys = config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim
@@ -219,7 +220,7 @@ def activation_bytes(config: ModelConfig, sequence_length: int, compute: int, ma
             return compute * size + 8 * vectors  # input, mean and inverse deviation
         if kind in ("rms_norm", "simple_rms_norm"):
             several = 8 * size if scaled and kind == "rms_norm" else 4 * size  # without a scale only the float32 input
-            return (compute * size if fused_norm else several) + 4 * vectors
+            return (compute * size if cuda else several) + 4 * vectors
         return 0
 
     def norm_on(*places: str) -> str:
@@ -237,7 +238,7 @@ def activation_bytes(config: ModelConfig, sequence_length: int, compute: int, ma
         + (0 if config.is_simplified else compute * keys + gain)  # value, which is the projections' input where it has no map
         + norm(after_norm, width, 1)
     )
-    if len({"query_key", "value"} & set(config.norm_places or ())) == 1 and config.norm != "layer_norm" and not fused_norm and compute < 4:
+    if len({"query_key", "value"} & set(config.norm_places or ())) == 1 and config.norm != "layer_norm" and not cuda and compute < 4:
         attention += compute * width  # what is not normed, beside the norm's float32 copy of it
     if config.attention_softcap is None:
         attention += 4 * config.heads  # log-sum-exp
@@ -255,7 +256,7 @@ def activation_bytes(config: ModelConfig, sequence_length: int, compute: int, ma
     if config.block != "simplified_parallel" or config.mlp_input_scale != 1.0:  # else it has the projections' input
         mlp += norm(norm_on("mlp"), width, 1) + compute * width
     head = norm(config.norm if config.final_norm else "none", width, 1) + compute * width
-    head += compute * sequence_length if masked and config.attention_softcap is None else 0
+    head += compute * sequence_length if masked and config.attention_softcap is None and not cuda else 0
     head += compute * keys if config.is_simplified else 0  # the first block's values
     if config.first_norm:
         head += norm(config.norm, width, 1)
