@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from analysis.output import write_whole
 from analysis.ranks import Ranks
 from model.errors import InputError
 
+BUFFERS = 4  # units in memory: one is multiplied while the others are read
 SAVE_SECONDS = 60.0  # how often unfinished work is written down
 BLOCK_BYTES = 1 << 20  # multiplied at once: stays in a core's cache, and sums of few thousand elements round little
 
@@ -72,7 +74,7 @@ def increment_grams(
 
     Args:
         checkpoints: K checkpoints of one model, in order of step.
-        memory_megabytes: bounds the buffers: two, each K rows of float64 of as many elements as fit.
+        memory_megabytes: bounds the buffers, `BUFFERS` of K rows of float32 of as many elements as fit.
         keep: a file to keep the matrices in. What it holds of these checkpoints is not computed again, and a pass that was cut off
             goes on where it last wrote (each rank beside it, under its own name).
         ranks: the processes that share the work; each takes a run of the elements and gets the whole result.
@@ -87,9 +89,9 @@ def increment_grams(
     ranks = ranks or Ranks()
     _check_one_model(checkpoints)
     count, first = len(checkpoints), checkpoints[0]
-    columns = int(memory_megabytes * 2**20 / (2 * 8 * count))
+    columns = int(memory_megabytes * 2**20 / (BUFFERS * 4 * count))
     if columns < 1:
-        raise InputError(f"--memory-megabytes {memory_megabytes}: {count} checkpoints need at least {16 * count / 2**20:.6f}")
+        raise InputError(f"--memory-megabytes {memory_megabytes}: {count} checkpoints need at least {BUFFERS * 4 * count / 2**20:.6f}")
 
     identities = [identity(checkpoint) for checkpoint in checkpoints] if keep else []
     units = list(_units(first, columns, heads or heads_of(first)))
@@ -148,9 +150,9 @@ def _multiply(
     if not todo:
         return
     width = max(unit.width for unit in todo)
-    buffers = torch.empty(2, count * width, dtype=torch.float64)
-    block_columns = max(BLOCK_BYTES // (8 * count), 256)
-    increments = torch.empty(count, min(block_columns, width), dtype=torch.float64)
+    buffers = torch.empty(min(BUFFERS, len(todo)), count * width, dtype=torch.float32)
+    block_columns = max(BLOCK_BYTES // (2 * 8 * count), 256)
+    weights, increments = torch.empty(2, count, min(block_columns, width), dtype=torch.float64)
     written = time.monotonic()
     total = sum(unit.width for unit in todo)
 
@@ -158,7 +160,7 @@ def _multiply(
         for unit in todo[i + 1 : i + 2] if i else todo[:2]:  # the disk fetches the next one while this one is copied
             for checkpoint in checkpoints:
                 checkpoint.expect(unit.tensor, unit.runs[0][0], unit.runs[-1][1])
-        rows = buffers[i % 2, : count * todo[i].width].view(count, todo[i].width)
+        rows = buffers[i % len(buffers), : count * todo[i].width].view(count, todo[i].width)
         for row, checkpoint in zip(rows, checkpoints, strict=True):
             position = 0
             for start, stop in todo[i].runs:
@@ -168,18 +170,18 @@ def _multiply(
 
     quiet = not (progress and ranks.is_first)
     with (
-        ThreadPoolExecutor(1) as reader,  # reads a unit while the one before is multiplied
+        ThreadPoolExecutor(1) as reader,  # reads the units behind the one that is multiplied
         tqdm(total=4 * count * total, unit="B", unit_scale=True, desc="trajectory", mininterval=1.0, disable=quiet) as bar,
     ):
-        coming = reader.submit(load, 0)
+        coming = deque(reader.submit(load, i) for i in range(len(buffers) - 1))
         for i, unit in enumerate(todo):
-            rows = coming.result()
-            if i + 1 < len(todo):
-                coming = reader.submit(load, i + 1)
+            if i + len(buffers) - 1 < len(todo):  # into the buffer of the unit before this one
+                coming.append(reader.submit(load, i + len(buffers) - 1))
+            rows = coming.popleft().result()
             for block in rows.split(block_columns, dim=1):
-                steps = increments[:, : block.shape[1]]
-                steps[0] = block[0]
-                torch.sub(block[1:], block[:-1], out=steps[1:])  # exact: all are float32 numbers held in float64
+                thetas, steps = weights[:, : block.shape[1]].copy_(block), increments[:, : block.shape[1]]
+                steps[0] = thetas[0]
+                torch.sub(thetas[1:], thetas[:-1], out=steps[1:])  # of float32 numbers, nearly always exact in float64
                 share[unit.part] += torch.mm(steps[old:], steps.T)  # a sum of its own first: addmm_ adds element by element to the total
             bar.update(4 * count * unit.width)
             ends_part = i + 1 == len(todo) or todo[i + 1].part != unit.part

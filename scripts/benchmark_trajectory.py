@@ -208,10 +208,12 @@ def main() -> None:
     steps = [folder / f"step{step}" for step in range(count)]
     peers = count if arguments.peer_checkpoints is None else arguments.peer_checkpoints
     try:
+        print(f"writing {count} checkpoints of {parameters:,} parameters ...", flush=True)
         for step, path in enumerate(steps):
             write_checkpoint(path, shapes, step, arguments.ranks, arguments.stage)
         before, size = digest(folder), sum(path.stat().st_size for path in folder.rglob("*optim_states.pt"))
         multiplying, of_processor = multiply(count, parameters)
+        print("reading, and passes in turn ...", flush=True)
         readings, passes, processor, anonymous = [read_once(folder)], [], [], 0
         for _ in range(arguments.rounds):
             drop_caches(folder)
@@ -222,6 +224,7 @@ def main() -> None:
                 processor.append(time.process_time() - started)
             anonymous = max(anonymous, memory.peak)
             readings.append(read_once(folder))
+            print(f"read in {readings[-2]:.1f} s, a pass in {passes[-1]:.1f} s, read in {readings[-1]:.1f} s", flush=True)
         reading = [statistics.fmean(pair) for pair in itertools.pairwise(readings)]
         shares = [max(read, multiplying) / ours for read, ours in zip(reading, passes, strict=True)]
         seconds = {
@@ -253,12 +256,14 @@ def main() -> None:
         deviations = {}
         for processes in arguments.processes:
             drop_caches(folder)
+            print(f"{processes} processes ...", flush=True)
             seconds[f"ours, {processes} processes"], deviations[processes] = spread_over(processes, folder, scratch, grams)
         if deviations:
             result["largest_deviation_from_one_process"] = deviations
         result["bytes_on_disk_unchanged"] = digest(folder) == before
         if peers:
             drop_caches(folder)
+            print(f"zero_to_fp32 of {peers} checkpoints ...", flush=True)
             convert, pairs = peer(steps[:peers], scratch)
             seconds["peer, converting"] = convert * count / peers
             seconds["peer, loading and dot products"] = pairs * count * (count + 1) / (peers * (peers + 1))
