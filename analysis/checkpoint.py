@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from analysis.files import check_crc, fetch_ahead, read_manifest, some
+from analysis.files import check_crc, read_in_order, read_manifest, some
 from model.errors import InputError
 
 Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
@@ -130,10 +130,10 @@ class Checkpoint:
             shape = tuple(self.shapes[self.owner(name)])
             raise InputError(f"{self.path}: {name!r} has no elements {start} to {start + out.numel()}: its shape is {shape}")
 
-    def expect(self, name: str, start: int, stop: int, kind: Kind = "weight") -> None:
-        """Say that `read` is about to ask for elements [start, stop), so that the disk fetches them meanwhile."""
-        for _, values in self._runs(name, start, stop, kind):
-            fetch_ahead(values)
+    def expect(self, name: str, kind: Kind = "weight") -> None:
+        """Say that `read` is about to ask for all of a parameter, from front to back, so that the disk reads ahead."""
+        for _, values in self._remembered(self.owner(name), kind):
+            read_in_order(values)
 
     def _runs(self, name: str, start: int, stop: int, kind: Kind) -> Iterator[tuple[int, Tensor]]:
         """(place counted from `start`, memory-mapped values) of what there is of elements [start, stop)."""

@@ -194,18 +194,19 @@ def mapped_tensor(mapped: mmap.mmap, start: int, dtype: torch.dtype, shape: torc
 
 
 _madvise = getattr(ctypes.CDLL(None), "madvise", None) if os.name == "posix" else None
-_WILL_NEED = 3  # MADV_WILLNEED of Linux, macOS and the BSDs
+_SEQUENTIAL = 2  # MADV_SEQUENTIAL of Linux, macOS and the BSDs
 
 
-def fetch_ahead(values: torch.Tensor) -> None:
-    """Have the system read what a memory-mapped tensor views from the disk, without waiting for it. Of no effect on other memory.
+def read_in_order(values: torch.Tensor) -> None:
+    """Say that the memory-mapped storage behind a tensor is about to be read from front to back. Of no effect on other memory.
 
-    Memory that is only touched is fetched a fault at a time, which leaves a disk idle between two of them.
+    The system then reads ahead while what is there is used; as it stands, a disk is idle between two faults.
     """
-    if _madvise is not None and values.numel():
-        begin = values.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-        length = values.data_ptr() + values.nbytes - begin
-        _madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), _WILL_NEED)  # a hint: whether it was taken does not matter
+    storage = values.untyped_storage()
+    if _madvise is not None and storage.nbytes():
+        begin = storage.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        length = storage.data_ptr() + storage.nbytes() - begin
+        _madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), _SEQUENTIAL)  # a hint: whether it was taken does not matter
 
 
 def some(names: list[str]) -> str:

@@ -151,15 +151,15 @@ def _multiply(
         return
     width = max(unit.width for unit in todo)
     buffers = torch.empty(min(BUFFERS, len(todo)), count * width, dtype=torch.float32)
-    block_columns = max(BLOCK_BYTES // (2 * 8 * count), 256)
+    block_columns = max(BLOCK_BYTES // (8 * count), 256)
     weights, increments = torch.empty(2, count, min(block_columns, width), dtype=torch.float64)
     written = time.monotonic()
     total = sum(unit.width for unit in todo)
 
     def load(i: int) -> Tensor:
-        for unit in todo[i + 1 : i + 2] if i else todo[:2]:  # the disk fetches the next one while this one is copied
+        if i == 0 or todo[i].tensor != todo[i - 1].tensor:
             for checkpoint in checkpoints:
-                checkpoint.expect(unit.tensor, unit.runs[0][0], unit.runs[-1][1])
+                checkpoint.expect(todo[i].tensor)
         rows = buffers[i % len(buffers), : count * todo[i].width].view(count, todo[i].width)
         for row, checkpoint in zip(rows, checkpoints, strict=True):
             position = 0
@@ -182,7 +182,8 @@ def _multiply(
                 thetas, steps = weights[:, : block.shape[1]].copy_(block), increments[:, : block.shape[1]]
                 steps[0] = thetas[0]
                 torch.sub(thetas[1:], thetas[:-1], out=steps[1:])  # of float32 numbers, nearly always exact in float64
-                share[unit.part] += torch.mm(steps[old:], steps.T)  # a sum of its own first: addmm_ adds element by element to the total
+                # Each block a sum of its own, which rounds less. NumPy makes a matrix times its own transpose as what it is, symmetric.
+                share[unit.part] += torch.from_numpy(steps[old:].numpy() @ steps.numpy().T)
             bar.update(4 * count * unit.width)
             ends_part = i + 1 == len(todo) or todo[i + 1].part != unit.part
             if keep and ends_part:

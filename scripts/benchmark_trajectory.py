@@ -34,6 +34,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -134,13 +135,13 @@ def multiply(count: int, parameters: int) -> tuple[float, float]:
     seconds = []
     for kilobytes in (512, 1024, 2048, 4096, 8192):
         columns = kilobytes * 2**10 // (8 * count)
-        rows, gram = torch.randn(count, columns, dtype=torch.float64), torch.zeros(count, count, dtype=torch.float64)
+        rows, gram = torch.randn(count, columns, dtype=torch.float64).numpy(), np.zeros((count, count))
         pieces = math.ceil(parameters / columns)
         measured = min(pieces, 300)
-        gram += torch.mm(rows, rows.T)
+        gram += rows @ rows.T
         start, started = time.perf_counter(), time.process_time()
         for _ in range(measured):
-            gram += torch.mm(rows, rows.T)
+            gram += rows @ rows.T
         scale = pieces / measured
         seconds.append(((time.perf_counter() - start) * scale, (time.process_time() - started) * scale))
     return min(seconds)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from analysis.files import fetch_ahead
+from analysis.files import read_in_order
 from analysis.grams import increment_grams
 from analysis.runs import find_run
 from analysis.shards import Checkpoint, open_checkpoint
@@ -266,11 +266,11 @@ def test_a_model_of_this_repository_round_trips(run_folder):
     assert sum(shape.numel() for shape in checkpoint.shapes.values()) == sum(p.numel() for p in model.parameters())
 
 
-def test_fetching_ahead_changes_nothing_and_takes_any_memory(tmp_path: Path) -> None:
+def test_reading_ahead_changes_nothing_and_takes_any_memory(tmp_path: Path) -> None:
     values = torch.arange(10_000, dtype=torch.float32)
     torch.save(values, tmp_path / "values.pt")
     mapped = torch.load(tmp_path / "values.pt", mmap=True, weights_only=True)
     for part in (mapped, mapped[5_001:5_002], mapped[:0], values, torch.empty(0)):
         before = part.clone()
-        fetch_ahead(part)
+        read_in_order(part)
         assert torch.equal(part, before)
