@@ -29,6 +29,7 @@ FACTORS: dict[str, list[float]] = {
     "learning_rate": [2e-3, 6e-3],
     "batch": [512, 2048],
 }
+BOTH = "momentum's effect, with weight decay less without"
 MIDDLE = {"momentum": 0.9, "weight_decay": 0.1, "learning_rate": 4e-3, "batch": 1024}
 # name: what it is, and what differs from the middle of the grid
 BESIDE: dict[str, tuple[str, list[str]]] = {
@@ -119,53 +120,46 @@ def figures(run: Path) -> dict[str, Any]:
     }
 
 
+def differences(grid: list[dict[str, Any]], factor: str, measure: str) -> dict[tuple[float, ...], float]:
+    """Of pairs of runs that differ in one factor alone, from its lowest level to its highest, by (the other factors' levels ..., seed)."""
+
+    def at(level: float) -> dict[tuple[float, ...], float]:
+        return {
+            (*(value for other, value in run["settings"].items() if other != factor), run["seed"]): run["figures"][measure]
+            for run in grid
+            if run["settings"][factor] == level
+        }
+
+    low, high = at(FACTORS[factor][0]), at(FACTORS[factor][-1])
+    return {rest: high[rest] - low[rest] for rest in low if rest in high}
+
+
 def effects(grid: list[dict[str, Any]], measure: str) -> dict[str, dict[str, Any]]:
-    """Of each factor: the differences between pairs of runs that differ in it alone, from its lowest level to its highest."""
-    found = {}
-    for factor, levels in FACTORS.items():
-        pairs = [
-            (low["figures"][measure], high["figures"][measure])
-            for low in grid
-            for high in grid
-            if low["settings"][factor] == levels[0]
-            and high["settings"] == {**low["settings"], factor: levels[-1]}
-            and low["seed"] == high["seed"]
-        ]
-        differences = [high - low for low, high in pairs]
-        if differences:
-            found[factor] = {
-                "mean": statistics.fmean(differences),
-                "deviation": statistics.pstdev(differences),
-                "pairs": len(differences),
-                "up": sum(difference > 0 for difference in differences),
-            }
-    return found
-
-
-def interaction(grid: list[dict[str, Any]], measure: str) -> dict[str, float | None]:
-    """What momentum does at each weight decay: the mean difference between runs that differ in momentum alone."""
+    """Of each factor: what it does from its lowest level to its highest; and what weight decay changes in what momentum does."""
+    found = {factor: list(differences(grid, factor, measure).values()) for factor in FACTORS}
+    none, most = FACTORS["weight_decay"][0], FACTORS["weight_decay"][-1]
+    of_momentum = differences(grid, "momentum", measure)  # by weight decay and the rest
+    found[BOTH] = [of_momentum[most, *rest] - x for (decay, *rest), x in of_momentum.items() if decay == none]
     return {
-        f"{decay:g}": effects([run for run in grid if run["settings"]["weight_decay"] == decay], measure).get("momentum", {}).get("mean")
-        for decay in FACTORS["weight_decay"]
+        factor: {"mean": statistics.fmean(x), "deviation": statistics.pstdev(x), "pairs": len(x), "up": sum(one > 0 for one in x)}
+        for factor, x in found.items()
+        if x
     }
 
 
 def summarize(results: Results) -> dict[str, Any]:
     """The effects of the factors, over the runs that are known."""
     grid = [run for run in results.runs.values() if "settings" in run]
-    return {
-        "effects": {measure: effects(grid, measure) for measure in MEASURES},
-        "momentum_at_each_weight_decay": {measure: interaction(grid, measure) for measure in MEASURES},
-    }
+    return {"effects": {measure: effects(grid, measure) for measure in MEASURES}}
 
 
 def tables(summary: dict[str, Any], runs: list[dict[str, Any]]) -> str:
     """For the terminal and docs/trajectories.md."""
-    head = "| " + " | ".join(["from lowest to highest", *(f"{f} {v[0]:g} → {v[-1]:g}" for f, v in FACTORS.items())]) + " |"
-    lines = [head, "|---" * (1 + len(FACTORS)) + "|"]
+    head = "| " + " | ".join(["from lowest to highest", *(f"{f} {v[0]:g} → {v[-1]:g}" for f, v in FACTORS.items()), BOTH]) + " |"
+    lines = [head, "|---" * (2 + len(FACTORS)) + "|"]
     for measure, label in MEASURES.items():
         cells = [label]
-        for factor in FACTORS:
+        for factor in (*FACTORS, BOTH):
             one = summary["effects"][measure].get(factor)
             cells.append(f"{one['mean']:+.3g} ± {one['deviation']:.2g} ({one['up']} of {one['pairs']} up)" if one else "–")
         lines.append("| " + " | ".join(cells) + " |")
