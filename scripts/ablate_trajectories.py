@@ -139,7 +139,8 @@ def effects(grid: list[dict[str, Any]], measure: str) -> dict[str, dict[str, Any
     found = {factor: list(differences(grid, factor, measure).values()) for factor in FACTORS}
     none, most = FACTORS["weight_decay"][0], FACTORS["weight_decay"][-1]
     of_momentum = differences(grid, "momentum", measure)  # by weight decay and the rest
-    found[BOTH] = [of_momentum[most, *rest] - x for (decay, *rest), x in of_momentum.items() if decay == none]
+    both = [(of_momentum.get((most, *rest)), x) for (decay, *rest), x in of_momentum.items() if decay == none]
+    found[BOTH] = [with_decay - without for with_decay, without in both if with_decay is not None]
     return {
         factor: {"mean": statistics.fmean(x), "deviation": statistics.pstdev(x), "pairs": len(x), "up": sum(one > 0 for one in x)}
         for factor, x in found.items()
