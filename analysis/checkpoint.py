@@ -147,10 +147,11 @@ class Checkpoint:
                 yield first - start, values[first - offset : last - offset]
 
     def _remembered(self, name: str, kind: Kind) -> list[Segment]:
-        """The segments asked for last are kept: a tensor is read a piece at a time."""
-        if self._last is None or self._last[0] != (name, kind):
-            self._last = ((name, kind), self._segments(name, kind))
-        return self._last[1]
+        """The segments asked for last are kept: a tensor is read a piece at a time, by several threads."""
+        last = self._last
+        if last is None or last[0] != (name, kind):
+            last = self._last = ((name, kind), self._segments(name, kind))
+        return last[1]
 
     def tensor(self, name: str, kind: Kind = "weight") -> Tensor:
         """The whole parameter, float32, in its own memory."""

@@ -36,6 +36,7 @@ from analysis.ranks import Ranks
 from model.errors import InputError
 
 BUFFERS = 4  # units in memory: one is multiplied while the others are read
+READERS = 2  # threads: one copies while the other waits for the disk
 SAVE_SECONDS = 60.0  # how often unfinished work is written down
 BLOCK_BYTES = 1 << 20  # multiplied at once: stays in a core's cache, and sums of few thousand elements round little
 
@@ -170,13 +171,13 @@ def _multiply(
 
     quiet = not (progress and ranks.is_first)
     with (
-        ThreadPoolExecutor(1) as reader,  # reads the units behind the one that is multiplied
+        ThreadPoolExecutor(READERS) as readers,  # read the units behind the one that is multiplied
         tqdm(total=4 * count * total, unit="B", unit_scale=True, desc="trajectory", mininterval=1.0, disable=quiet) as bar,
     ):
-        coming = deque(reader.submit(load, i) for i in range(len(buffers) - 1))
+        coming = deque(readers.submit(load, i) for i in range(len(buffers) - 1))
         for i, unit in enumerate(todo):
             if i + len(buffers) - 1 < len(todo):  # into the buffer of the unit before this one
-                coming.append(reader.submit(load, i + len(buffers) - 1))
+                coming.append(readers.submit(load, i + len(buffers) - 1))
             rows = coming.popleft().result()
             for block in rows.split(block_columns, dim=1):
                 thetas, steps = weights[:, : block.shape[1]].copy_(block), increments[:, : block.shape[1]]
