@@ -183,8 +183,7 @@ def _multiply(
                 thetas, steps = weights[:, : block.shape[1]].copy_(block), increments[:, : block.shape[1]]
                 steps[0] = thetas[0]
                 torch.sub(thetas[1:], thetas[:-1], out=steps[1:])  # of float32 numbers, nearly always exact in float64
-                # Each block a sum of its own, which rounds less. NumPy makes a matrix times its own transpose as what it is, symmetric.
-                share[unit.part] += torch.from_numpy(steps[old:].numpy() @ steps.numpy().T)
+                share[unit.part] += _products(steps[old:], steps)  # each block a sum of its own, which rounds less
             bar.update(4 * count * unit.width)
             ends_part = i + 1 == len(todo) or todo[i + 1].part != unit.part
             if keep and ends_part:
@@ -192,6 +191,11 @@ def _multiply(
                 if time.monotonic() - written > SAVE_SECONDS and i + 1 < len(todo):
                     _write(_unfinished(keep, ranks), _Kept([*identities, f"{old} old", f"{columns} columns"], done))
                     written = time.monotonic()
+
+
+def _products(new: Tensor, all_: Tensor) -> Tensor:
+    """new (n, c) and all_ (K, c) -> (n, K), by NumPy, which makes a matrix times its own transpose as what it is, symmetric."""
+    return torch.from_numpy(new.numpy() @ all_.numpy().T)
 
 
 def _check_one_model(checkpoints: Sequence[Checkpoint]) -> None:
