@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -9,9 +12,10 @@ from torch.nn.attention.flex_attention import BlockMask
 BLOCK = 128  # tokens along each side of flex_attention's blocks
 
 
-def has_block_kernel(device: torch.device) -> bool:
-    """Whether flex_attention trains there: it has no gradient on a CPU."""
-    return device.type == "cuda"
+@functools.cache
+def has_block_kernel(device_type: str, head_dim: int) -> bool:
+    """Whether flex_attention trains there: it has no gradient on a CPU, and on a GPU Triton makes it, for heads of at least 16."""
+    return device_type == "cuda" and head_dim >= 16 and importlib.util.find_spec("triton") is not None
 
 
 def first_keys(first: int, length: int, document_ids: Tensor | None, window: int | None, device: torch.device) -> Tensor:

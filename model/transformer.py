@@ -138,15 +138,15 @@ class Transformer(nn.Module):
         """For the tokens from position `first` up to `length`."""
         config = self.config
         rotary = None
+        assert config.head_dim is not None
         if config.positions == "rope":
-            assert config.head_dim is not None
             rotary = rotary_tables(first, length - first, config.head_dim, config.rope_base, x.device)
         window = config.attention_window if config.attention_window is not None and config.attention_window < length else None
         starts = None
         if document_ids is not None or window is not None:
             starts = first_keys(first, length, document_ids, window, x.device)
         plain = not cached and config.attention_softcap is None and self.context_pruning_settings is None
-        if starts is not None and plain and has_block_kernel(x.device):
+        if starts is not None and plain and has_block_kernel(x.device.type, config.head_dim):
             return Context(rotary, block_mask(starts, len(x)), starts)
         # One new token sees all that came before, which needs no mask; several with a cache, some of it.
         several_cached = first > 0 and length - first > 1

@@ -56,7 +56,7 @@ def test_a_network_under_blocks_is_the_network_under_pairs(more: dict[str, Any],
     tokens, ids = torch.randint(50, (2, 300), generator=torch.Generator().manual_seed(1)), documents(2, 300, 0.01)
     losses, gradients = [], []
     for blocks in (False, True):
-        monkeypatch.setattr("model.transformer.has_block_kernel", lambda device, blocks=blocks: blocks)
+        monkeypatch.setattr("model.transformer.has_block_kernel", lambda *ignored, blocks=blocks: blocks)
         monkeypatch.setattr(flex_attention, "_validate_device", lambda *ignored: None)
         context = model._context(0, 300, ids, model.embedding(tokens))
         assert isinstance(context.mask, flex_attention.BlockMask) == blocks
@@ -72,7 +72,7 @@ def test_a_network_under_blocks_is_the_network_under_pairs(more: dict[str, Any],
 
 def test_other_documents_do_not_compile_a_block_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mask is another function over other tensors in each step; and the forward's kernel gives what pairs give."""
-    monkeypatch.setattr("model.transformer.has_block_kernel", lambda device: True)
+    monkeypatch.setattr("model.transformer.has_block_kernel", lambda *ignored: True)
     config = ModelConfig(vocab_size=50, width=32, depth=2, heads=2, sequence_length=256)
     model = Transformer(config)
     initialize(model, seed=0)
@@ -85,7 +85,7 @@ def test_other_documents_do_not_compile_a_block_again(monkeypatch: pytest.Monkey
         monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
         found += [model(tokens, document_ids=documents(2, 256, 0.03, seed)) for seed in (2, 3)]
         torch._dynamo.reset()
-        monkeypatch.setattr("model.transformer.has_block_kernel", lambda device: False)
+        monkeypatch.setattr("model.transformer.has_block_kernel", lambda *ignored: False)
         plain = Transformer(config)
         plain.load_state_dict({name.replace("_orig_mod.", ""): p for name, p in model.state_dict().items()})
         for seed, logits in enumerate(found):
