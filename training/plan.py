@@ -127,7 +127,10 @@ def _check_ascent(recipe: Recipe, accumulation: int) -> None:
 
 def count_parameters(config: ModelConfig | PretrainedModel, pruning: ContextPruningSection | None = None) -> Parameters:
     """Counted on the model itself, made on the meta device, where it takes no memory."""
-    model = _meta_model(config, pruning)
+    return _count(_meta_model(config, pruning))
+
+
+def _count(model: Network) -> Parameters:
     counts: Counter[str] = Counter()
     tensor_sizes, matmul = [], 0
     part = _part if isinstance(model, Transformer) else _part_of_pretrained
@@ -152,6 +155,12 @@ def _embedding(model: Network) -> nn.Module:
 def _meta_model(config: ModelConfig | PretrainedModel, pruning: ContextPruningSection | None = None) -> Network:
     with torch.device("meta"):
         return make_network(config, pruning)
+
+
+def _sizes(recipe: Recipe, config: ModelConfig | PretrainedModel) -> tuple[Parameters, int]:
+    """(parameters, numbers that the optimizer keeps beside them), of one model, since making a pretrained one takes a second."""
+    model = _meta_model(config, recipe.context_pruning)
+    return _count(model), state_elements(model, recipe.optimizer)
 
 
 def _part(name: str, module: nn.Module) -> str:
@@ -214,8 +223,7 @@ def plan(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     training = recipe.training
     accumulation = accumulation_steps(recipe, world_size)
-    parameters = count_parameters(config, recipe.context_pruning)
-    elements = state_elements(_meta_model(config, recipe.context_pruning), recipe.optimizer)
+    parameters, elements = _sizes(recipe, config)
     recomputed = recomputed_blocks(recipe, config, world_size, accumulation, device)
     config = config.shape() if isinstance(config, PretrainedModel) else config
     steps = training.tokens // training.tokens_per_step
@@ -247,8 +255,7 @@ def recomputed_blocks(recipe: Recipe, config: ModelConfig | PretrainedModel, wor
     if asked != "auto":
         blocks = (shape.depth if asked else 0) if isinstance(asked, bool) else asked
         return next(choice for choice in choices if choice >= min(blocks, shape.depth))
-    parameters = count_parameters(config, recipe.context_pruning)
-    elements = state_elements(_meta_model(config, recipe.context_pruning), recipe.optimizer)
+    parameters, elements = _sizes(recipe, config)
 
     def memory(blocks: int) -> Memory:
         return predict(recipe, shape, parameters.tensor_sizes, elements, world_size, accumulation, device, parameters.frozen, blocks)
