@@ -77,7 +77,8 @@ def what_fits(recipe: Recipe, arguments: argparse.Namespace) -> str:
 def variant(recipe: Recipe, size: str | None, stage: int, checkpointing: bool) -> Recipe:
     tree: dict[str, Any] = recipe.model_dump()
     if size is not None:
-        tree["model"].update(size=size, width=None, depth=None, heads=None, kv_heads=None, head_dim=None, mlp_width=None)
+        shape = ("width", "depth", "heads", "kv_heads", "head_dim", "mlp_width")  # left out, so that the size says them
+        tree["model"] = {**{field: value for field, value in tree["model"].items() if field not in shape}, "size": size}
     tree["training"].update(activation_checkpointing=checkpointing, memory_budget_gb=None)
     tree["deepspeed"]["zero_optimization"] = {**tree["deepspeed"].get("zero_optimization", {}), "stage": stage}
     return Recipe.model_validate(tree)

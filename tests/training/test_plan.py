@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -20,7 +21,7 @@ from model.config import SIZES, ModelConfig
 from model.errors import InputError
 from model.parametrization import initialize
 from model.transformer import Transformer
-from scripts.plan import largest_micro_batch
+from scripts.plan import largest_micro_batch, what_fits
 from training.communication import bytes_sent, scaling
 from training.memory import activation_bytes, predict
 from training.plan import accumulation_steps, count_parameters, flops_per_token, format_plan, memory_advice, plan, print_plan
@@ -360,6 +361,20 @@ def test_scaling_lies_between_its_bounds() -> None:
     assert 0 < slow.share_exposed < slow.share_hidden <= 1
     alone = scaling(3, 10**9, 6e9, 10**4, 1, 1, sustained=4e14)
     assert alone.share_exposed == alone.share_hidden == 1 and alone.hidden == pytest.approx(4e14 / 6e9)
+
+
+def test_of_each_size_what_fits_is_said() -> None:
+    """From a recipe that names a size, as from one that gives the shape itself."""
+    asked = argparse.Namespace(gpus=2, gigabytes=24.0, share=0.9, sizes=True)
+    by_shape = {"model": {"width": 128, "depth": 2, "heads": 4, "kv_heads": 2}}
+    for case in (recipe(), Recipe.model_validate({**recipe().model_dump(include={"training"}), **by_shape})):
+        lines = what_fits(case, asked).splitlines()
+        assert [line.split()[0] for line in lines[2:-1:4]] == ["the", *SIZES]
+        found = {line.split()[0]: line.split() for line in lines[6:-1] if line.split()[1] == "3"}
+        sizes = [0 if found[size][2] == "-" else int(found[size][2]) for size in SIZES]
+        assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]  # larger models, fewer sequences
+        fits = [size for size in SIZES if found[size][4] != "-"]
+        assert lines[-1].startswith(f"the largest model.size that trains: {fits[-1]};")
 
 
 def test_the_largest_micro_batch_fits_and_twice_as_many_do_not() -> None:
