@@ -82,7 +82,7 @@ def increment_grams(
         heads: of the attention, where the checkpoint does not say; see `analysis.fused`.
 
     Returns:
-        {part: B}, B (K, K) float64, B_st = <b_s, b_t>.
+        {part: B}, B (K, K) float64, B_st = <b_s, b_t> of weights read as float32.
 
     Raises:
         InputError: fewer than two checkpoints; parameters differ in name or shape; a weight is not finite. On every rank alike.
