@@ -4,7 +4,7 @@
 
 Every case is an engine of its own that takes three steps of two micro-batches. Measured are the bytes of tensors that PyTorch's
 allocator gave out since before the engine was built, at their most after the first step; planned is `training.memory.predict`'s total.
-What --out holds of earlier calls is kept, and not measured again.
+What --out holds of earlier calls is kept, and not measured again; without it, or with a new file, everything is measured.
 """
 
 from __future__ import annotations
