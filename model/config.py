@@ -282,6 +282,8 @@ class PruningConfig:
         normalize: RMSNorm of Q_int and K_int, with a trainable gain a dimension.
         scale: that gain at first: products of unrelated vectors scatter by scale^2.
         rope: rotate Q_int and K_int by position, so that a decision can depend on the distance.
+        age_slope: at first, of a trainable multiple of log(k - j) that is added to each product, so that a decision depends on how long
+            ago a token was; None: none, as in the paper.
         bias: beta at first.
         sinks: tokens at the start of a text that are always kept.
         window: the nearest so many tokens, a token itself included, are always kept.
@@ -292,6 +294,7 @@ class PruningConfig:
     normalize: bool = True
     scale: float = 1.0
     rope: bool = False
+    age_slope: float | None = None
     bias: float = 4.0
     sinks: int = 1
     window: int = 8

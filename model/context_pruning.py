@@ -7,7 +7,7 @@
 With X what a layer's attention reads, k the token that decides and j < k one that it decides on (section 3 of the paper):
 
     Q_int = norm(X W_Q), K_int = norm(X W_K)                one pair of (width x r) matrices a layer, shared by its heads
-    x[k, j] = (<Q_int[k], K_int[j]> / sqrt(r) - m) / s + beta - threshold
+    x[k, j] = (<Q_int[k], K_int[j]> / sqrt(r) - m) / s + beta + slope log(k - j) - threshold
     p[k, j] = sigma_alpha(x[k, j])                          1 for the first `sinks` tokens, and where k - j < `window`
     log I[k, j] = sum over j < n <= k of log p[n, j]        what is dropped stays dropped
     A = softmax(Q K^T / sqrt(d) + log I + causal)
@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import rotary_tables, rotate
+from model.attention_need import taught
 from model.config import PruningConfig
 from model.errors import InputError
 from model.linear_cross_entropy import IGNORED_TARGET
@@ -65,11 +67,14 @@ class Settings:
         alpha: of the sparse sigmoid; infinity: hard decisions.
         threshold: common to all layers, 0 in the paper: higher drops more, so that one network serves several budgets.
         standards: of each layer (m, s).
+        from_attention: while `recording`, decisions are taught by the attention of the network without pruning
+            (model/attention_need.py), which is what then runs.
         level: with soft decisions, the gradient moves no layer's decisions all together: a threshold is steered instead.
         sparsity_weight: gamma, what a token's whole context costs, in nats; with gradient, while `recording`.
         distillation_weight: share of the objective that is the divergence from the network without pruning.
         kept: of each layer, while `recording`: (sum of I over pairs j < k that see each other, with gradient; their number).
         kept_hard: that sum were decisions hard.
+        need_losses: of each layer, while `from_attention`: how far its decisions are from what is needed, with gradient.
         policy: stands in for the decisions in whole texts, to compare with (analysis/cache_policies.py).
         live: what the policy says that each query read, by layer.
     """
@@ -81,12 +86,15 @@ class Settings:
     threshold: float = 0.0
     standards: dict[int, tuple[float, float]] = field(default_factory=dict)
     level: bool = False
+    from_attention: bool = False
     recording: bool = False
     sparsity_weight: float = 0.0
     distillation_weight: float = 0.0
     measured: dict[int, Tensor] = field(default_factory=dict)  # sums of (I, I with hard decisions, pairs) since they were last taken
+    need_loss: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))  # its sum over forward passes, and their number
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     kept_hard: dict[int, Tensor] = field(default_factory=dict)
+    need_losses: dict[int, Tensor] = field(default_factory=dict)
     observers: list[Callable[[Decided], None]] = field(default_factory=list)
     policy: Policy | None = None
     live: dict[int, Tensor] = field(default_factory=dict)
@@ -106,6 +114,11 @@ class Settings:
             sums = torch.stack((kept.detach().double(), self.kept_hard[layer].double(), pairs.double()))
             self.measured[layer] = sums + self.measured[layer] if layer in self.measured else sums
         objective, counted = loss, targets != IGNORED_TARGET
+        if self.from_attention:
+            need_loss = torch.stack([*self.need_losses.values()]).mean()
+            self.need_loss = self.need_loss.to(need_loss.device) + torch.stack((need_loss.detach(), torch.ones_like(need_loss)))
+            objective = counted.sum() * need_loss
+            return loss.detach() + (objective - objective.detach())
         if self.distillation_weight and torch.is_grad_enabled():
             kept, kept_hard = dict(self.kept), dict(self.kept_hard)  # the dense pass begins with a clean slate
             dense = dense_logits()
@@ -114,7 +127,7 @@ class Settings:
             objective = (1 - self.distillation_weight) * objective + self.distillation_weight * divergence
         shares = [kept / pairs.clamp_min(1) for kept, pairs in self.kept.values()]
         objective = objective + self.sparsity_weight * counted.sum() * torch.stack(shares).mean()
-        return loss.detach() + objective - objective.detach()
+        return loss.detach() + (objective - objective.detach())
 
     def describe(self) -> dict[str, Any]:
         """What has to be known, beside the weights, to decide as this does; in JSON's types. `take` reads it."""
@@ -162,7 +175,7 @@ def _divergence(dense: Tensor, logits: Tensor) -> Tensor:
 
 
 class Interaction(nn.Module):
-    """W_Q, W_K and beta of one layer, a child of its attention module."""
+    """W_Q, W_K, beta and the slope of age of one layer, a child of its attention module."""
 
     def __init__(self, width: int, settings: Settings, layer: int) -> None:
         super().__init__()
@@ -170,6 +183,7 @@ class Interaction(nn.Module):
         self.query_key = nn.Linear(width, 2 * config.rank, bias=False)  # W_Q above W_K
         self.gain = nn.Parameter(torch.full((2, config.rank), config.scale)) if config.normalize else None
         self.bias = nn.Parameter(torch.full((1,), float(config.bias)))
+        self.age_slope = None if config.age_slope is None else nn.Parameter(torch.full((1,), config.age_slope))
         self.current: tuple[Tensor, Tensor, Tensor, PrunedLayer | None] | None = None  # from the hook, for the attention function
 
     @property
@@ -187,7 +201,8 @@ class Interaction(nn.Module):
                 self.query_key.weight.copy_(torch.empty(shape).normal_(0.0, 1 / math.sqrt(shape[1]), generator=generator))
 
     def forward(self, x: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
-        """x (batch, tokens, width), the first of them at place `first` -> Q_int and K_int (batch, tokens, rank), beta (1,)."""
+        """x (batch, tokens, width), the first of them at place `first` -> Q_int and K_int (batch, tokens, rank), beta (1,), or (2,) with
+        the slope of age after it."""
         config = self.settings.config
         both = self.query_key(x).unflatten(-1, (2, config.rank))
         if self.gain is not None:
@@ -195,10 +210,13 @@ class Interaction(nn.Module):
         if config.rope:
             both = rotate(both, rotary_tables(first, x.shape[1], config.rank, 10000.0, x.device))
         query, key = both.unbind(2)
-        return query, key, self.bias * 1.0  # a product: under ZeRO-3 the parameter itself is given back after this
+        # a new tensor: under ZeRO-3 the parameters themselves are given back after this
+        return query, key, self.bias * 1.0 if self.age_slope is None else torch.cat((self.bias, self.age_slope))
 
     def attend_next(self, x: Tensor, layer: PrunedLayer | None) -> None:
         """Make the interaction queries and keys of what the attention module is about to read, for `mix` and for the cache's layer."""
+        if self.settings.from_attention and self.settings.recording:
+            x = x.detach()  # what is learned then concerns this layer's decisions alone
         query, key, beta = self(x, 0 if layer is None else layer.seen)
         if layer is not None:
             layer.staged = key
@@ -234,6 +252,28 @@ class _Levelled(torch.autograd.Function):
         return (gradient - mean) * undecided, None
 
 
+def decision_scores(
+    interaction_query: Tensor, interaction_key: Tensor, beta: Tensor, places: Tensor, positions: Tensor, standard: tuple[float, float]
+) -> Tensor:
+    """x before the threshold, (batch, queries, slots), at least float32; arguments as of `log_kept`."""
+    mean, deviation = standard
+    dtype = torch.promote_types(interaction_query.dtype, torch.float32)
+    query, key, beta = interaction_query.to(dtype), interaction_key.to(dtype), beta.to(dtype)
+    x = query @ key.mT / (math.sqrt(query.shape[2]) * deviation) + (beta[0] - mean / deviation)
+    if len(beta) > 1:
+        x = x + beta[1] * (places[:, None] - positions[:, None, :]).clamp(min=1).to(dtype).log()
+    return x
+
+
+def always_kept(places: Tensor, positions: Tensor, starts: Tensor | None, config: PruningConfig) -> Tensor:
+    """Pairs that are not decided on, (batch or 1, queries, slots) bool: slots in a query's window or later, and the first of its text."""
+    exempt = places[:, None] - positions[:, None, :] < config.window
+    if config.sinks:
+        since = positions[:, None, :] if starts is None else positions[:, None, :] - starts[:, :, None]
+        exempt = exempt | (since < config.sinks)
+    return exempt
+
+
 def log_kept(
     interaction_query: Tensor,
     interaction_key: Tensor,
@@ -250,6 +290,7 @@ def log_kept(
 
     Args:
         interaction_query, interaction_key: (batch, queries, rank) and (batch, slots, rank).
+        beta: (1,), or (2,) with the slope of age.
         places: (queries,), where the queries stand in the text.
         positions: (batch or 1, slots), where the slots' tokens do.
         starts: (batch or 1, queries), where each query's text begins; None: at 0.
@@ -257,15 +298,8 @@ def log_kept(
         standard: m and s of the layer.
         hard: keep or drop, whatever alpha is.
     """
-    config, (mean, deviation) = settings.config, standard
-    dtype = torch.promote_types(interaction_query.dtype, torch.float32)
-    query, key = interaction_query.to(dtype), interaction_key.to(dtype)
-    x = query @ key.mT / (math.sqrt(config.rank) * deviation) + (beta.to(dtype) - settings.threshold - mean / deviation)
-    age = places[:, None] - positions[:, None, :]  # (batch or 1, queries, slots)
-    exempt = age < config.window
-    if config.sinks:
-        since = positions[:, None, :] if starts is None else positions[:, None, :] - starts[:, :, None]
-        exempt = exempt | (since < config.sinks)
+    x = decision_scores(interaction_query, interaction_key, beta, places, positions, standard) - settings.threshold
+    exempt = always_kept(places, positions, starts, settings.config)
     if hard or math.isinf(settings.alpha):
         dropped = (x <= 0) & ~exempt
         # counted in int32: exact, and cheaper than sums of infinities
@@ -347,6 +381,14 @@ def pruned_attention(
             raise InputError("a cache policy stands in for context pruning in whole texts alone: use_cache=False")
         mixed, settings.live[layer_number] = settings.policy(query, key, value, scale, visible.slots(places, positions))
         return mixed
+    decided_by = interaction_query, interaction_key, beta
+    if settings.from_attention and settings.recording:
+        allowed = visible.slots(places, positions)
+        decided = ~always_kept(places, positions, visible.starts(), settings.config)
+        score = partial(decision_scores, places=places, positions=positions, standard=interaction.standard)
+        settings.need_losses[layer_number] = taught(score, decided_by, decided, query, key, scale, allowed)
+        _record(interaction, decided_by, places, positions, visible, allowed)
+        return attend(query, key, value, allowed[:, None], scale, dropout)
     above = settings.above_of(layer_number)
     outputs, passed_on = [], []
     step = queries if torch.is_grad_enabled() or settings.recording else ROWS
@@ -371,7 +413,7 @@ def pruned_attention(
             kept = kept + above[:, rows].gather(2, at[:, None].expand(*kept.shape[:2], -1))
         allowed = seen.slots(places[rows], at)
         if settings.recording:
-            _record(interaction, (interaction_query, interaction_key, beta), places, positions, visible, allowed, kept)
+            _record(interaction, decided_by, places, positions, visible, allowed, kept)
         bias = kept.masked_fill(~allowed, -torch.inf)
         if settings.config.propagate_in_depth:
             by_place = bias.new_full((*bias.shape[:2], first + queries), -torch.inf)
@@ -393,9 +435,12 @@ def _drop(layer: PrunedLayer, interaction: Interaction, interaction_query: Tenso
     settings, slots, (mean, deviation) = interaction.settings, slice(layer.used), interaction.standard
     config = settings.config
     dtype = torch.promote_types(interaction_query.dtype, torch.float32)
-    scores = layer.interaction_keys[:, slots].to(dtype) @ interaction_query.to(dtype).mT
-    positions = layer.positions[:, slots]
-    dropped = scores[:, :, 0] <= (mean + deviation * (settings.threshold - beta.to(dtype))) * math.sqrt(config.rank)
+    scores = (layer.interaction_keys[:, slots].to(dtype) @ interaction_query.to(dtype).mT)[:, :, 0]
+    positions, beta = layer.positions[:, slots], beta.to(dtype)
+    enough = (mean + deviation * (settings.threshold - beta[0])) * math.sqrt(config.rank)
+    if config.age_slope is not None:
+        enough = enough - deviation * math.sqrt(config.rank) * beta[1] * (layer.seen - 1 - positions).clamp(min=1).to(dtype).log()
+    dropped = scores <= enough
     dropped &= positions < layer.seen - config.window
     if config.sinks:
         dropped &= positions >= config.sinks
@@ -409,18 +454,18 @@ def _record(
     positions: Tensor,
     visible: Visible,
     allowed: Tensor,
-    kept: Tensor,
+    kept: Tensor | None = None,
 ) -> None:
-    """Sum up, for the whole of a text without a cache, how much of their context the queries still have."""
+    """Sum up, for the whole of a text without a cache, how much of their context the queries still have; kept: log I, None: as if hard."""
     settings = interaction.settings
     pairs = (positions[:, None, :] < places[:, None]) & allowed
     if visible.mask is not None:  # queries that are padding have no context
         pairs = pairs & visible.mask.diagonal(dim1=1, dim2=2)[:, :, None]
-    pairs = pairs.expand(kept.shape)
-    settings.kept[interaction.layer] = torch.where(pairs, kept, -torch.inf).exp().sum(), pairs.sum()
     with torch.no_grad():
         hard = log_kept(*decided_by, places, positions, visible.starts(), None, settings, interaction.standard, hard=True)
+        pairs = pairs.expand(hard.shape)
         settings.kept_hard[interaction.layer] = ((hard == 0) & pairs).sum()
+    settings.kept[interaction.layer] = torch.where(pairs, hard if kept is None else kept, -torch.inf).exp().sum(), pairs.sum()
 
 
 # --------------------------------------------------------------------------------------------------- what a caller needs

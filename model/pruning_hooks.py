@@ -124,6 +124,7 @@ def _before_model(module: Any, arguments: tuple[Any, ...], kwargs: dict[str, Any
     settings.above.clear()
     settings.kept.clear()
     settings.kept_hard.clear()
+    settings.need_losses.clear()
     longest = getattr(getattr(module, "config", None), "max_position_embeddings", None)
     tokens = kwargs.get("input_ids", arguments[0] if arguments else None)
     if settings.enabled and longest is not None and isinstance(tokens, Tensor):

@@ -1,6 +1,8 @@
 """Context pruning in training: the schedule of alpha, the weight of sparsity, and the controller that reaches a target share.
 
-    every step      alpha goes from alpha_start to alpha_end by a cosine; the objective gains gamma x the kept share, whose gradient
+    at first        for `attention_fraction` of the steps, decisions learn from the dense network's attention alone
+                    (model/attention_need.py), and nothing else is trained
+    every other     alpha goes from alpha_start to alpha_end by a cosine; the objective gains gamma x the kept share, whose gradient
                     model/context_pruning.py takes
     with a target   a threshold on all decisions follows the distance of the share kept, with hard decisions, to the target, which
                     falls from 1: the budget is met from early on, and what is learned is which tokens to spend it on
@@ -40,7 +42,7 @@ class PruningController:
 
     def begin(self, engine: Engine, batches: list[Batch]) -> None:
         """Before the first step of a run: standardise each layer's products on that step's text. Every rank calls it."""
-        if not self.section.standardize:
+        if not self.section.standardize or self.section.attention_fraction > 0:  # what attention teaches has a scale of its own
             return
         with measuring_products(engine.model) as sums:
             for batch in batches:
@@ -52,8 +54,14 @@ class PruningController:
 
     def before_step(self, step: int, total_steps: int) -> None:
         """Set what step `step` (0-based) trains with."""
+        first = self.attention_steps(total_steps)
         self.settings.recording = True
-        self.settings.alpha = alpha_at(self.section, step, total_steps)
+        self.settings.from_attention = step < first
+        self.settings.alpha = alpha_at(self.section, max(0, step - first), total_steps - first)
+
+    def attention_steps(self, total_steps: int) -> int:
+        """How many of the steps learn from attention, the first ones."""
+        return round(self.section.attention_fraction * total_steps)
 
     def after_step(self, step: int, total_steps: int) -> dict[str, Any]:
         """Take in what the step measured; returns it for the metrics. Every rank calls it, and gets the same."""
@@ -65,6 +73,8 @@ class PruningController:
             "alpha": self.settings.alpha,
             "threshold": self.settings.threshold,
         }
+        if self.settings.from_attention:
+            values["need_loss"] = self.take_need_loss()
         if self.section.target_kept is not None:
             error = hard - target_at(self.section.target_kept, self.section.target_fraction, step, total_steps)
             change = 0.0 if self.error is None else error - self.error
@@ -77,14 +87,14 @@ class PruningController:
     def evaluating(self, how: Literal["hard", "soft", "dense"]) -> Iterator[None]:
         """Decisions as in generation, as in training, or none; what they keep is measured, and training's own measure is put by."""
         settings = self.settings
-        before = settings.alpha, settings.enabled, settings.recording, settings.measured
-        settings.enabled, settings.recording, settings.measured = how != "dense", True, {}
+        before = settings.alpha, settings.enabled, settings.recording, settings.measured, settings.from_attention
+        settings.enabled, settings.recording, settings.measured, settings.from_attention = how != "dense", True, {}, False
         if how == "hard":
             settings.alpha = math.inf
         try:
             yield
         finally:
-            settings.alpha, settings.enabled, settings.recording, settings.measured = before
+            settings.alpha, settings.enabled, settings.recording, settings.measured, settings.from_attention = before
 
     def take_measured(self) -> tuple[float, float, list[float]]:
         """(kept share, kept share with hard decisions, that by layer) since it was last asked, over all ranks."""
@@ -95,6 +105,14 @@ class PruningController:
         measured.clear()
         shares = (sums[:, :2] / sums[:, 2:].clamp_min(1)).cpu()
         return float(shares[:, 0].mean()), float(shares[:, 1].mean()), [round(float(share), 4) for share in shares[:, 1]]
+
+    def take_need_loss(self) -> float:
+        """The mean over layers and micro-batches of how far decisions are from what is needed, over all ranks, since it was last asked."""
+        sums = self.settings.need_loss.to(self.device, copy=True)
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            torch.distributed.all_reduce(sums)
+        self.settings.need_loss.zero_()
+        return float(sums[0] / sums[1])
 
     def state(self) -> dict[str, Any]:
         return {"threshold": self.settings.threshold, "error": self.error, "standards": list(self.settings.standards.items())}

@@ -235,6 +235,7 @@ class Engine:
         self.optimizer: Any = optimizer  # DeepSpeed's wrapper, typed as something without parameter groups
         self.model: Any = model
         self._base = base
+        self.interactions_alone = False  # the next step leaves every weight but those that decide about the context as it is
         self._perturbed = False
         self._added: dict[str, torch.Tensor] | None = None  # the perturbation where it is not in the forward weights
 
@@ -269,7 +270,8 @@ class Engine:
         gradient before clipping is written into `gradient` if one is given.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group["lr_factor"]
+            still = self.interactions_alone and not group.get("interactions", False)
+            group["lr"] = 0.0 if still else learning_rate * group["lr_factor"]
         if self._perturbed and self.masters.aliased:
             self._restore()
         skipped_before = self.deepspeed.skipped_steps

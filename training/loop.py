@@ -148,6 +148,7 @@ def _train(
             if step == 0:
                 pruning.begin(engine, batches)
             pruning.before_step(step, total_steps)
+            engine.interactions_alone = pruning.settings.from_attention
         measured = (
             recipe.logging.outliers_every > 0
             and recipe.model.pretrained is None

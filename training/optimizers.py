@@ -29,6 +29,7 @@ def parameter_groups(model: Network, section: OptimizerSection) -> dict[str, dic
             continue
         if ".context_pruning." in name:
             _add(groups["interactions"], parameter, section, section.pruning_learning_rate_factor, 0.0)
+            groups["interactions"]["interactions"] = True
             continue
         if isinstance(model, PretrainedDecoder):
             matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1  # at ZeRO stage 3 a parameter itself is flat

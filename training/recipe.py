@@ -237,6 +237,10 @@ class ContextPruningSection(Section):
         default=True, description="Shift and scale the products of each layer, once, by their mean and deviation in the first step's text."
     )
     rope: bool = Field(default=False, description="Rotate interaction queries and keys by position.")
+    age_slope: float | None = Field(
+        default=None,
+        description="At first, of a trainable multiple of the log of a token's age in decisions on it; default: none.",
+    )
     bias: float = Field(default=4.0, description="beta at first, in deviations with standardize; the higher, the less is dropped at first.")
     sinks: int = Field(default=1, ge=0, description="So many tokens at the start of a text are always kept.")
     window: int = Field(default=8, ge=1, description="The nearest so many tokens, itself included, are always kept.")
@@ -246,6 +250,13 @@ class ContextPruningSection(Section):
     )
     lora_rank: int = Field(default=16, ge=1)
     lora_alpha: float = Field(default=32.0, gt=0)
+    attention_fraction: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the steps, the first ones, in which decisions learn from the dense network's attention alone, and nothing "
+        "else is trained (model/attention_need.py); not in the paper.",
+    )
     alpha_start: float = Field(default=4.0, ge=1, description="alpha of the sparse sigmoid at the first step.")
     alpha_end: float = Field(default=8.0, ge=1, description="alpha from alpha_fraction of the steps on; decisions are hard in generation.")
     alpha_fraction: float = Field(default=0.75, gt=0, le=1, description="Share of the steps in which alpha goes over, by a cosine.")

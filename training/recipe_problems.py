@@ -119,6 +119,15 @@ def _pruning_problems(recipe: Recipe) -> list[str]:
             problems.append(f"context_pruning.{name}: {getattr(pruning, name)}, expected 1 or at least {SMALLEST_ALPHA}")
     if pruning.rope and pruning.rank % 2:
         problems.append(f"context_pruning.rank: {pruning.rank} is odd, and rope rotates pairs")
+    if pruning.attention_fraction and pruning.propagate_in_depth:
+        problems.append(
+            "context_pruning.attention_fraction: each layer's own attention teaches it, and with propagate_in_depth others drop for it; "
+            "leave one out"
+        )
+    if pruning.attention_fraction and recipe.optimizer.sharpness_aware != "none":
+        problems.append(
+            f"optimizer.sharpness_aware: {recipe.optimizer.sharpness_aware} perturbs weights that attention_fraction keeps still"
+        )
     if recipe.training.compile:
         problems.append("training.compile: context pruning runs uncompiled; switch one of the two off")
     if recipe.optimizer.sharpness_aware == "functional_sam":

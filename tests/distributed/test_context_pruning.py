@@ -74,6 +74,24 @@ def test_stages_and_ranks_agree(launch: Launch, recipe: Path, trainable: str) ->
         assert evaluated[0]["validation_loss"] != evaluated[0]["validation_loss_dense"]
 
 
+@pytest.mark.parametrize("trainable", ["all", "lora"])
+def test_attention_teaches_alike_at_every_stage(launch: Launch, recipe: Path, trainable: str) -> None:
+    """Five steps in which decisions alone learn, by the dense network's attention, and three by the loss."""
+    section = "context_pruning={attention_fraction: 0.625, age_slope: -0.7, bias: 5.0, window: 2, rank: 6, target_kept: 0.5, trainable: %s}"
+    overrides = (section % trainable, "optimizer.weight_decay=0.5")
+    alone = start(launch, recipe, f"need_{trainable}_alone", 1, *overrides, "deepspeed.zero_optimization.stage=0")
+    taught = [record["need_loss"] for record in records(alone) if "need_loss" in record]
+    assert len(taught) == 5 and taught[-1] < taught[0]
+    untouched = [record["validation_loss_dense"] for record in records(alone) if "validation_loss_dense" in record]
+    first = start(launch, recipe, f"need_{trainable}_begun", 1, *overrides, "run.stop_at_step=1", "evaluation.every=1")
+    begun = [record["validation_loss_dense"] for record in records(first) if "validation_loss_dense" in record]
+    assert untouched[0] == begun[0] and untouched[1] != begun[0]  # nothing else has moved after step 4, and has after step 8
+    for stage in (1, 2, 3):
+        run = start(launch, recipe, f"need_{trainable}_{stage}", 2, *overrides, f"deepspeed.zero_optimization.stage={stage}")
+        assert losses(run) == pytest.approx(losses(alone), rel=2e-4), f"stage {stage}"
+        assert kept(run) == pytest.approx(kept(alone), abs=2e-3), f"stage {stage}"
+
+
 def test_lora_leaves_the_base_as_it_was(launch: Launch, recipe: Path) -> None:
     """The checkpoint holds the base bit for bit; without pruning and adapters its network is the pretrained one."""
     run = recipe.parent / "runs" / "lora_3"

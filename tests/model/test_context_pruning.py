@@ -96,8 +96,10 @@ def in_pieces(model: Any, tokens: Tensor, sizes: list[int]) -> tuple[Tensor, Any
 # -------------------------------------------------------------------------------------------------------------- decisions
 
 
-def by_loops(query: Tensor, key: Tensor, beta: float, config: PruningConfig, keep: Callable[[float], float], starts: list[int]) -> Tensor:
-    """I[b, k, j] as section 3 of the paper defines it, a pair at a time."""
+def by_loops(
+    query: Tensor, key: Tensor, beta: float, config: PruningConfig, keep: Callable[[float], float], starts: list[int], slope: float = 0.0
+) -> Tensor:
+    """I[b, k, j] as section 3 of the paper defines it, a pair at a time; and with a slope on the log of the age."""
     batch, length, rank = query.shape
     result = torch.ones(batch, length, length, dtype=torch.float64)
     for b in range(batch):
@@ -105,16 +107,17 @@ def by_loops(query: Tensor, key: Tensor, beta: float, config: PruningConfig, kee
             left = 1.0
             for k in range(j + 1, length):
                 if k - j >= config.window and j - starts[b] >= config.sinks:
-                    left *= keep(float(query[b, k] @ key[b, j]) / math.sqrt(rank) + beta)
+                    left *= keep(float(query[b, k] @ key[b, j]) / math.sqrt(rank) + beta + slope * math.log(k - j))
                 result[b, k, j] = left
     return result
 
 
+@pytest.mark.parametrize("slope", [None, -0.6])
 @pytest.mark.parametrize("alpha", [1.0, 2.0, math.inf])
-def test_decisions_are_those_of_the_paper(alpha: float) -> None:
+def test_decisions_are_those_of_the_paper(alpha: float, slope: float | None) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(2, 14, 6, generator=generator, dtype=torch.float64) for _ in range(2))
-    config, beta, threshold = PruningConfig(rank=6, sinks=1, window=2), 1.1, 0.2
+    config, beta, threshold = PruningConfig(rank=6, sinks=1, window=2, age_slope=slope), 1.9, 0.2
     sigma = {
         1.0: lambda x: 1 / (1 + math.exp(-x)),
         2.0: lambda x: min(1.0, max(0.0, (1 + x) / 2)),
@@ -123,8 +126,9 @@ def test_decisions_are_those_of_the_paper(alpha: float) -> None:
     settings = Settings(config, [0], alpha=alpha, threshold=threshold)
     starts = torch.tensor([[0] * 14, [3] * 14])
     places = torch.arange(14)
-    found = log_kept(query, key, torch.tensor([beta]), places, places[None], starts, None, settings).exp()
-    expected = by_loops(query, key, beta - threshold, config, sigma, [0, 3])
+    offsets = torch.tensor([beta] if slope is None else [beta, slope], dtype=torch.float64)
+    found = log_kept(query, key, offsets, places, places[None], starts, None, settings).exp()
+    expected = by_loops(query, key, beta - threshold, config, sigma, [0, 3], slope or 0.0)
     lower = torch.ones(14, 14).tril().bool()
     expected = expected.clamp_min(1e-9)[:, lower] if alpha == 2.0 else expected[:, lower]
     torch.testing.assert_close(found.double()[:, lower], expected, rtol=1e-5, atol=1e-7)
@@ -242,8 +246,9 @@ def test_the_shrinking_cache_gives_the_logits_of_the_masked_dense_forward(family
         PruningConfig(rank=8, bias=0.9, rope=True),
         PruningConfig(rank=8, bias=0.9, normalize=False, sinks=0, window=1),
         PruningConfig(rank=8, bias=1.6, propagate_in_depth=True),
+        PruningConfig(rank=8, bias=2.5, age_slope=-0.6),
     ],
-    ids=["rope", "bare", "in depth"],
+    ids=["rope", "bare", "in depth", "age"],
 )
 def test_every_option_decodes_as_it_trains(family: str, config: PruningConfig) -> None:
     model, tokens = make(family, config), tokens_of()
