@@ -30,15 +30,19 @@ def future_need(query: Tensor, key: Tensor, scale: float | None, allowed: Tensor
     Args:
         query: (batch, heads, length, head_dim).
         key: (batch, kv_heads, length, head_dim).
-        allowed: (batch or 1, length, length) bool, who may look at whom.
+        allowed: (batch or 1, length, length) bool, who may look at whom: a token at itself, at least.
     """
     batch, heads, length, head_dim = query.shape
-    groups = heads // key.shape[1]
-    attention = torch.zeros(batch, length, length, device=query.device)
+    groups, scale = heads // key.shape[1], head_dim**-0.5 if scale is None else scale
+    mask = torch.zeros(batch, length, length, device=query.device).masked_fill_(~allowed, -torch.inf)
+    largest = torch.zeros_like(mask)
     for head in range(heads):  # one at a time: all together are the largest tensors of a step
-        scores = query[:, head].float() @ key[:, head // groups].float().mT * (head_dim**-0.5 if scale is None else scale)
-        attention += scores.masked_fill_(~allowed, -torch.inf).softmax(-1).nan_to_num_() / heads
-    largest = attention.flip(1).cummax(1).values.flip(1)  # over t >= k
+        scores = torch.baddbmm(mask, query[:, head].float(), key[:, head // groups].float().mT, alpha=scale)
+        largest.add_(scores.softmax(-1), alpha=1 / heads)
+    reach = 1
+    while reach < length:  # row k holds the largest of rows k to k + reach - 1; five times as fast as cummax, which keeps places
+        torch.maximum(largest[:, :-reach], largest[:, reach:].clone(), out=largest[:, :-reach])
+        reach *= 2
     return torch.cat((largest[:, 1:], torch.zeros_like(largest[:, :1])), dim=1)
 
 

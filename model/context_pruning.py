@@ -388,6 +388,10 @@ def pruned_attention(
         score = partial(decision_scores, places=places, positions=positions, standard=interaction.standard)
         settings.need_losses[layer_number] = taught(score, decided_by, decided, query, key, scale, allowed)
         _record(interaction, decided_by, places, positions, visible, allowed)
+        if visible.mask is None:
+            return F.scaled_dot_product_attention(
+                query, key, value, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=query.shape[1] > key.shape[1]
+            )
         return attend(query, key, value, allowed[:, None], scale, dropout)
     above = settings.above_of(layer_number)
     outputs, passed_on = [], []
