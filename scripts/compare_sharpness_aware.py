@@ -91,7 +91,7 @@ def main() -> int:
     summary = summarise(study.results.runs, rates, radii)
     header = {"command": "python -m scripts.compare_sharpness_aware", "environment": study.environment(), "definitions": DEFINITIONS}
     study.results.write(**header, content_hash=study.results.header["content_hash"], **summary)
-    draw(summary, study.results.path.with_suffix(".png"))
+    draw(summary, Path(arguments.out).with_suffix(".png"))
     print(table(summary))
     return 0
 

@@ -19,16 +19,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Results:
-    """What is known so far, by run, kept in a JSON file that several threads write.
+    """What is known so far, by run, kept in a JSON file that several threads write; without a path, in memory alone.
 
     Attributes:
         header: what the file holds beside the runs.
         runs: name of a run -> what is known of it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path, self.lock = path, Lock()
-        self.header: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        self.header: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.exists() else {}
         self.runs: dict[str, dict[str, Any]] = self.header.pop("runs", {})
 
     def set(self, run: str, **figures: Any) -> None:
@@ -38,6 +38,8 @@ class Results:
 
     def write(self, **header: Any) -> None:
         self.header = header
+        if self.path is None:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps({**header, "runs": self.runs}, indent=1) + "\n")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from scripts.benchmark import OURS
+from scripts.many_runs import Results
 from training.data import Batch
 from training.distributed import Ranks, discover, leave, one_clear_line
 from training.engine import Engine, start_distributed
@@ -94,21 +94,17 @@ def case(size: str, precision: str, stage: int, checkpointing: bool | int, metho
 def measure_all(arguments: argparse.Namespace) -> None:
     ranks = discover()
     device = start_distributed(ranks)
-    rows: dict[str, dict[str, Any]] = {}
-    if arguments.out and arguments.out.exists():
-        rows = json.loads(arguments.out.read_text())["cases"]
+    results = Results(arguments.out)
+    results.header = {"what": __doc__, "environment": describe_environment(ranks.world_size, device)}
     for name, recipe in cases().items():
-        if arguments.only not in name or name in rows:
+        if arguments.only not in name or name in results.runs:
             continue
         seen, planned = measure(recipe, ranks, device)
-        rows[name] = {"measured": seen, "planned": planned.total, "ratio": planned.total / seen, "phase": planned.peak_phase}
+        results.set(name, measured=seen, planned=planned.total, ratio=planned.total / seen, phase=planned.peak_phase)
         print(f"{name:<58}{seen / 2**20:>9.1f} MiB measured{planned.total / 2**20:>9.1f} planned{planned.total / seen:>7.3f}", flush=True)
-        if arguments.out:
-            result = {"what": __doc__, "cases": rows, "environment": describe_environment(ranks.world_size, device)}
-            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
         gc.collect()
-    ratios = [row["ratio"] for row in rows.values()]
-    print(f"{len(rows)} cases: planned over measured from {min(ratios):.3f} to {max(ratios):.3f}")
+    ratios = [found["ratio"] for found in results.runs.values()]
+    print(f"{len(ratios)} cases: planned over measured from {min(ratios):.3f} to {max(ratios):.3f}")
 
 
 def measure(recipe: Recipe, ranks: Ranks, device: torch.device) -> tuple[int, Any]:
