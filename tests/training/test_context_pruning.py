@@ -82,13 +82,25 @@ def test_the_controllers_state_travels() -> None:
 
 
 def test_evaluating_puts_trainings_own_measures_by() -> None:
-    settings = Settings(PruningConfig(), [0], alpha=3.0)
+    settings = Settings(PruningConfig(), [0], alpha=3.0, from_attention=True)
     controller = PruningController(settings, section(), torch.device("cpu"))
     settings.measured[0] = torch.ones(3)
     for how, alpha, enabled in (("hard", math.inf, True), ("soft", 3.0, True), ("dense", 3.0, False)):
         with controller.evaluating(how):
             assert (settings.alpha, settings.enabled, settings.recording, settings.measured) == (alpha, enabled, True, {})
-        assert (settings.alpha, settings.enabled) == (3.0, True) and list(settings.measured) == [0]
+            assert not settings.from_attention
+        assert (settings.alpha, settings.enabled, settings.from_attention) == (3.0, True, True) and list(settings.measured) == [0]
+
+
+def test_attention_teaches_first_and_alpha_goes_over_in_the_steps_after() -> None:
+    settings = Settings(PruningConfig(), [0])
+    controller = PruningController(settings, section(attention_fraction=0.4, alpha_start=2.0, alpha_end=4.0), torch.device("cpu"))
+    seen = []
+    for step in range(10):
+        controller.before_step(step, 10)
+        seen.append((settings.from_attention, settings.alpha))
+    assert [taught for taught, _ in seen] == [True] * 4 + [False] * 6
+    assert [alpha for _, alpha in seen[4:]] == [alpha_at(controller.section, step, 6) for step in range(6)] and seen[4][1] == 2.0
 
 
 @pytest.mark.parametrize("trainable", ["all", "interactions", "lora"])
@@ -136,6 +148,8 @@ def test_our_own_network_counts_its_interactions() -> None:
         (["data.tokenizer={kind: sentencepiece}"], "needs the tokenizer that it was trained with"),
         (["context_pruning.trainable=some"], "context_pruning.trainable"),
         (["context_pruning.target_kept=1.5"], "context_pruning.target_kept"),
+        (["context_pruning.propagate_in_depth=true"], "attention_fraction: each layer's own attention"),
+        (["optimizer.sharpness_aware=sam"], "sam perturbs weights that context_pruning.attention_fraction keeps still"),
         (["context_pruning.unheard_of=1"], "context_pruning.unheard_of"),
     ],
 )
