@@ -149,7 +149,7 @@ def test_our_own_network_counts_its_interactions() -> None:
         (["context_pruning.trainable=some"], "context_pruning.trainable"),
         (["context_pruning.target_kept=1.5"], "context_pruning.target_kept"),
         (["context_pruning.propagate_in_depth=true"], "attention_fraction: each layer's own attention"),
-        (["optimizer.sharpness_aware=sam"], "sam perturbs weights that context_pruning.attention_fraction keeps still"),
+        (["optimizer.sharpness_aware=sam"], "sam perturbs weights that attention_fraction keeps still"),
         (["context_pruning.unheard_of=1"], "context_pruning.unheard_of"),
     ],
 )
