@@ -17,7 +17,7 @@ from analysis.outlier_neurons import Thresholds
 from analysis.quantization import RECIPES
 from analysis.runs import Run, find_run
 from model.errors import InputError
-from model.pretrained import quieten
+from model.hub import quieten
 
 Found = TypeVar("Found", Run, Run | Pretrained)
 

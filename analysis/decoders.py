@@ -25,7 +25,7 @@ from analysis.runs import Run, find_run, read_json
 from analysis.shards import Checkpoint
 from model.config import ModelConfig
 from model.errors import InputError
-from model.pretrained import quieten
+from model.hub import quieten
 from model.transformer import Transformer
 
 LONGEST_SEQUENCE = 1024  # of a Hugging Face model, whose configuration may allow sequences that no machine here would hold

@@ -25,8 +25,8 @@ from model import pruning_files
 from model.config import ModelConfig, PruningConfig
 from model.context_pruning import Policy, Settings, structure_of
 from model.errors import InputError
-from model.hub import locate
-from model.pretrained import LoraShape, PretrainedDecoder, PretrainedModel, quieten, without_lora
+from model.hub import open_decoder, open_tokenizer
+from model.pretrained import LoraShape, PretrainedDecoder, PretrainedModel, without_lora
 from model.pruning_hooks import attach
 from model.transformer import Transformer
 
@@ -103,7 +103,6 @@ def open_subject(path: str, precision: str = "fp32", verify: bool = True) -> Sub
     Raises:
         InputError: no model there, a damaged one, or one whose attention cannot be pruned, and so not take a policy either.
     """
-    quieten()
     folder = Path(path).expanduser()
     if (folder / pruning_files.TENSORS).exists():
         subject = _saved(folder)
@@ -193,15 +192,7 @@ def _saved(folder: Path) -> Subject:
 
 
 def _plain(source: str) -> Subject:
-    from transformers import AutoModelForCausalLM
-
-    import model.huggingface  # noqa: F401  # makes our own networks known to transformers
-
-    where, arguments = locate(source)
-    try:
-        network = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=False, dtype=torch.float32, **arguments)
-    except Exception as error:  # each family fails in its own way
-        raise InputError(f"{source}: no decoder that transformers can load: {_one_line(error)}") from None
+    network = open_decoder(source)
     name = source.removeprefix("package:") if source.startswith("package:") else Path(source).name
     return _of_transformers(name, network, attach(network, NEVER), False, False, _tokenizer(source))
 
@@ -214,14 +205,4 @@ def _of_transformers(name: str, network: Any, settings: Settings, prunes: bool, 
 
 
 def _tokenizer(source: str) -> Tokenizer:
-    from transformers import AutoTokenizer
-
-    where, arguments = locate(source)
-    try:
-        return tokenizer_of_transformers(AutoTokenizer.from_pretrained(where, trust_remote_code=False, **arguments))
-    except Exception as error:
-        raise InputError(f"{source}: no tokenizer that can be read: {_one_line(error)}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return tokenizer_of_transformers(open_tokenizer(source))

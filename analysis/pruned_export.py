@@ -14,7 +14,8 @@ from analysis.runs import Run
 from model import pruning_files
 from model.context_pruning import dense
 from model.errors import InputError
-from model.pretrained import PretrainedDecoder, pretrained_weights, quieten
+from model.hub import quieten
+from model.pretrained import PretrainedDecoder, pretrained_weights
 
 
 def write_pruned(run: Run, checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, compare: bool, adapters: bool) -> list[str]:

@@ -27,7 +27,7 @@ from analysis.runs import Run
 from analysis.tokens import check_vocabulary, encoder, file_windows, held_out_tokens, training_windows
 from model.activation_statistics import ActivationMoments, add_to
 from model.errors import InputError
-from model.pretrained import quieten
+from model.hub import quieten
 
 Logits = Callable[[Tensor], Tensor]  # tokens (batch, length) -> logits (batch, length, vocab_size)
 

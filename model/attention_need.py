@@ -33,11 +33,12 @@ def future_need(query: Tensor, key: Tensor, scale: float | None, allowed: Tensor
         allowed: (batch or 1, length, length) bool, who may look at whom: a token at itself, at least.
     """
     batch, heads, length, head_dim = query.shape
-    groups, scale = heads // key.shape[1], head_dim**-0.5 if scale is None else scale
+    groups = heads // key.shape[1]
+    over_root: float = head_dim**-0.5 if scale is None else scale
     mask = torch.zeros(batch, length, length, device=query.device).masked_fill_(~allowed, -torch.inf)
     largest = torch.zeros_like(mask)
     for head in range(heads):  # one at a time: all together are the largest tensors of a step
-        scores = torch.baddbmm(mask, query[:, head].float(), key[:, head // groups].float().mT, alpha=scale)
+        scores = torch.baddbmm(mask, query[:, head].float(), key[:, head // groups].float().mT, alpha=over_root)
         largest.add_(scores.softmax(-1), alpha=1 / heads)
     reach = 1
     while reach < length:  # row k holds the largest of rows k to k + reach - 1; five times as fast as cummax, which keeps places

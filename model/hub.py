@@ -1,10 +1,13 @@
-"""Where a pretrained model lies: a hub name, a folder, a GGUF file, or `package:NAME`, the GGUF file in an installed Python package."""
+"""A pretrained model by its name: a hub name, a folder, a GGUF file, or `package:NAME`, the GGUF file in an installed Python package."""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from model.errors import InputError
 
@@ -35,3 +38,44 @@ def locate(source: str) -> tuple[str, dict[str, Any]]:
     if len(files) != 1:
         raise InputError(f"{source}: neither a config.json nor one GGUF file is there")
     return str(path), {"gguf_file": files[0].name}
+
+
+def open_decoder(source: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The causal language model of transformers, or of ours, in evaluation mode on the CPU; code that lies beside it is not run.
+
+    Raises:
+        InputError: no such model can be read.
+    """
+    quieten()
+    from transformers import AutoModelForCausalLM
+
+    import model.huggingface  # noqa: F401  # makes our own networks known to transformers
+
+    where, arguments = locate(source)
+    try:
+        return AutoModelForCausalLM.from_pretrained(where, trust_remote_code=False, dtype=dtype, **arguments).eval()
+    except Exception as error:  # no connection, no such name, broken files: each family fails in its own way
+        raise InputError(f"{source}: no model can be read from it: {one_line(error)}") from None
+
+
+def open_tokenizer(source: str) -> Any:
+    """The tokenizer of transformers that goes with a model. Raises InputError where none can be read."""
+    quieten()
+    from transformers import AutoTokenizer
+
+    where, arguments = locate(source)
+    try:
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **arguments)
+    except Exception as error:
+        raise InputError(f"{source}: no tokenizer can be read from it: {one_line(error)}") from None
+
+
+def quieten() -> None:
+    """To be called before the first import of transformers' models: torchao warns of GPU kernels that a CPU has no use for."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def one_line(error: Exception) -> str:
+    """The first line of what a library says, or the kind of error where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.errors import InputError
-from model.hub import locate
+from model.hub import locate, one_line, open_decoder, quieten
 from model.linear_cross_entropy import IGNORED_TARGET
 
 Gather = Callable[[nn.Parameter], AbstractContextManager]
@@ -102,7 +101,7 @@ def describe(source: str, sequence_length: int | None = None, lora: LoraShape | 
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=False, **arguments)
     except Exception as error:  # no connection, no such name, broken files: libraries raise what they like
-        raise InputError(f"model.pretrained: no model can be read from {source}: {_one_line(error)}") from None
+        raise InputError(f"model.pretrained: no model can be read from {source}: {one_line(error)}") from None
     if config.is_encoder_decoder:
         raise InputError(f"model.pretrained: {source} is an encoder and a decoder; expected a decoder alone")
     fields = json.loads(config.to_json_string(use_diff=False))
@@ -190,7 +189,7 @@ def architecture(shape: PretrainedModel) -> Any:
         with no_init_weights():  # `load` fills them, and a sharded parameter could not be drawn here
             model = AutoModelForCausalLM.from_config(shape.transformers_config(), attn_implementation="sdpa", trust_remote_code=False)
     except (ValueError, ImportError) as error:
-        raise InputError(f"model.pretrained: {shape.source}: {_one_line(error)}") from None
+        raise InputError(f"model.pretrained: {shape.source}: {one_line(error)}") from None
     model.tie_weights()  # which transformers does where it initialises
     model.generation_config.pad_token_id = model.config.pad_token_id
     if shape.lora is not None:
@@ -232,14 +231,10 @@ def without_lora(model: nn.Module) -> Iterator[None]:
 
 def pretrained_weights(source: str) -> dict[str, Tensor]:
     """The tensors of a pretrained model by transformers' names, float32, on the CPU. Raises InputError."""
-    quieten()
-    from transformers import AutoModelForCausalLM
-
-    where, arguments = locate(source)
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=False, dtype=torch.float32, **arguments)
-    except Exception as error:
-        raise InputError(f"model.pretrained: no weights can be read from {source}: {_one_line(error)}") from None
+        model = open_decoder(source)
+    except InputError as error:
+        raise InputError(f"model.pretrained: {error}") from None
     return dict(model.named_parameters(remove_duplicate=False))
 
 
@@ -280,13 +275,3 @@ def load(
                     f"{decoder.config.source}: {name} is {tuple(parameter.shape)}, found {None if found is None else tuple(found.shape)}"
                 )
             parameter.copy_(found)
-
-
-def quieten() -> None:
-    """To be called before the first import of transformers' models: torchao warns of GPU kernels that a CPU has no use for."""
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _one_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from model.context_pruning import settings_of, structure_of
 from model.errors import InputError
-from model.hub import locate
-from model.pretrained import LoraShape, add_lora, quieten
+from model.hub import open_decoder
+from model.pretrained import LoraShape, add_lora
 from model.pruning_hooks import attach
 
 DESCRIPTION, TENSORS = "context_pruning.json", "context_pruning.safetensors"
@@ -76,20 +76,13 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
     Raises:
         InputError: a folder of another kind, damaged files, or a base that is not there or is another one.
     """
-    quieten()
-    from transformers import AutoModelForCausalLM
-
-    import model.huggingface  # noqa: F401  # makes our own networks known to transformers
-
     folder = Path(folder)
     description = read_description(folder)
     source = str(folder) if (folder / "config.json").exists() else description["base"]
-    where, arguments = locate(source)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=False, dtype=dtype, **arguments)
-    except Exception as error:  # each family fails in its own way
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"{folder}: the model that its adapters go with cannot be read from {source}: {reason[:300]}") from None
+        loaded = open_decoder(source, dtype)
+    except InputError as error:
+        raise InputError(f"{folder}: the model that its adapters go with: {error}") from None
     switch_on(loaded, folder)
     return loaded.eval()
 

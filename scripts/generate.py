@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import TextStreamer
 
 from analysis.tokens import read_text
 from model.context_pruning import dense
 from model.errors import InputError
-from model.hub import locate
-from model.pretrained import quieten
+from model.hub import open_decoder, open_tokenizer
 from model.pruned_cache import PrunedLayer
 from model.pruning_files import DESCRIPTION, load, read_description
 
@@ -178,29 +177,14 @@ def cache_bytes(cache: Any) -> int:
 
 def open_model(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """(model in evaluation mode, tokenizer). Raises InputError when either cannot be read."""
-    quieten()
     folder = Path(source)
-    model: Any
     if (folder / DESCRIPTION).exists():
         model = load(folder, dtype)
         base = read_description(folder)["base"]
         source = source if (folder / "tokenizer_config.json").exists() or base is None else base
     else:
-        where, arguments = locate(source)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=False, dtype=dtype, **arguments).eval()
-        except Exception as error:  # each family fails in its own way
-            raise InputError(
-                f"{source}: no model can be read from it: {next(iter(str(error).splitlines()), type(error).__name__)}"
-            ) from None
-    where, arguments = locate(source)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **arguments)
-    except Exception as error:
-        raise InputError(
-            f"{source}: no tokenizer can be read from it: {next(iter(str(error).splitlines()), type(error).__name__)}"
-        ) from None
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+        model = open_decoder(source, dtype)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), open_tokenizer(source)
 
 
 if __name__ == "__main__":
