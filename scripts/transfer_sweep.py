@@ -159,9 +159,7 @@ class Sweep:
         whole = run_python(name, command, may_say=r"stopped at step \d+: .* non-finite gradients")
         records = read_metrics_of(folder / name)
         losses = [r["validation_loss"] for r in records if "validation_loss" in r]
-        sharpness = {
-            str(r["step"]): r["preconditioned_hessian_top"] / r["stability_line"] for r in records if "preconditioned_hessian_top" in r
-        }
+        sharpness = {str(r["step"]): r["preconditioned_hessian_top"] / r["stability_line"] for r in records if "stability_line" in r}
         loss = None if not (whole and losses) else losses[-1]
         self.results.set(name, validation_loss=loss, **({"sharpness": sharpness} if job.sharpness else {}))
         shutil.rmtree(folder / name)

@@ -54,7 +54,8 @@ class Curvature:
             hessian_bottom the smallest. hessian_trace: by Hutchinson's method with two probes, so a rough one.
             preconditioned_hessian_top: of P^-1/2 H P^-1/2, where AdamW keeps a second moment v, with P = (sqrt(v) + epsilon) / f, f a
             parameter group's factor on the learning rate; stability_line: (2 + 2 beta1) / ((1 - beta1) learning_rate), where full-batch
-            Adam becomes unstable (arXiv 2207.14484), at every size of a parametrization.
+            Adam becomes unstable (arXiv 2207.14484), at every size of a parametrization; left out at a learning rate of 0, where it never
+            does.
         """
         masters, optimizer = self.engine.masters, self.engine.recipe.optimizer
         values: dict[str, float] = {}
@@ -69,7 +70,8 @@ class Curvature:
         if moments is not None and optimizer.kind == "adamw":
             product = self.preconditioned(moments, 1 - optimizer.betas[1] ** masters.steps())
             values["preconditioned_hessian_top"], _ = self._top("preconditioned", product)
-            values["stability_line"] = (2 + 2 * optimizer.betas[0]) / ((1 - optimizer.betas[0]) * learning_rate)
+            if learning_rate > 0:
+                values["stability_line"] = (2 + 2 * optimizer.betas[0]) / ((1 - optimizer.betas[0]) * learning_rate)
         return values
 
     def preconditioned(self, moments: Vector, correction: float) -> Callable[[Vector], Vector]:

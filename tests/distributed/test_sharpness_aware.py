@@ -200,13 +200,15 @@ def test_curvature_is_that_of_the_exact_matrices(seen: dict[int, dict[str, Any]]
 
 def test_curvature_is_written_down(launch: Launch, workplace: Path) -> None:
     lanczos = ("evaluation.curvature_every=4", "evaluation.curvature_lanczos=4")
-    launch("curvature", 1, *lanczos, "deepspeed.zero_optimization.stage=1", launcher="python")
+    to_zero = ("optimizer.schedule=linear", "optimizer.final_learning_rate_fraction=0")
+    launch("curvature", 1, *lanczos, *to_zero, "deepspeed.zero_optimization.stage=1", launcher="python")
     written = {r["step"]: r for r in records(workplace / "runs" / "curvature") if "hessian_top" in r}
     assert sorted(written) == [4, 8]
     for record in written.values():
         assert record["gauss_newton_top"] > 0 and math.isfinite(record["hessian_trace"])
         assert record["preconditioned_hessian_top"] > 0 and record["hessian_bottom"] < record["hessian_top"]
     assert written[4]["stability_line"] == pytest.approx(38 / records_at(workplace, 4)["learning_rate"])
+    assert records_at(workplace, 8)["learning_rate"] == 0 and "stability_line" not in written[8]
 
 
 def records_at(workplace: Path, step: int) -> dict[str, Any]:
