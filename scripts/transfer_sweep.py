@@ -29,7 +29,7 @@ from analysis.pictures import transfer_picture
 from analysis.runs import find_run, read_metrics
 from model.errors import InputError
 from scripts.coordinate_check import add_size_arguments, axis_and_sizes, size_overrides
-from scripts.many_runs import Results, common_corpus, run_python
+from scripts.many_runs import Results, common_corpus, environment_of, run_python
 from training.recipe_file import load_recipe
 
 EMBEDDING = "standard_embedding"
@@ -161,6 +161,7 @@ class Sweep:
         losses = [r["validation_loss"] for r in records if "validation_loss" in r]
         sharpness = {str(r["step"]): r["preconditioned_hessian_top"] / r["stability_line"] for r in records if "stability_line" in r}
         loss = None if not (whole and losses) else losses[-1]
+        self.results.header["environment"] = environment_of(folder / name)
         self.results.set(name, validation_loss=loss, **({"sharpness": sharpness} if job.sharpness else {}))
         shutil.rmtree(folder / name)
 
