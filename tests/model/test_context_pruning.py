@@ -117,7 +117,7 @@ def by_loops(
 def test_decisions_are_those_of_the_paper(alpha: float, slope: float | None) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(2, 14, 6, generator=generator, dtype=torch.float64) for _ in range(2))
-    config, beta, threshold = PruningConfig(rank=6, sinks=1, window=2, age_slope=slope), 1.9, 0.2
+    config, beta, threshold = PruningConfig(rank=6, sinks=1, window=2, age_slope=slope), 1.2, 0.2
     sigma = {
         1.0: lambda x: 1 / (1 + math.exp(-x)),
         2.0: lambda x: min(1.0, max(0.0, (1 + x) / 2)),
