@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from model.context_pruning import settings_of, structure_of
 from model.errors import InputError
 from model.hub import open_decoder
-from model.pretrained import LoraShape, add_lora
+from model.pretrained import Gather, LoraShape, add_lora
 from model.pruning_hooks import attach
 
 DESCRIPTION, TENSORS = "context_pruning.json", "context_pruning.safetensors"
@@ -95,10 +96,7 @@ def switch_on(model: Any, folder: str | Path | None = None) -> None:
     """
     folder = Path(folder or model.config.name_or_path)
     description = read_description(folder)
-    if description["fingerprint"] != fingerprint(dict(model.named_parameters(remove_duplicate=False))):
-        raise InputError(
-            f"{folder}: its adapters were trained on {description['base'] or 'another model'}, and this model has other weights"
-        )
+    check_base(folder, dict(model.named_parameters(remove_duplicate=False)))
     if description["lora"] is not None:
         add_lora(model, LoraShape(**description["lora"]))
     settings = attach(model, structure_of(description))
@@ -106,22 +104,60 @@ def switch_on(model: Any, folder: str | Path | None = None) -> None:
         settings.take(description)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
-    try:
-        tensors = load_file(folder / TENSORS)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder / TENSORS}: cannot be read: {error}") from None
-    parameters = {name: p for name, p in model.named_parameters() if ".context_pruning." in name or ".lora_" in name}
-    fill(parameters, tensors, str(folder / TENSORS))
+    fill({name: p for name, p in model.named_parameters() if ".context_pruning." in name or ".lora_" in name}, folder)
+
+
+def begin_with(model: Any, folder: str | Path, gather: Gather = lambda parameter: nullcontext()) -> None:
+    """Have a model that was just `attach`ed begin with the decisions of a folder, its threshold among them.
+
+    Whether they were learned on the same weights is for `check_base` to say, once the model has any.
+
+    Args:
+        gather: wraps a parameter while it is written, so that a sharded one is whole inside.
+
+    Raises:
+        InputError: no such files there, damaged ones, LoRA adapters among them, or another structure.
+    """
+    folder, settings = Path(folder), settings_of(model)
+    description = read_description(folder)
+    if description["lora"] is not None:
+        raise InputError(f"{folder}: has LoRA adapters too: export the run whole, and begin with that on itself as model.pretrained")
+    there, here = asdict(structure_of(description)), asdict(settings.config)
+    for structure in (there, here):
+        structure["age_slope"] = "none" if structure["age_slope"] is None else "given"  # its value, too, is learned
+    if problems := [
+        f"{folder}: has {name} {there[name]}, and here it is {here[name]}"
+        for name in there
+        if name not in ("scale", "bias") and there[name] != here[name]
+    ]:
+        raise InputError("\n".join(problems))
+    settings.take(description)
+    fill({name: p for name, p in model.named_parameters() if ".context_pruning." in name}, folder, gather)
+
+
+def check_base(folder: str | Path, weights: dict[str, Any]) -> None:
+    """Raises InputError unless the pruning of a folder was trained on a model of these weights."""
+    description = read_description(Path(folder))
+    if description["fingerprint"] != fingerprint(weights):
+        raise InputError(
+            f"{folder}: its adapters were trained on {description['base'] or 'another model'}, and this model has other weights"
+        )
 
 
 @torch.no_grad()
-def fill(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], origin: str) -> None:
-    """Copy tensors into parameters of the same names. Raises InputError unless each has one, of its shape."""
+def fill(parameters: dict[str, nn.Parameter], folder: Path, gather: Gather = lambda parameter: nullcontext()) -> None:
+    """Copy a folder's tensors into the parameters of the same names. Raises InputError unless each has one, of its shape."""
+    origin = folder / TENSORS
+    try:
+        tensors = load_file(origin)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{origin}: cannot be read: {error}") from None
     for name, parameter in parameters.items():
-        if name not in tensors or tensors[name].shape != parameter.shape:
-            found = tuple(tensors[name].shape) if name in tensors else "none"
-            raise InputError(f"{origin}: {name}: expected a tensor {tuple(parameter.shape)}, found {found}")
-        parameter.copy_(tensors[name])
+        with gather(parameter):
+            if name not in tensors or tensors[name].shape != parameter.shape:
+                found = tuple(tensors[name].shape) if name in tensors else "none"
+                raise InputError(f"{origin}: {name}: expected a tensor {tuple(parameter.shape)}, found {found}")
+            parameter.copy_(tensors[name])
 
 
 def read_description(folder: Path) -> dict[str, Any]:

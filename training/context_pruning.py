@@ -42,8 +42,8 @@ class PruningController:
 
     def begin(self, engine: Engine, batches: list[Batch]) -> None:
         """Before the first step of a run: standardise each layer's products on that step's text. Every rank calls it."""
-        if not self.section.standardize or self.section.attention_fraction > 0:  # what attention teaches has a scale of its own
-            return
+        if not self.section.standardize or self.section.start is not None or self.section.attention_fraction > 0:
+            return  # what was learned has standards already, and what attention teaches a scale of its own
         with measuring_products(engine.model) as sums:
             for batch in batches:
                 engine.summed_loss(batch)

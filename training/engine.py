@@ -48,7 +48,7 @@ from model.parametrization import initialize, owned_parameters
 from model.pretrained import PretrainedDecoder, PretrainedModel, pretrained_weights
 from model.pretrained import load as load_pretrained
 from training.data import Batch
-from training.distributed import Ranks
+from training.distributed import Ranks, raise_together
 from training.network import make_network
 from training.optimizers import JointOptimizer, make_optimizer
 from training.plan import count_parameters, recomputed_blocks
@@ -136,6 +136,21 @@ def _unguarded(recipe: Recipe) -> bool:
     return zero_stage(recipe) == 0 and recipe.training.precision == "fp32"
 
 
+def _check_start(recipe: Recipe, weights: dict[str, torch.Tensor] | None) -> None:
+    """Raises InputError, on every rank, where the decisions to begin with were learned on other weights (None: not this rank's)."""
+    if recipe.context_pruning is None or recipe.context_pruning.start is None:
+        return
+    from model.pruning_files import check_base  # transformers takes seconds to import
+
+    problem = None
+    if weights is not None:
+        try:
+            check_base(recipe.context_pruning.start, weights)
+        except InputError as error:
+            problem = f"context_pruning.start: {error}"
+    raise_together(problem)
+
+
 def _name_parameters(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
     """Have the groups say in checkpoints which parameters are theirs: whole tensors without names could not be told apart."""
     names = {id(parameter): name for name, _, parameter in owned_parameters(model)}
@@ -218,6 +233,7 @@ class Engine:
             model = make_network(model_config, recipe.context_pruning, recipe.run.seed, self._gather)
         if isinstance(model, PretrainedDecoder):
             weights = pretrained_weights(model.config.source) if self.stage < 3 or ranks.is_first else None
+            _check_start(recipe, weights)
             load_pretrained(model, weights, self._gather, recipe.run.seed)
         else:
             initialize(model, recipe.run.seed, gather=self._gather)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 from model.config import ModelConfig
+from model.errors import InputError
 from model.pretrained import Gather, PretrainedDecoder, PretrainedModel
 from model.transformer import Transformer
 from training.recipe import ContextPruningSection
@@ -21,13 +22,20 @@ def make_network(
     """Its parameters are not filled yet, but for those that decide about the context; what is not trained is frozen.
 
     Raises:
-        InputError: a network whose context cannot be pruned.
+        InputError: a network whose context cannot be pruned, or decisions to begin with that cannot be read or are of another structure.
     """
     network = PretrainedDecoder(config) if isinstance(config, PretrainedModel) else Transformer(config)
     if pruning is not None:
         from model.pruning_hooks import attach  # transformers takes seconds to import
 
         attach(network, pruning.structure(), seed, gather)
+        if pruning.start is not None and isinstance(network, PretrainedDecoder):
+            from model.pruning_files import begin_with
+
+            try:
+                begin_with(network.model, pruning.start, gather)
+            except InputError as error:
+                raise InputError(f"context_pruning.start: {error}") from None
         if pruning.trainable != "all":
             for name, parameter in network.named_parameters():
                 parameter.requires_grad_(".context_pruning." in name or ".lora_" in name)

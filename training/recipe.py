@@ -230,6 +230,11 @@ class LoggingSection(Section):
 class ContextPruningSection(Section):
     """Every layer learns which past tokens to drop: model/context_pruning.py has the equations."""
 
+    start: str | None = Field(
+        default=None,
+        description="Begin with decisions that another run learned on the same pretrained model: a folder that "
+        "`analysis export [--adapters]` wrote; default: untrained.",
+    )
     rank: int = Field(default=64, ge=1, description="r, of the interaction queries and keys.")
     normalize: bool = Field(default=True, description="Interaction queries and keys are RMS-normalised, with a trainable gain.")
     scale: float = Field(default=1.0, gt=0, description="That gain at first.")
@@ -268,7 +273,10 @@ class ContextPruningSection(Section):
         description="Share of the context to keep, with hard decisions: a threshold common to all layers is steered to it.",
     )
     target_fraction: float = Field(
-        default=0.5, gt=0, le=1, description="Share of the steps in which the target falls from 1 to target_kept."
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Share of the steps in which the target falls from 1 to target_kept; 0: it stands from the first.",
     )
     distillation_weight: float = Field(
         default=0.0, ge=0, le=1, description="Share of the objective that is the divergence from the network without pruning and adapters."

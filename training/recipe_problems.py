@@ -112,6 +112,8 @@ def _pruning_problems(recipe: Recipe) -> list[str]:
     pruning, problems = recipe.context_pruning, []
     if pruning is None:
         return []
+    if pruning.start is not None and recipe.model.pretrained is None:
+        problems.append("context_pruning.start: decisions go with the pretrained model that they were learned on; give model.pretrained")
     if pruning.target_kept is None and pruning.sparsity_weight == 0:
         problems.append("context_pruning: nothing makes it drop anything; give target_kept, or a sparsity_weight")
     for name in ("alpha_start", "alpha_end"):

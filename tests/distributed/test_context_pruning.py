@@ -10,6 +10,8 @@ import torch
 import transformers
 import yaml
 
+from analysis.export import export
+from analysis.runs import find_run
 from analysis.shards import open_checkpoint
 from model.config import PruningConfig
 from model.pretrained import LoraShape, PretrainedDecoder, PretrainedModel, pretrained_weights
@@ -116,6 +118,35 @@ def test_lora_leaves_the_base_as_it_was(launch: Launch, recipe: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(decoder.eval().dense_logits(tokens, None), untouched(tokens).logits, rtol=0, atol=1e-6)
         assert (decoder(tokens) - untouched(tokens).logits).abs().max() > 1e-4
+
+
+def test_one_run_begins_with_the_decisions_of_another(launch: Launch, recipe: Path) -> None:
+    """What attention taught is exported, and LoRA runs at another budget begin with it, sharded or not; on another base none begins."""
+    taught = start(launch, recipe, "taught", 1, "context_pruning.trainable=interactions", "context_pruning.attention_fraction=1.0")
+    adapters = recipe.parent / "adapters"
+    export(find_run(taught), adapters, adapters=True)
+    learned = json.loads((adapters / "context_pruning.json").read_text())["threshold"]
+    overrides = [f"context_pruning.start={adapters}", "context_pruning.trainable=lora", "context_pruning.target_fraction=0", "run.seed=1"]
+    alone = start(launch, recipe, "begun_alone", 1, *overrides)
+    stage_3 = start(launch, recipe, "begun_3", 2, *overrides, "deepspeed.zero_optimization.stage=3")
+    assert losses(stage_3) == pytest.approx(losses(alone), rel=2e-4)
+    assert kept(stage_3) == pytest.approx(kept(alone), abs=2e-3)
+    thresholds = [record["threshold"] for record in records(alone) if "threshold" in record]
+    assert abs(learned) > 0.25 and thresholds[0] == pytest.approx(learned, abs=0.2)  # of a move in one step; untrained ones begin at 0
+    first = [open_checkpoint(run / "checkpoints" / f"step-{step:08d}") for run, step in ((taught, 8), (alone, 4))]
+    name = "model.model.layers.1.self_attn.context_pruning.query_key.weight"
+    moved = (first[0].tensor(name) - first[1].tensor(name)).norm() / first[0].tensor(name).norm()
+    assert moved < 0.2  # four steps; two seeds' draws of this weight differ by 1.4 of their norm
+    save_tiny_llama(recipe.parent / "other", seed=1)
+    done = launch(
+        "begun_elsewhere",
+        1,
+        launcher="python",
+        arguments=[str(recipe), "run.name=elsewhere", f"model.pretrained={recipe.parent / 'other'}", *overrides],
+        ok=False,
+    )
+    assert done.returncode == 2 and "context_pruning.start: " in done.stderr and "this model has other weights" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_it_goes_on_where_it_was_stopped(launch: Launch, recipe: Path) -> None:

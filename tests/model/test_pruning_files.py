@@ -17,7 +17,7 @@ from model.config import PruningConfig
 from model.context_pruning import dense, settings_of
 from model.errors import InputError
 from model.pretrained import LoraShape, add_lora
-from model.pruning_files import DESCRIPTION, TENSORS, load, save, switch_on
+from model.pruning_files import DESCRIPTION, TENSORS, begin_with, check_base, load, save, switch_on
 from model.pruning_hooks import attach
 
 transformers.logging.set_verbosity_error()
@@ -102,6 +102,48 @@ def test_adapters_of_another_base_are_refused(base: Path, trained: Any, tmp_path
         other.transformer.h[1].mlp.c_fc.weight[0, 3] += 0.5
     with pytest.raises(InputError, match=r"its adapters were trained on .* and this model has other weights"):
         switch_on(other, tmp_path / "saved")
+
+
+def test_another_network_begins_with_the_decisions(base: Path, trained: Any, tmp_path: Path) -> None:
+    """Its own initial gain and bias do not count, what it is trained with is its own affair, and its parameters stay trainable."""
+    save(trained, tmp_path / "saved")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    check_base(tmp_path / "saved", dict(whole.named_parameters(remove_duplicate=False)))
+    attach(whole, PruningConfig(rank=5, bias=9.0, scale=0.5, sinks=2, window=3), seed=7)
+    begin_with(whole, tmp_path / "saved")
+    assert settings_of(whole).threshold == 0.1
+    torch.testing.assert_close(logits(whole), logits(load(tmp_path / "saved")), rtol=0, atol=0)
+    assert all(p.requires_grad for p in whole.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rank": 6}, "has rank 5, and here it is 6"),
+        ({"normalize": False}, "has normalize True, and here it is False"),
+        ({"age_slope": -1.0}, "has age_slope none, and here it is given"),
+        ({"sinks": 0, "window": 1}, "has sinks 2, and here it is 0\n.*has window 3, and here it is 1"),
+    ],
+)
+def test_decisions_of_another_structure_are_no_beginning(
+    base: Path, trained: Any, tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    save(trained, tmp_path / "saved")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    attach(model, PruningConfig(**{"rank": 5, "sinks": 2, "window": 3, **changed}))
+    with pytest.raises(InputError, match=message):
+        begin_with(model, tmp_path / "saved")
+
+
+def test_what_was_learned_with_lora_begins_on_the_whole_model(base: Path, trained: Any, tmp_path: Path) -> None:
+    save(trained, tmp_path / "alone", base=str(base), lora=LORA, alone=True)
+    save(trained, tmp_path / "whole")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with pytest.raises(InputError, match="this model has other weights"):
+        check_base(tmp_path / "whole", dict(model.named_parameters(remove_duplicate=False)))
+    attach(model, PruningConfig(rank=5, sinks=2, window=3))
+    with pytest.raises(InputError, match="LoRA adapters too"):
+        begin_with(model, tmp_path / "alone")
 
 
 def test_damaged_files_are_one_clear_line(base: Path, trained: Any, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ def test_alpha_goes_over_by_a_cosine_and_never_between_1_and_its_smallest() -> N
 
 def test_the_target_falls_in_a_straight_line() -> None:
     assert [target_at(0.2, 0.5, step, 8) for step in range(8)] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.2, 0.2, 0.2, 0.2])
+    assert [target_at(0.2, 0.0, step, 8) for step in range(8)] == [pytest.approx(0.2)] * 8
 
 
 @pytest.mark.parametrize("steepness", [0.6, 1.0, 2.5])
@@ -156,6 +157,11 @@ def test_our_own_network_counts_its_interactions() -> None:
 def test_a_recipe_that_cannot_be_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_recipe(ROOT / "recipes" / "context_pruning_smollm2.yaml", overrides)
+
+
+def test_decisions_to_begin_with_need_a_pretrained_model() -> None:
+    with pytest.raises(InputError, match=r"context_pruning\.start: decisions go with the pretrained model"):
+        load_recipe(ROOT / "recipes" / "adamw_nano.yaml", ["context_pruning={start: somewhere, target_kept: 0.5}"])
 
 
 def test_lora_needs_a_pretrained_model() -> None:
