@@ -17,7 +17,6 @@ from analysis.outlier_neurons import Thresholds
 from analysis.quantization import RECIPES
 from analysis.runs import Run, find_run
 from model.errors import InputError
-from model.hub import quieten
 
 Found = TypeVar("Found", Run, Run | Pretrained)
 
@@ -178,7 +177,6 @@ def signal(arguments: argparse.Namespace) -> None:
 
 
 def context(arguments: argparse.Namespace) -> None:
-    quieten()
     from analysis.context import Options, analyze_context, describe
     from analysis.context_page import context_page
     from analysis.context_pictures import context_picture, lifetimes_picture

@@ -25,7 +25,6 @@ from analysis.runs import Run, find_run, read_json
 from analysis.shards import Checkpoint
 from model.config import ModelConfig
 from model.errors import InputError
-from model.hub import quieten
 from model.transformer import Transformer
 
 LONGEST_SEQUENCE = 1024  # of a Hugging Face model, whose configuration may allow sequences that no machine here would hold
@@ -91,7 +90,6 @@ class Pretrained:
 
     def load(self) -> Decoder:
         """The network with its weights. Raises InputError when it is not a causal language model, or of an unknown build."""
-        quieten()
         from transformers import AutoModelForCausalLM
 
         try:

@@ -27,7 +27,6 @@ from analysis.runs import Run
 from analysis.tokens import check_vocabulary, encoder, file_windows, held_out_tokens, training_windows
 from model.activation_statistics import ActivationMoments, add_to
 from model.errors import InputError
-from model.hub import quieten
 
 Logits = Callable[[Tensor], Tensor]  # tokens (batch, length) -> logits (batch, length, vocab_size)
 
@@ -86,7 +85,6 @@ def quantise_linears(decoder: Decoder, groups: list[Projections], recipe: str) -
     Raises:
         InputError: a shape that the recipe cannot take, by the name of the first such map.
     """
-    quieten()
     from torchao.quantization import (
         Int8DynamicActivationInt8WeightConfig,
         Int8DynamicActivationIntxWeightConfig,

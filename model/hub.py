@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,6 @@ def open_decoder(source: str, dtype: torch.dtype = torch.float32) -> Any:
     Raises:
         InputError: no such model can be read.
     """
-    quieten()
     from transformers import AutoModelForCausalLM
 
     import model.huggingface  # noqa: F401  # makes our own networks known to transformers
@@ -60,7 +58,6 @@ def open_decoder(source: str, dtype: torch.dtype = torch.float32) -> Any:
 
 def open_tokenizer(source: str) -> Any:
     """The tokenizer of transformers that goes with a model. Raises InputError where none can be read."""
-    quieten()
     from transformers import AutoTokenizer
 
     where, arguments = locate(source)
@@ -68,12 +65,6 @@ def open_tokenizer(source: str) -> Any:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **arguments)
     except Exception as error:
         raise InputError(f"{source}: no tokenizer can be read from it: {one_line(error)}") from None
-
-
-def quieten() -> None:
-    """To be called before the first import of transformers' models: torchao warns of GPU kernels that a CPU has no use for."""
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def one_line(error: Exception) -> str:

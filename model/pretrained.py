@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.errors import InputError
-from model.hub import locate, one_line, open_decoder, quieten
+from model.hub import locate, one_line, open_decoder
 from model.linear_cross_entropy import IGNORED_TARGET
 
 Gather = Callable[[nn.Parameter], AbstractContextManager]
@@ -181,7 +181,6 @@ class PretrainedDecoder(nn.Module):
 
 def architecture(shape: PretrainedModel) -> Any:
     """The network of transformers, its weights not set; with the LoRA adapters that `shape` asks for."""
-    quieten()
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
