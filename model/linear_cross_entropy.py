@@ -73,6 +73,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, logits
         targets: (batch, length); `IGNORED_TARGET` where nothing counts.
         logits: (batch, length, vocabulary), to be filled with the logits.
     """
+    if not torch.is_grad_enabled():  # which autograd's functions are not told: they would make gradients that nobody takes
+        hidden, weight = hidden.detach(), weight.detach()
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, logits)  # pyright: ignore[reportAssignmentType]
     return loss
 

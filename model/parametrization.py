@@ -100,12 +100,14 @@ class LearningFactors:
     epsilon: float = 1.0
 
 
-def learning_factors(name: str, module: nn.Module, config: ModelConfig, relative: bool = False) -> LearningFactors:
+def learning_factors(name: str, module: nn.Module, config: ModelConfig, by_root: bool = False) -> LearningFactors:
     """How a parameter of this network learns, by the table above.
 
     Args:
-        relative: the optimizer's step is in proportion to the weights' own size (Adafactor), of which m_N^-1/2 is in the initial
-            values already. Step x decay stays free of the width in either case, as for AdamW.
+        by_root: m_N^-1/2 where the table has m_N^-1: of an optimizer whose step is in proportion to the weights' own size (Adafactor),
+            of which m_N^-1/2 is in the initial values already, or orthogonal (Muon, matched to AdamW's root mean square): its spectral
+            norm grows with the root of the width, and AdamW's, whose entries agree in sign, with the width. Step x decay stays free of
+            the width in any case.
     """
     if not name.startswith("blocks."):
         return LearningFactors()
@@ -113,7 +115,7 @@ def learning_factors(name: str, module: nn.Module, config: ModelConfig, relative
     rate, epsilon = depth ** (alpha - 1) if alpha else 1.0, depth**-alpha / width
     if not is_hidden(name, module):
         return LearningFactors(rate, 1.0, epsilon)
-    by_width = math.sqrt(width) if relative else width
+    by_width = math.sqrt(width) if by_root else width
     return LearningFactors(rate / by_width, by_width, epsilon)
 
 

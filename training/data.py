@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from model.errors import InputError
 from model.transformer import IGNORED_TARGET
 from training.distributed import Ranks
 from training.recipe import DataSection
+from training.run_lock import NO_LOCKS
 from training.sources import Source, file_state, listing_digest, open_source
 from training.token_shards import FORMAT, SPLITS, Split, build, sync_folder
 from training.tokenizer import token_dtype
@@ -250,7 +252,10 @@ def fingerprint(data: DataSection, source: Source) -> str:
 
 @contextlib.contextmanager
 def _lock(path: Path, folder: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file. The kernel releases it when the process ends, however it ends."""
+    """Hold an exclusive lock on a file. The kernel releases it when the process ends, however it ends.
+
+    It saves work, and nothing depends on it: where a disk has no locks, or they end at a host, several build side by side.
+    """
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -258,16 +263,28 @@ def _lock(path: Path, folder: Path) -> Iterator[None]:
             if os.environ.get("RANK", "0") == "0":
                 print(f"waiting for another process that prepares {folder}", file=sys.stderr, flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
         yield
 
 
 def _build_and_rename(data: DataSection, source: Source, folder: Path) -> None:
-    building = folder.parent / f".{folder.name}.building"
-    shutil.rmtree(building, ignore_errors=True)  # of a builder that was killed: the lock is ours, so nobody writes there
+    """Build beside the folder, under a name that no other process has, and rename: the first one's stays."""
+    mine = f".{folder.name}.building.{socket.gethostname()}."
+    for left in folder.parent.glob(f"{mine}*"):  # by builders of this host that were killed
+        if not Path("/proc", left.name.removeprefix(mine)).exists():
+            shutil.rmtree(left, ignore_errors=True)
+    building = folder.parent / f"{mine}{os.getpid()}"
     try:
         building.mkdir()
         _remember_verified(PreparedData(building, build(data, source, building)))
-        building.rename(folder)
+        try:
+            building.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            shutil.rmtree(building)
         sync_folder(folder.parent)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)

@@ -29,7 +29,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,11 +89,29 @@ def start_distributed(ranks: Ranks) -> torch.device:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pyright: ignore[reportAttributeAccessIssue]
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size))
-    device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", gpu_of(ranks, torch.cuda.device_count(), os.environ))
         torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device.index)  # where DeepSpeed looks for the device
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False, dist_init_required=True)
     return device
+
+
+def gpu_of(ranks: Ranks, visible: int, environment: Mapping[str, str]) -> int:
+    """Which of the `visible` GPUs is this rank's: its own number on the host, or the only one that Slurm shows it (--gpus-per-task).
+
+    Raises:
+        InputError: there are more ranks than GPUs.
+    """
+    if ranks.local_rank < visible:
+        return ranks.local_rank
+    if visible == 1 and "SLURM_STEP_ID" in environment:
+        return 0
+    raise InputError(
+        f"rank {ranks.rank} is number {ranks.local_rank} on its host, of {ranks.local_world_size}, and {visible} GPUs are visible to it: "
+        "launch as many ranks as GPUs"
+    )
 
 
 def zero_section_problems(zero: dict[str, Any]) -> list[str]:
@@ -455,12 +473,16 @@ class Engine:
         Weights did not change, so the same numbers come out; gradients are taken beside DeepSpeed's and leave no trace.
         Every rank must call it.
         """
-        names, parameters = zip(*self.model.named_parameters(), strict=True)
+        names, parameters = zip(*((n, p) for n, p in self.model.named_parameters() if p.requires_grad), strict=True)
         found: str | None = None
         for batch in batches:
             with _first_non_finite_output(self.model) as outputs:
                 loss = self.model(*self._on_device(batch))
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            try:
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            except torch.OutOfMemoryError:  # they are whole on every rank, at any stage: the run is worth more than their names
+                found = found or f"not looked for: no memory (rank {self.ranks.rank})"
+                continue
             bad = [name for name, gradient in zip(names, gradients, strict=True) if gradient is not None and not gradient.isfinite().all()]
             if found is None and outputs:
                 found = f"output of {outputs[0]} (rank {self.ranks.rank})"

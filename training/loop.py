@@ -172,8 +172,10 @@ def _train(
             spikes.count_spike(done)
             if training.loss_spikes.action == "rewind":
                 saver.wait()
-                step = rewind(engine, run, spikes, done, training.loss_spikes.rewind_steps, metrics) - 1
-                continue
+                back_at = rewind(engine, run, spikes, pruning, done, training.loss_spikes.rewind_steps, metrics)
+                if back_at < done:
+                    step = back_at - 1
+                    continue
         elif result.applied:
             skipped_in_a_row = 0
             spikes.remember()
@@ -267,17 +269,20 @@ def restore(found: checkpoint.Found, spikes: LossSpikes) -> int:
         raise InputError(f"{found.folder}/manifest.json: its state cannot be read: {type(error).__name__}: {error}") from None
 
 
-def rewind(engine: Engine, run: Path, spikes: LossSpikes, done: int, back: int, metrics: Metrics) -> int:
-    """Load the newest whole checkpoint at least `back` steps before step `done`, and pass over the data since; returns its step."""
+def rewind(engine: Engine, run: Path, spikes: LossSpikes, pruning: PruningController | None, done: int, back: int, metrics: Metrics) -> int:
+    """Load the newest whole checkpoint at least `back` steps before step `done`, and pass over the data since; returns its step.
+
+    Where there is none, nothing is loaded and `done` is returned: the step's update, which was not made, is left out.
+    """
     found = checkpoint.newest_whole(run, engine.ranks, at_most=max(0, done - back))
     if found is None:
-        raise InputError(
-            f"{run}: a loss spike at step {done}, and no checkpoint of step {max(0, done - back)} or before to go back to; set "
-            "checkpoint.first=true or a smaller checkpoint.every, or training.loss_spikes.action=skip"
-        )
+        metrics.say(f"step {done}: no checkpoint of step {max(0, done - back)} or before to go back to: its update is left out instead")
+        return done
     checkpoint.load(engine, found)
-    to_step = found.manifest["step"]
-    spikes.go_back(done, to_step, found.manifest["state"].get("loss_spikes", {}))
+    to_step, state = found.manifest["step"], found.manifest["state"]
+    spikes.go_back(done, to_step, state.get("loss_spikes", {}))
+    if pruning is not None and "context_pruning" in state:
+        pruning.restore(state["context_pruning"])
     metrics.say(f"step {done}: back to step {to_step}, past the data of {done - to_step} steps ({spikes.data_ahead} in all)")
     metrics.record({"step": done, "rewound_to_step": to_step, "data_steps_passed_over": spikes.data_ahead})
     return to_step

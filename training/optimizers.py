@@ -38,7 +38,7 @@ def parameter_groups(model: Network, section: OptimizerSection) -> dict[str, dic
         inside, decayed = name.startswith("blocks."), is_decayed(name, module)
         group = groups[("matrices" if inside else "embeddings") if decayed else ("vectors" if inside else "the rest")]
         if not group:  # the factors are the same for all of a group
-            factors = learning_factors(name, module, model.config, relative=section.kind == "adafactor")
+            factors = learning_factors(name, module, model.config, by_root=section.kind in ("adafactor", "muon"))
             embedded = section.embedding_learning_rate_factor if decayed and not inside else 1.0
             group.update(params=[], lr_factor=factors.learning_rate * embedded, lr=factors.learning_rate * embedded * section.learning_rate)
             group["weight_decay"] = factors.weight_decay * section.weight_decay if decayed else 0.0

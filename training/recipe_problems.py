@@ -6,6 +6,7 @@ import difflib
 
 from model.config import SIZES, SMALLEST_ALPHA
 from model.errors import InputError
+from model.section import Section
 from training.recipe import Recipe, model_config, zero_stage
 
 # What Burnish writes into DeepSpeed's configuration itself, and where a recipe says it.
@@ -17,24 +18,37 @@ _SET_ELSEWHERE = {
     "optimizer": "optimizer",
     "scheduler": "optimizer.schedule",
     "tensorboard": "logging.tensorboard",
+    "activation_checkpointing": "training.activation_checkpointing",
+}
+# What DeepSpeed knows, and Burnish's network, data or checkpoints do not go along with.
+_NOT_HERE = {
+    "checkpoint": "checkpoints of any ranks and stage are read by Burnish itself; leave it out",
+    "dataloader_drop_last": "Burnish feeds its own batches; leave it out",
+    "sequence_parallel_size": "sequences are not spread over ranks; leave it out",
+    "seq_parallel_communication_data_type": "sequences are not spread over ranks; leave it out",
+    "tensor_parallel": "matrices are not spread over ranks but by ZeRO; leave it out",
 }
 # DeepSpeed ignores a top-level key it does not know, so a mistyped one would silently do nothing. Its own list is spread over
 # its parser; these are the keys that its 0.19 documentation names and that make sense here.
 _DEEPSPEED_KEYS = (
     "zero_optimization", "bf16", "torch_autocast", "data_types", "communication_data_type", "prescale_gradients",
-    "gradient_predivide_factor", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
-    "activation_checkpointing", "aio", "checkpoint", "comms_logger", "compile", "dump_state", "flops_profiler",
-    "memory_breakdown", "seq_parallel_communication_data_type", "steps_per_print", "wall_clock_breakdown",
-    "disable_allgather", "dataloader_drop_last", "tensor_parallel", "sequence_parallel_size", "timers", "wandb",
-    "csv_monitor", "comet",
+    "gradient_predivide_factor", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "aio", "comms_logger",
+    "compile", "dump_state", "flops_profiler", "memory_breakdown", "steps_per_print", "wall_clock_breakdown",
+    "disable_allgather", "timers", "wandb", "csv_monitor", "comet",
 )  # fmt: skip
 
 
 # Of these, the ones that are sections
 _DEEPSPEED_SECTIONS = (
-    "zero_optimization", "bf16", "torch_autocast", "data_types", "activation_checkpointing", "aio", "checkpoint", "comms_logger",
-    "compile", "flops_profiler", "tensor_parallel", "timers", "wandb", "csv_monitor", "comet",
+    "zero_optimization", "bf16", "torch_autocast", "data_types", "aio", "comms_logger", "compile", "flops_profiler", "timers", "wandb",
+    "csv_monitor", "comet",
 )  # fmt: skip
+
+
+def _given(section: Section) -> list[str]:
+    """The keys of a section that are not at their defaults; a run's resolved recipe, which has them all, must load again."""
+    fields = type(section).model_fields
+    return [name for name, field in fields.items() if getattr(section, name) != field.get_default(call_default_factory=True)]
 
 
 def problems_between_fields(recipe: Recipe) -> list[str]:
@@ -46,7 +60,7 @@ def problems_between_fields(recipe: Recipe) -> list[str]:
         problems.append(f"model.size: {model.size!r} is not one of {', '.join(SIZES)}" + (f"; did you mean {near[0]}?" if near else ""))
     missing = [name for name in ("width", "depth", "heads") if getattr(model, name) is None]
     if model.pretrained is not None:
-        beside = sorted(model.model_fields_set - {"pretrained", "sequence_length"})
+        beside = sorted(set(_given(model)) - {"pretrained", "sequence_length"})
         if beside:
             problems.append(f"model.{beside[0]}: model.pretrained brings its own shape; leave {', '.join(beside)} out")
         if data.tokenizer.kind != "pretrained":
@@ -100,6 +114,11 @@ def _pretrained_problems(recipe: Recipe) -> list[str]:
     if recipe.optimizer.sharpness_aware == "functional_sam":
         problems.append(
             "optimizer.sharpness_aware: functional_sam goes through our own network's unembedding; use sam with model.pretrained"
+        )
+    if recipe.optimizer.sharpness.split_every is not None:
+        problems.append(
+            "optimizer.sharpness.split_every: compares with functional_sam, which goes through our own network's unembedding; "
+            "leave it out with model.pretrained"
         )
     if recipe.evaluation.curvature_every:
         problems.append("evaluation.curvature_every: is measured on our own network alone; leave it out with model.pretrained")
@@ -168,6 +187,8 @@ def _sharpness_problems(recipe: Recipe) -> list[str]:
             "python -m analysis curvature"
         )
     if optimizer.sharpness_aware == "none":
+        if given := _given(options):
+            problems.append(f"optimizer.sharpness.{given[0]}: nothing is sharpness-aware here (optimizer.sharpness_aware is none)")
         return problems
     if options.precondition and optimizer.kind not in _WITH_SECOND_MOMENT:
         problems.append(
@@ -203,6 +224,8 @@ def _deepspeed_problems(recipe: Recipe) -> list[str]:
     for key in recipe.deepspeed:
         if key in _SET_ELSEWHERE:
             problems.append(f"deepspeed.{key}: set by Burnish; say it as {_SET_ELSEWHERE[key]}")
+        elif key in _NOT_HERE:
+            problems.append(f"deepspeed.{key}: {_NOT_HERE[key]}")
         elif key == "fp16":
             problems.append("deepspeed.fp16: Burnish trains in fp32 or bf16; say it as training.precision")
         elif key not in _DEEPSPEED_KEYS:
@@ -223,6 +246,18 @@ def _deepspeed_problems(recipe: Recipe) -> list[str]:
     bf16 = recipe.deepspeed.get("bf16", {})
     if isinstance(bf16, dict) and bf16.get("enabled", recipe.training.precision == "bf16") != (recipe.training.precision == "bf16"):
         problems.append("deepspeed.bf16.enabled: contradicts training.precision; leave it out")
+    if zero.get("offload_param") and zero.get("stage", 0) != 3:
+        problems.append(
+            f"deepspeed.zero_optimization.offload_param: stage {zero.get('stage', 0)} keeps weights on the device; needs stage 3, or "
+            "offload_optimizer alone"
+        )
+    types = recipe.deepspeed.get("data_types", {})
+    accumulated = types.get("grad_accum_dtype") if isinstance(types, dict) else None
+    if recipe.training.precision == "bf16" and zero.get("stage", 0) == 0 and accumulated not in (None, "bf16"):
+        problems.append(
+            f"deepspeed.data_types.grad_accum_dtype: {accumulated} with bf16 needs ZeRO stage 1 to 3; at stage 0 leave it out, or use "
+            "training.precision fp32"
+        )
     if zero.keys() - {"stage"}:
         from training.engine import zero_section_problems  # DeepSpeed takes seconds to import
 

@@ -24,6 +24,7 @@ from typing import IO, Any
 from model.errors import InputError
 
 BEAT, PATIENCE = 5.0, 20.0  # seconds
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what a file system without locks says
 
 
 class RunLock:
@@ -48,7 +49,7 @@ class RunLock:
                 raise InputError(
                     f"{folder}: in use by another launch{self._holder()}; wait for it, stop it, or choose another run.name"
                 ) from None
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            if error.errno not in NO_LOCKS:
                 raise InputError(f"{folder}: the run folder cannot be locked: {error.strerror}") from None
             print(
                 f"warning: {folder}: its file system has no locks ({error.strerror}); the beat alone guards it", file=sys.stderr, flush=True

@@ -138,6 +138,7 @@ def main() -> None:
     for stage in (0, 2, 3):
         launch(f"spike {stage}", f"spike{stage}", 2, *SPIKES, "training.loss_spikes.action=skip", stage=stage, faults="spike@6")
     launch("rewound", "rewound", 2, *SPIKES, "training.loss_spikes.action=rewind", "checkpoint.every=2", faults="spike@6")
+    launch("no way back", "no_way_back", 2, *SPIKES, "training.loss_spikes.action=rewind", "checkpoint.every=8", faults="spike@6")
     launch("too many", "too_many", 1, *SPIKES, "training.loss_spikes.action=skip", faults="spike@5,spike@6,spike@7")
 
     # the checkpoints of 2 ranks, read and written again by 3

@@ -229,6 +229,12 @@ def test_a_rewound_run_goes_back_and_passes_over_the_data(seen: dict[str, Any], 
     assert manifest["state"]["loss_spikes"]["data_ahead"] == 2
 
 
+def test_where_no_checkpoint_is_old_enough_to_go_back_to_the_step_is_left_out(seen: dict[str, Any]) -> None:
+    found = seen["no way back"]
+    assert found["codes"] == [0, 0] and "step 6: no checkpoint of step 5 or before to go back to" in found["log"]
+    assert found["losses"] == seen["spike 2"]["losses"]
+
+
 def test_too_many_spikes_stop_the_run(seen: dict[str, Any]) -> None:
     assert seen["too many"]["codes"] == [1] and "Traceback" not in seen["too many"]["log"]
     assert "error: stopped at step 7: more than 2 loss spikes within 8 steps" in seen["too many"]["log"]

@@ -69,6 +69,27 @@ def test_only_the_gradients_that_are_asked_for(frozen: str) -> None:
         assert (hidden.grad is None) == (frozen == "hidden") and (weight.grad is None) == (frozen == "weight")
 
 
+def test_without_gradients_none_is_made() -> None:
+    """Evaluation takes one product of hidden states and unembedding, and keeps nothing of the unembedding's size."""
+    hidden, weight, targets = head()
+
+    class Counting(TorchDispatchMode):
+        sizes: list[tuple[int, ...]]
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            made = func(*args, **(kwargs or {}))
+            self.sizes += [tuple(made.shape)] if isinstance(made, Tensor) else []
+            return made
+
+    counting = Counting()
+    counting.sizes = []
+    with torch.no_grad(), counting:
+        loss = linear_cross_entropy(hidden, weight.requires_grad_(), targets)
+    assert counting.sizes.count((VOCAB, WIDTH)) <= 1  # the weight itself, detached
+    with_gradients = linear_cross_entropy(hidden, weight, targets)
+    assert loss.item() == with_gradients.item()
+
+
 def test_in_bf16_and_under_autocast_it_is_as_near_to_float64_as_whole_logits_are() -> None:
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(4, 64, 32), torch.randn(500, 32) * 0.2, torch.randint(500, (4, 64))

@@ -106,14 +106,15 @@ def test_every_tensor_learns_as_the_table_says(fields: dict[str, Any], parametri
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adafactor", "muon", "soap"])
-def test_a_step_moves_hidden_weights_by_one_over_the_width_whatever_the_optimizer(kind: str) -> None:
+def test_a_step_moves_hidden_weights_as_its_width_demands_whatever_the_optimizer(kind: str) -> None:
     """What the factor on the learning rate is for: one step, from the same gradient statistics, four times as wide and three as deep.
 
     Root mean square of the update, without decay: m_N^-1 m_L^(alpha-1) of the base's. Adafactor's steps are in proportion to the weights,
-    which begin m_N^-1/2 smaller: it must not count that twice.
+    which begin m_N^-1/2 smaller: it must not count that twice. Muon's are orthogonal: it is the spectral norm that has to stay, but for the
+    depth's factor, and so the root mean square to fall by m_N^-1/2.
     """
 
-    def moved(**fields: Any) -> dict[str, float]:
+    def moved(**fields: Any) -> dict[str, tuple[float, float]]:
         model = make(**fields, tied_embeddings=False, norm="rms_norm")
         section = OptimizerSection.model_validate({"kind": kind, "learning_rate": 1e-2, "weight_decay": 0.0})
         optimizer = make_optimizer(model, section, sharded=False)
@@ -125,11 +126,15 @@ def test_a_step_moves_hidden_weights_by_one_over_the_width_whatever_the_optimize
                 scale = 1.0 if name.startswith("blocks.") else 3.0
                 parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
             optimizer.step()
-        return {name: (p.detach() - before[name]).square().mean().sqrt().item() for name, p in model.named_parameters()}
+        steps = {name: p.detach() - before[name] for name, p in model.named_parameters() if p.ndim == 2}
+        return {name: (step.square().mean().sqrt().item(), torch.linalg.matrix_norm(step, 2).item()) for name, step in steps.items()}
 
     base, large = moved(**BASE), moved(**LARGE, **with_base("depth_mup"))
     for name in ("blocks.0.attention.query.weight", "blocks.1.mlp.up.weight"):
-        assert large[name] / base[name] == pytest.approx(1 / 4 / math.sqrt(3), rel=0.1), name
+        root_mean_square, spectral = (a / b for a, b in zip(large[name], base[name], strict=True))
+        assert root_mean_square == pytest.approx((1 / 2 if kind == "muon" else 1 / 4) / math.sqrt(3), rel=0.1), name
+        if kind == "muon":
+            assert spectral == pytest.approx(1 / math.sqrt(3), rel=0.1), name
 
 
 @pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)

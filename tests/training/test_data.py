@@ -4,6 +4,7 @@ depends on the seed and the position alone."""
 from __future__ import annotations
 
 import collections
+import errno
 import hashlib
 import json
 import math
@@ -247,16 +248,41 @@ def test_a_killed_builder_leaves_nothing_that_looks_whole(tmp_path: Path) -> Non
     data = section(tmp_path)
     process = start(data)
     deadline = time.monotonic() + 60
-    while not list((tmp_path / "prepared").glob(".*.building/*.bin")):  # until it is writing shards
+    while not list((tmp_path / "prepared").glob(".*.building.*/*.bin")):  # until it is writing shards
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert all(name.endswith(".building") for name in visible(tmp_path / "prepared"))
+    assert all(".building." in name for name in visible(tmp_path / "prepared"))
     prepared = prepare(data)
     assert visible(tmp_path / "prepared") == [prepared.folder.name]
     verify_checksums(prepared)
+
+
+def test_without_locks_the_first_builder_wins_and_the_other_takes_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk without flock, and another host that finishes while this one builds."""
+
+    def no_locks(*arguments: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(data_module.fcntl, "flock", no_locks)
+    write_corpus(tmp_path / "corpus")
+    data, build, built = section(tmp_path), data_module.build, []
+
+    def build_beside_another_host(*arguments: Any) -> PreparedData:
+        if not built:
+            built.append("this one")
+            with monkeypatch.context() as elsewhere:
+                elsewhere.setattr(data_module.socket, "gethostname", lambda: "elsewhere")
+                built.append(prepare(data))
+                built.append({path.name: path.stat().st_ino for path in built[1].folder.iterdir()})
+        return build(*arguments)
+
+    monkeypatch.setattr(data_module, "build", build_beside_another_host)
+    prepared = prepare(data)
+    assert prepared == built[1] and {path.name: path.stat().st_ino for path in prepared.folder.iterdir()} == built[2]
+    assert visible(tmp_path / "prepared") == [prepared.folder.name]
 
 
 @pytest.mark.parametrize("limit", [1_000, 300_000], ids=["in the tokenizer", "in a shard"])

@@ -7,6 +7,7 @@ import torch
 
 from model.errors import InputError
 from training.distributed import Ranks, discover, leave, one_clear_line, sum_over_ranks
+from training.engine import gpu_of
 
 
 def test_torchrun() -> None:
@@ -32,6 +33,15 @@ def test_srun() -> None:
 def test_inside_a_slurm_batch_script_plain_python_is_one_rank() -> None:
     env = {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "16"}
     assert discover(env) == Ranks(0, 1, 0, 1)
+
+
+def test_a_rank_takes_its_own_gpu_or_the_only_one_that_slurm_shows_it() -> None:
+    third = Ranks(11, 16, 3, 8)
+    assert gpu_of(third, 8, {}) == 3
+    assert gpu_of(third, 1, {"SLURM_STEP_ID": "0"}) == 0
+    for visible, environment in ((1, {}), (2, {"SLURM_STEP_ID": "0"})):
+        with pytest.raises(InputError, match="rank 11 is number 3 on its host, of 8, and . GPUs are visible to it"):
+            gpu_of(third, visible, environment)
 
 
 def test_plain_python() -> None:

@@ -11,6 +11,7 @@ from training.plan import print_plan
 from training.recipe import Recipe, model_config
 from training.recipe_file import differences, dump_recipe, load_recipe
 
+ROOT = Path(__file__).resolve().parents[2]
 MINIMAL = """
 model: {size: nano}
 training: {tokens: 1e6, tokens_per_step: 4096, micro_batch_size: 8, sequence_length: 256}
@@ -95,6 +96,22 @@ def test_deepspeeds_zero_section_is_checked_too(recipe: Path) -> None:
     assert "deepspeed.zero_optimization.offload_optimizer.devise: unknown key" in message
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optimizer.sharpness.radius=0.3", "optimizer.sharpness.radius: nothing is sharpness-aware here"),
+        ("deepspeed.sequence_parallel_size=2", "deepspeed.sequence_parallel_size: sequences are not spread over ranks"),
+        ("deepspeed.tensor_parallel={autotp_size: 2}", "deepspeed.tensor_parallel: matrices are not spread"),
+        ("deepspeed.checkpoint={load_universal: true}", "deepspeed.checkpoint: checkpoints of any ranks"),
+        ("deepspeed.activation_checkpointing={}", "say it as training.activation_checkpointing"),
+        ("deepspeed.zero_optimization={stage: 2, offload_param: {device: cpu}}", "offload_param: stage 2 keeps weights on the device"),
+        ("deepspeed={zero_optimization: {stage: 0}, data_types: {grad_accum_dtype: fp32}}", "grad_accum_dtype: fp32 with bf16 needs ZeRO"),
+    ],
+)
+def test_what_would_do_nothing_or_fail_inside_is_refused(recipe: Path, override: str, expected: str) -> None:
+    assert expected in problems(recipe, override)
+
+
 def test_a_missing_section_is_named(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("model: {size: nano}\n")
@@ -146,6 +163,16 @@ def test_the_resolved_recipe_loads_again_and_says_where_values_came_from(recipe:
     saved = recipe.with_name("resolved.yaml")
     saved.write_text(text)
     assert load_recipe(saved).recipe == loaded.recipe
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_loads_again_from_its_run_folder(path: Path, tmp_path: Path) -> None:
+    """What `train.py --resume` does first."""
+    loaded = load_recipe(path)
+    saved = tmp_path / "recipe.yaml"
+    saved.write_text(dump_recipe(loaded))
+    assert load_recipe(saved).recipe == loaded.recipe
+    assert differences(saved, loaded) == []
 
 
 def test_differences_ignore_what_changes_no_weight(recipe: Path) -> None:
