@@ -120,6 +120,14 @@ def test_lora_leaves_the_base_as_it_was(launch: Launch, recipe: Path) -> None:
         assert (decoder(tokens) - untouched(tokens).logits).abs().max() > 1e-4
 
 
+def test_a_step_that_is_not_finite_is_skipped_where_most_weights_are_frozen(
+    launch: Launch, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BURNISH_FAULTS", "nan@2")
+    run = start(launch, recipe, "lora_nan", 1, "context_pruning.trainable=lora", "run.stop_at_step=3")
+    assert [record["step"] for record in records(run) if "loss" in record and record["skipped_steps"] == 1] == [2, 3]
+
+
 def test_one_run_begins_with_the_decisions_of_another(launch: Launch, recipe: Path) -> None:
     """What attention taught is exported, and LoRA runs at another budget begin with it, sharded or not; on another base none begins."""
     taught = start(launch, recipe, "taught", 1, "context_pruning.trainable=interactions", "context_pruning.attention_fraction=1.0")

@@ -270,7 +270,7 @@ def test_without_locks_the_first_builder_wins_and_the_other_takes_its_data(tmp_p
     write_corpus(tmp_path / "corpus")
     data, build, built = section(tmp_path), data_module.build, []
 
-    def build_beside_another_host(*arguments: Any) -> PreparedData:
+    def build_beside_another_host(*arguments: Any) -> dict[str, Any]:
         if not built:
             built.append("this one")
             with monkeypatch.context() as elsewhere:

@@ -40,7 +40,7 @@ def test_a_rank_takes_its_own_gpu_or_the_only_one_that_slurm_shows_it() -> None:
     assert gpu_of(third, 8, {}) == 3
     assert gpu_of(third, 1, {"SLURM_STEP_ID": "0"}) == 0
     for visible, environment in ((1, {}), (2, {"SLURM_STEP_ID": "0"})):
-        with pytest.raises(InputError, match="rank 11 is number 3 on its host, of 8, and . GPUs are visible to it"):
+        with pytest.raises(InputError, match=f"rank 11 is number 3 on its host, of 8, and {visible} GPUs are visible to it"):
             gpu_of(third, visible, environment)
 
 
