@@ -38,8 +38,12 @@ METHODS: dict[str, dict[str, Any]] = {
     **OURS,
     "adafactor": {"optimizer": {"kind": "adafactor"}},
     "muon": {"optimizer": {"kind": "muon"}},
+    "sam_float32": {"optimizer": {"sharpness_aware": "sam", "sharpness": {"float32_second_pass": True}}},
+    "functional_sam_float32": {"optimizer": {"sharpness_aware": "functional_sam", "sharpness": {"float32_second_pass": True}}},
+    "functional_sam_split": {"optimizer": {"sharpness_aware": "functional_sam", "sharpness": {"split_every": 1}}},
 }
 WITHOUT_ZERO = ("adafactor", "muon")
+IN_FLOAT32 = ("sam_float32", "functional_sam_float32")  # a cure of bf16, below stage 3
 
 
 def main() -> None:
@@ -63,8 +67,8 @@ def cases() -> dict[str, Recipe]:
                         size, precision, stage, checkpointing, "pre_norm"
                     )
     for method in METHODS:
-        for precision in ("fp32", "bf16"):
-            for stage in (0,) if method in WITHOUT_ZERO else (0, 2, 3):
+        for precision in ("bf16",) if method in IN_FLOAT32 else ("fp32", "bf16"):
+            for stage in (0,) if method in WITHOUT_ZERO else (0, 2) if method in IN_FLOAT32 else (0, 2, 3):
                 if method != "pre_norm":
                     found[f"5m {precision} zero-{stage} {method} recomputed-False"] = case("5m", precision, stage, False, method)
     return found

@@ -84,6 +84,15 @@ def _first_slurm_host(env: Any) -> str:
         raise InputError(f"srun: cannot expand the node list {nodes!r} with scontrol; set MASTER_ADDR to the first host") from None
 
 
+def largest_over_ranks(value: int, device: torch.device) -> int:
+    """The largest of what the ranks have. Every rank calls it."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return value
+    values = torch.tensor(value, device=device)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return int(values)
+
+
 def sum_over_ranks(*values: float | torch.Tensor, device: torch.device) -> list[float]:
     """Each value summed over all ranks, in float64: one collective, one host synchronisation."""
     numbers = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device).reshape(()) for value in values])

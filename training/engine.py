@@ -48,7 +48,7 @@ from model.parametrization import initialize, owned_parameters
 from model.pretrained import PretrainedDecoder, PretrainedModel, pretrained_weights
 from model.pretrained import load as load_pretrained
 from training.data import Batch
-from training.distributed import Ranks, raise_together
+from training.distributed import Ranks, largest_over_ranks, raise_together
 from training.network import make_network
 from training.optimizers import JointOptimizer, make_optimizer
 from training.plan import count_parameters, recomputed_blocks
@@ -255,7 +255,8 @@ class Engine:
             load_pretrained(model, weights, self._gather, recipe.run.seed)
         else:
             initialize(model, recipe.run.seed, gather=self._gather)
-        model.activation_checkpointing = recomputed_blocks(recipe, model_config, ranks.world_size, accumulation, device.type)
+        blocks = recomputed_blocks(recipe, model_config, ranks.world_size, accumulation, device.type)
+        model.activation_checkpointing = largest_over_ranks(blocks, device)  # with auto each asked its own device
         if recipe.training.compile:
             for block in model.blocks:
                 block.compile()

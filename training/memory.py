@@ -132,8 +132,21 @@ def predict(
         "the last gradients": fixed + states.at_last_gradients + max(inside, at_the_end),
         "the optimizer's step": fixed + states.at_step,
     }
+    if recipe.evaluation.curvature_every:  # training/curvature.py: eigenvectors, a Lanczos basis, and gradients at two perturbed weights
+        count, stage = sum(tensor_sizes), zero_stage(recipe)
+        vectors = 9 + (recipe.evaluation.curvature_lanczos or 0)
+        phases["the curvature"] = phases["the loss"] + (
+            4 * (vectors + 2) * count if stage == 0 else 4 * vectors * math.ceil(count / world_size)
+        )
     if recipe.optimizer.sharpness_aware != "none":
-        phases = _two_passes(recipe, config, phases, tensor_sizes, world_size, accumulation, fixed, kept, inside, states, chunk)
+        second = kept, inside
+        if recipe.optimizer.sharpness.float32_second_pass:
+            wide, wide_head = activation_bytes(config, training.sequence_length, 4, recipe.data.document_masks, device == "cuda")
+            second = (
+                2 * inputs + tokens * ((config.depth - recomputed) * wide + wide_head),
+                inside + tokens * (wide - block + (4 - compute) * (config.width + config.mlp_width)),
+            )
+        phases = _two_passes(recipe, config, phases, tensor_sizes, world_size, accumulation, fixed, kept, second, states, chunk)
     return Memory(
         weights=states.weights,
         gradients=states.gradients,
@@ -165,11 +178,16 @@ def _two_passes(
     accumulation: int,
     fixed: int,
     kept: int,
-    inside: int,
+    second_activations: tuple[int, int],
     states: _States,
     chunk: int,
 ) -> dict[str, int]:
-    """The moments of a sharpness-aware step (training/sharpness_aware.py), from those of a plain one: `phases`."""
+    """The moments of a sharpness-aware step (training/sharpness_aware.py), from those of a plain one: `phases`.
+
+    Args:
+        second_activations: what the second pass keeps for its backward pass, and what a block's takes there.
+    """
+    options, (second_kept, inside) = recipe.optimizer.sharpness, second_activations
     stage, low = zero_stage(recipe), recipe.training.precision == "bf16"
     count, compute = sum(tensor_sizes), 2 if low else 4
     share = count if stage == 0 else math.ceil(count / world_size)
@@ -179,19 +197,24 @@ def _two_passes(
     tokens = recipe.training.micro_batch_size * recipe.training.sequence_length
     matrix = config.vocab_size * config.width
     heads = head = products = 0
+    beside = 0  # what only the second pass has
+    if options.float32_second_pass:  # the perturbation whole, and its sum with the weights
+        beside += (compute + 4) * count
+    if options.split_every is not None and not offloaded:  # three gradients and the perturbation, at the steps that compare them
+        beside += 16 * share
     if recipe.optimizer.sharpness_aware == "functional_sam":
-        stored = recipe.optimizer.sharpness.store_logits
+        stored = options.store_logits
         heads = accumulation * tokens * compute * (config.vocab_size if stored else config.width)
         head = 0 if stored or weights else compute * matrix  # the unperturbed unembedding, where the masters do not hold it
         # a chunk's logits twice in float32, and in bf16; or once and its part of the unembedding's gradient; that gradient's sum so far
         products = 4 * matrix + max((10 if low else 8) * chunk, 4 * chunk + compute * matrix)
         second = {
-            "the second loss": fixed + weights + states.at_loss + kept + heads + head + products,
-            "the second last gradients": fixed + weights + states.at_last_gradients + inside + heads + head,
+            "the second loss": fixed + weights + states.at_loss + second_kept + heads + head + products + beside,
+            "the second last gradients": fixed + weights + states.at_last_gradients + inside + heads + head + beside,
         }
     else:
         second = {
-            f"the second {moment.removeprefix('the ')}": size + weights
+            f"the second {moment.removeprefix('the ')}": size + weights + second_kept - kept + beside
             for moment, size in phases.items()
             if moment != "the optimizer's step"
         }

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 
 import training.engine
+import training.plan
 from model.parametrization import initialize
 from model.transformer import Transformer
 from training.data import Batch
 from training.distributed import Ranks, discover, leave, sum_over_ranks
 from training.engine import Engine, deepspeed, start_distributed
 from training.optimizers import JointOptimizer, make_optimizer
-from training.recipe import model_config
+from training.plan import plan
+from training.recipe import Recipe, model_config
 from training.recipe_file import LoadedRecipe, load_recipe
 
 VOCAB, LENGTH, SEQUENCES, SIZE = 333, 32, 8, 2
@@ -104,6 +106,26 @@ def run(recipe: LoadedRecipe, ranks: Ranks, device: torch.device) -> dict[str, A
     return seen
 
 
+def recomputed_by_rank(recipe: LoadedRecipe, ranks: Ranks, device: torch.device) -> list[int]:
+    """Of how many blocks each rank recomputes the activations, where the last one's memory is less than the others'."""
+    config, accumulation = model_config(recipe.recipe, VOCAB), SEQUENCES // (SIZE * ranks.world_size)
+    needed = [plan(variant, config, ranks.world_size, device="cpu").memory.total for variant in with_blocks_recomputed(recipe, (0, 1))]
+    asked = training.plan.device_memory
+    training.plan.device_memory = lambda device: needed[ranks.rank == ranks.world_size - 1] * 10 // 9 + 10
+    try:
+        engine = Engine(recipe.recipe, config, accumulation, ranks, device)
+    finally:
+        training.plan.device_memory = asked
+    recomputed = [0] * ranks.world_size
+    torch.distributed.all_gather_object(recomputed, engine.model.activation_checkpointing)
+    return recomputed
+
+
+def with_blocks_recomputed(recipe: LoadedRecipe, choices: tuple[int, ...]) -> list[Recipe]:
+    section = recipe.recipe.training
+    return [recipe.recipe.model_copy(update={"training": section.model_copy(update={"activation_checkpointing": n})}) for n in choices]
+
+
 def losses_of_steps(recipe: LoadedRecipe, ranks: Ranks, device: torch.device) -> list[float]:
     """The loss before each of 5 steps at a constant learning rate."""
     engine = Engine(recipe.recipe, model_config(recipe.recipe, VOCAB), SEQUENCES // (SIZE * ranks.world_size), ranks, device)
@@ -170,6 +192,7 @@ def main() -> None:
         if name in ("simplified", "shaped"):  # compiling takes long, and these two have all that is new
             results[f"{name}-compiled"] = losses_of_steps(load_recipe(path, [*network, *COMPILED]), ranks, device)
         results[f"{name}-reference"] = reference_losses(load_recipe(path, [*network, "deepspeed.zero_optimization.stage=0"]))
+    results["recomputed"] = recomputed_by_rank(load_recipe(path, [*base, "training.activation_checkpointing=auto"]), ranks, device)
     if ranks.is_first:
         results["reference"] = reference(load_recipe(path, base))
         Path(out).write_text(json.dumps(results))

@@ -31,6 +31,11 @@ def seen(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return json.loads(out.read_text())
 
 
+def test_ranks_recompute_as_many_blocks_as_the_one_with_the_least_memory_needs(seen: dict[str, Any]) -> None:
+    """Or at stage 3 they would gather different weights, and wait for one another for ever."""
+    assert seen["recomputed"] == [1, 1]
+
+
 @pytest.mark.parametrize("key", KEYS)
 def test_first_step_is_plain_autograd(key: str, seen: dict[str, Any]) -> None:
     """Loss and gradient norm (before clipping) of 8 sequences over 2 ranks x 2 micro-batches, as one process computes them."""

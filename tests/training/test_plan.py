@@ -25,7 +25,7 @@ from scripts.plan import largest_micro_batch, what_fits
 from training.communication import bytes_sent, scaling
 from training.memory import activation_bytes, predict
 from training.plan import accumulation_steps, count_parameters, flops_per_token, format_plan, memory_advice, plan, print_plan
-from training.recipe import CheckpointSection, Recipe, model_config
+from training.recipe import CheckpointSection, Recipe, SharpnessSection, model_config
 from training.recipe_file import LoadedRecipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -333,6 +333,28 @@ def test_auto_recomputes_as_few_blocks_as_fit() -> None:
         assert of("auto", (totals[blocks] - 1) / 1e9).recomputed == blocks + 1
     with pytest.raises(InputError, match="auto finds nothing that fits"):
         of("auto", (totals[6] - 1) / 1e9)
+
+
+def test_what_only_some_steps_need_is_planned() -> None:
+    """A second pass in float32 holds the perturbation in bf16 and float32 weights; comparing gradients four vectors; Lanczos its basis."""
+    config = network(width=256, depth=2)
+    count = count_parameters(config).total
+
+    def phases(sharpness: dict[str, Any] | None = None, lanczos: int | None = None, precision: str = "bf16") -> dict[str, int]:
+        case = recipe({"zero_optimization": {"stage": 0}}, precision=precision)
+        if sharpness is not None:
+            options = SharpnessSection.model_validate(sharpness)
+            case = case.model_copy(update={"optimizer": case.optimizer.model_copy(update={"sharpness_aware": "sam", "sharpness": options})})
+        if lanczos is not None:
+            watched = case.evaluation.model_copy(update={"curvature_every": 8, "curvature_lanczos": lanczos})
+            case = case.model_copy(update={"evaluation": watched})
+        return plan(case, config, 1, device="cpu").memory.phases
+
+    second = "the second loss"
+    assert phases({"float32_second_pass": True})[second] >= phases({})[second] + 6 * count
+    assert phases({"split_every": 8})[second] == phases({})[second] + 16 * count
+    longer, shorter = (phases(lanczos=steps, precision="fp32")["the curvature"] for steps in (12, 4))
+    assert longer - shorter == 8 * 4 * count
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory: ...")])
