@@ -452,7 +452,8 @@ def transfer_picture(result: dict[str, Any], path: Path) -> Path:
                     column[0].plot(own["best_exponent"], own["best_loss"], "*", ms=11, color=colour)
                 if str(size) in one["sharpness"]:
                     sharpness = one["sharpness"][str(size)]
-                    column[1].plot([int(step) for step in sharpness], list(sharpness.values()), color=colour)
+                    positive = [value if value > 0 else np.nan for value in sharpness.values()]  # a negative one is no sharpness
+                    column[1].plot([int(step) for step in sharpness], positive, ".-", color=colour)
             shift = "-" if one["largest_shift"] is None else f"{one['largest_shift']:+g}"
             column[0].set(title=f"{name}: shift {shift} octaves", xlabel="log2 of the learning rate")
             if rows > 1:

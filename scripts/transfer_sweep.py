@@ -45,6 +45,8 @@ DEFINITIONS = {
     "unstable at the step's learning rate",
 }
 
+LANCZOS_STEPS = 8  # products, from the eigenvector that was found the last time
+
 
 @dataclass(frozen=True)
 class Job:
@@ -124,7 +126,9 @@ class Sweep:
         found += size_overrides(arguments.recipe, arguments.overrides, name, self.axis, job.size, self.base)
         if embedding and self.axis == "width":
             found.append(f"optimizer.embedding_learning_rate_factor={job.size / self.base!r}")
-        return [*found, f"evaluation.curvature_every={arguments.sharpness_every}"] if job.sharpness else found
+        if job.sharpness:  # Lanczos tells the largest eigenvalue from the one of largest magnitude, which early on can be negative
+            found += [f"evaluation.curvature_every={arguments.sharpness_every}", f"evaluation.curvature_lanczos={LANCZOS_STEPS}"]
+        return found
 
     def run(self) -> dict[str, Any]:
         """Train what is not known yet, and return what transfer.json holds."""
