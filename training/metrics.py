@@ -34,8 +34,14 @@ def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 peak of this device, FLOP/s, or None when it is not known."""
     if device.type != "cuda":
         return None
-    words = torch.cuda.get_device_name(device).replace("-", " ").split()
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in words), None)
+    return peak_of(torch.cuda.get_device_name(device))
+
+
+def peak_of(name: str) -> float | None:
+    """Dense bf16 peak of a GPU by the name that its driver gives; a part of one, and slower kinds of it, are not known."""
+    words = name.replace("-", " ").split()
+    slower = {"MIG", *(("PCIe", "NVL") if "H100" in words else ())}
+    return None if slower & set(words) else next((peak for kind, peak in PEAK_FLOPS.items() if kind in words), None)
 
 
 class PeakMemory:

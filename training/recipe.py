@@ -164,7 +164,9 @@ class OptimizerSection(Section):
     kind: Literal["adamw", "adafactor", "muon", "soap"] = Field(
         default="adamw", description="All but adamw need whole matrices, so ZeRO stage 0. muon: the blocks' matrices, adamw the rest."
     )
-    learning_rate: float = Field(default=1e-3, gt=0, description="The peak; adafactor: relative to the RMS of each tensor.")
+    learning_rate: float = Field(
+        default=1e-3, gt=0, description="The peak; adafactor: relative to the RMS of each tensor, and by torch at most 1/sqrt(step)."
+    )
     embedding_learning_rate_factor: float = Field(
         default=1.0, gt=0, description="On the learning rate of embedding and unembedding; the width ratio is a baseline for muP."
     )

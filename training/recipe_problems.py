@@ -115,6 +115,8 @@ def _pretrained_problems(recipe: Recipe) -> list[str]:
         problems.append(
             "optimizer.sharpness_aware: functional_sam goes through our own network's unembedding; use sam with model.pretrained"
         )
+    if recipe.optimizer.sharpness.norm_scope == "tensor_width":
+        problems.append("optimizer.sharpness.norm_scope: tensor_width goes by the names of our own network's parts; use tensor or global")
     if recipe.optimizer.sharpness.split_every is not None:
         problems.append(
             "optimizer.sharpness.split_every: compares with functional_sam, which goes through our own network's unembedding; "

@@ -2,7 +2,7 @@
 
 `open_source` picks the source that a recipe names. A source tells quickly what identifies its content (`identity`) and
 streams its texts in a fixed order (`texts`). `read_documents` hashes them, drops duplicates and stops at the text limit.
-Memory stays bounded: at most one block of a file and 16 bytes a document (the hashes) are held.
+Held are at most one block of a file, and the hash of each document, about 110 bytes in Python's set of them: 1.1 GB for ten million.
 """
 
 from __future__ import annotations

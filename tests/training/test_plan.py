@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,9 +25,10 @@ from model.transformer import Transformer
 from scripts.plan import largest_micro_batch, what_fits
 from training.communication import bytes_sent, scaling
 from training.memory import activation_bytes, predict
+from training.metrics import peak_of
 from training.plan import accumulation_steps, count_parameters, flops_per_token, format_plan, memory_advice, plan, print_plan
 from training.recipe import CheckpointSection, Recipe, SharpnessSection, model_config
-from training.recipe_file import LoadedRecipe
+from training.recipe_file import LoadedRecipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -311,6 +313,26 @@ def test_what_is_printed() -> None:
 def test_a_bucket_that_is_no_number(size: object) -> None:
     with pytest.raises(InputError, match="reduce_bucket_size: expected a number"):
         plan(recipe({"zero_optimization": {"stage": 2, "reduce_bucket_size": size}}), network(), 1)
+
+
+def test_what_recipes_say_that_they_need_is_the_plans() -> None:
+    found = []
+    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+        said = re.search(r"by the plan \(not run here\): (.*);", path.read_text())
+        if said:
+            loaded = load_recipe(path).recipe
+            config = model_config(loaded, loaded.data.tokenizer.vocab_size)
+            for gigabytes, ranks in re.findall(r"([\d.]+) GiB(?: a GPU)? on (\d+)", said[1]):
+                memory = plan(loaded, config, int(ranks), device="cuda").memory
+                assert memory.total / 2**30 == pytest.approx(float(gigabytes), abs=0.06), path
+                found.append((path.stem, int(ranks)))
+    assert found == [("fineweb_outlier_protected_1b", 8), ("fineweb_pre_norm_7b", 8), ("fineweb_pre_norm_7b", 32)]
+
+
+def test_the_peak_of_a_gpu_is_that_of_its_kind_or_not_known() -> None:
+    assert peak_of("NVIDIA H100 80GB HBM3") == peak_of("NVIDIA H200") == 989.5e12 and peak_of("NVIDIA A100-SXM4-80GB") == 312e12
+    for name in ("NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GeForce RTX 4090"):
+        assert peak_of(name) is None
 
 
 def test_no_ranks_at_all() -> None:
