@@ -49,7 +49,7 @@ from model.pretrained import PretrainedDecoder, PretrainedModel, pretrained_weig
 from model.pretrained import load as load_pretrained
 from training.data import Batch
 from training.distributed import Ranks, largest_over_ranks, raise_together
-from training.network import make_network
+from training.network import make_network, mend_rotary
 from training.optimizers import JointOptimizer, make_optimizer
 from training.plan import count_parameters, recomputed_blocks
 from training.recipe import Recipe, zero_stage
@@ -250,6 +250,7 @@ class Engine:
         with born_sharded:
             model = make_network(model_config, recipe.context_pruning, recipe.run.seed, self._gather)
         if isinstance(model, PretrainedDecoder):
+            mend_rotary(model)
             weights = pretrained_weights(model.config.source) if self.stage < 3 or ranks.is_first else None
             _check_start(recipe, weights)
             load_pretrained(model, weights, self._gather, recipe.run.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 from model.config import ModelConfig
 from model.errors import InputError
@@ -40,3 +41,16 @@ def make_network(
             for name, parameter in network.named_parameters():
                 parameter.requires_grad_(".context_pruning." in name or ".lora_" in name)
     return network
+
+
+def mend_rotary(decoder: PretrainedDecoder) -> None:
+    """Compute the rotary frequencies of a decoder of transformers again, in float32.
+
+    DeepSpeed's zero.Init, within which a ZeRO-3 network is made, has every new tensor in the type of the weights: in bf16 they come out
+    wrong by a hundredth, which at position 1,000 is turns. To be called outside of it.
+    """
+    for module in decoder.model.modules():
+        if any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False)):
+            exact: Any = type(module)(module.config)  # pyright: ignore[reportCallIssue]
+            for name, buffer in exact.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(getattr(module, name).device))

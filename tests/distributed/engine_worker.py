@@ -18,6 +18,7 @@ import training.engine
 import training.plan
 from model.parametrization import initialize
 from model.transformer import Transformer
+from tests.training.tiny_pretrained import save_tiny_llama
 from training.data import Batch
 from training.distributed import Ranks, discover, leave, sum_over_ranks
 from training.engine import Engine, deepspeed, start_distributed
@@ -126,6 +127,21 @@ def with_blocks_recomputed(recipe: LoadedRecipe, choices: tuple[int, ...]) -> li
     return [recipe.recipe.model_copy(update={"training": section.model_copy(update={"activation_checkpointing": n})}) for n in choices]
 
 
+def rotary_error(folder: Path, ranks: Ranks, device: torch.device) -> float:
+    """How far, relatively, rotary frequencies of a pretrained Llama are from their closed form: in bf16 at stage 3."""
+    if ranks.is_first:
+        save_tiny_llama(folder)
+    torch.distributed.barrier()
+    training_section = {"tokens": 10**6, "tokens_per_step": 128, "micro_batch_size": 1, "sequence_length": 64, "precision": "bf16"}
+    recipe = Recipe.model_validate(
+        {"model": {"pretrained": str(folder)}, "training": training_section, "deepspeed": {"zero_optimization": {"stage": 3}}}
+    )
+    engine = Engine(recipe, model_config(recipe, 1), 1, ranks, device)
+    found = dict(engine.model.named_buffers())["model.model.rotary_emb.inv_freq"].double()
+    exact = 10000.0 ** (-torch.arange(len(found), dtype=torch.float64) / len(found))
+    return float(((found - exact) / exact).abs().max())
+
+
 def losses_of_steps(recipe: LoadedRecipe, ranks: Ranks, device: torch.device) -> list[float]:
     """The loss before each of 5 steps at a constant learning rate."""
     engine = Engine(recipe.recipe, model_config(recipe.recipe, VOCAB), SEQUENCES // (SIZE * ranks.world_size), ranks, device)
@@ -193,6 +209,7 @@ def main() -> None:
             results[f"{name}-compiled"] = losses_of_steps(load_recipe(path, [*network, *COMPILED]), ranks, device)
         results[f"{name}-reference"] = reference_losses(load_recipe(path, [*network, "deepspeed.zero_optimization.stage=0"]))
     results["recomputed"] = recomputed_by_rank(load_recipe(path, [*base, "training.activation_checkpointing=auto"]), ranks, device)
+    results["rotary"] = rotary_error(Path(path).parent / "tiny_llama", ranks, device)
     if ranks.is_first:
         results["reference"] = reference(load_recipe(path, base))
         Path(out).write_text(json.dumps(results))

@@ -31,6 +31,10 @@ def seen(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return json.loads(out.read_text())
 
 
+def test_rotary_frequencies_are_exact_in_bf16_at_stage_3(seen: dict[str, Any]) -> None:
+    assert seen["rotary"] < 1e-6
+
+
 def test_ranks_recompute_as_many_blocks_as_the_one_with_the_least_memory_needs(seen: dict[str, Any]) -> None:
     """Or at stage 3 they would gather different weights, and wait for one another for ever."""
     assert seen["recomputed"] == [1, 1]
