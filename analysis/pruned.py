@@ -26,7 +26,7 @@ from model.config import ModelConfig, PruningConfig
 from model.context_pruning import Policy, Settings, structure_of
 from model.errors import InputError
 from model.hub import open_decoder, open_tokenizer
-from model.pretrained import LoraShape, PretrainedDecoder, PretrainedModel, without_lora
+from model.pretrained import LoraShape, PretrainedDecoder, PretrainedModel, longest_text, without_lora
 from model.pruning_hooks import attach
 from model.transformer import Transformer
 
@@ -176,7 +176,7 @@ def _of_run(run: Run, verify: bool) -> Subject:
     adapted = isinstance(config, PretrainedModel) and config.lora is not None
     longest = config.sequence_length
     if isinstance(config, PretrainedModel):
-        longest = config.huggingface.get("max_position_embeddings") or longest
+        longest = longest_text(config.transformers_config()) or longest
     tokenizer = run_tokenizer(run)
     network = network.model if isinstance(network, PretrainedDecoder) else network
     return Subject(run.name, network, settings, prunes, adapted, settings.threshold, longest, config.vocab_size, tokenizer, run)
@@ -199,7 +199,7 @@ def _plain(source: str) -> Subject:
 
 def _of_transformers(name: str, network: Any, settings: Settings, prunes: bool, adapted: bool, tokenizer: Tokenizer) -> Subject:
     config = network.config.get_text_config(decoder=True)
-    longest = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+    longest = longest_text(config) or 1 << 30
     vocabulary = network.get_output_embeddings().weight.shape[0]
     return Subject(name, network, settings, prunes, adapted, settings.threshold, longest, vocabulary, tokenizer, None)
 

@@ -60,8 +60,9 @@ def _check_adapters_suffice(network: Any) -> None:
     if not isinstance(network, PretrainedDecoder):
         raise InputError("--adapters: the run began with no pretrained model that they could be added to; export it whole")
     source = network.config.source
-    own = {name.replace(".base_layer.", "."): value for name, value in network.model.named_parameters(remove_duplicate=False)}
-    if pruning_files.fingerprint(own) != pruning_files.fingerprint(pretrained_weights(source)):
+    own, theirs = pruning_files.base_weights(network.model), pretrained_weights(source)
+    # in bf16, to which a run may have rounded what it did not train
+    if own.keys() != theirs.keys() or any(not torch.equal(own[name].bfloat16(), theirs[name].bfloat16()) for name in own):
         raise InputError(f"--adapters: the run trained the weights of {source} too; export it whole")
 
 

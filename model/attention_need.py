@@ -67,12 +67,13 @@ def taught(
 
     Args:
         scores: `made_of` -> x, (batch, length, length).
-        decided: (batch or 1, length, length) bool, pairs on which there is a decision; those of which less than UNSEEN of the text
+        decided: (batch or 1, length, length) bool, pairs on which there is a decision; those of which less than UNSEEN of k's own text
             follows on k are left out here.
         query, key, scale, allowed: of `future_need`.
     """
     followers = allowed.sum(1) - 1  # how many later tokens see k
-    pairs = decided & allowed & (followers >= UNSEEN * allowed.shape[1])[:, :, None]
+    text = allowed.sum(2) + followers  # and how long k's own text is, of several packed in a row
+    pairs = decided & allowed & (followers >= UNSEEN * text)[:, :, None]
     need = future_need(query, key, scale, allowed)
     # hooks that do nothing: those of activation checkpointing would run the block again for this graph, which is gone in a moment
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):

@@ -44,9 +44,15 @@ class LayerCache:
 class Cache:
     """Of a whole network, layer by layer; `Transformer.forward` fills it."""
 
+    is_compileable = is_croppable = False  # transformers asks these of whatever cache `generate` is given
+
     make_layer: Callable[[], Any] = LayerCache  # or PrunedLayer, where layers drop tokens (model/pruned_cache.py)
     layers: list[Any] = field(default_factory=list)
     length: int = 0  # tokens so far
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """`length`, by transformers' name."""
+        return self.length
 
     def layer(self, number: int) -> Any:
         if number == len(self.layers):

@@ -120,10 +120,7 @@ class Settings:
             objective = counted.sum() * need_loss
             return loss.detach() + (objective - objective.detach())
         if self.distillation_weight and torch.is_grad_enabled():
-            kept, kept_hard = dict(self.kept), dict(self.kept_hard)  # the dense pass begins with a clean slate
-            dense = dense_logits()
-            self.kept, self.kept_hard = kept, kept_hard
-            divergence = _divergence(dense[counted], logits[counted])
+            divergence = _divergence(dense_logits()[counted], logits[counted])
             objective = (1 - self.distillation_weight) * objective + self.distillation_weight * divergence
         shares = [kept / pairs.clamp_min(1) for kept, pairs in self.kept.values()]
         objective = objective + self.sparsity_weight * counted.sum() * torch.stack(shares).mean()
@@ -265,13 +262,14 @@ def decision_scores(
     return x
 
 
-def always_kept(places: Tensor, positions: Tensor, starts: Tensor | None, config: PruningConfig) -> Tensor:
-    """Pairs that are not decided on, (batch or 1, queries, slots) bool: slots in a query's window or later, and the first of its text."""
+def always_kept(places: Tensor, positions: Tensor, starts: Tensor | None, config: PruningConfig, padding: Tensor | None = None) -> Tensor:
+    """Pairs that are not decided on, (batch or 1, queries, slots) bool: slots in a query's window or later, the first of its text, and
+    all where the query is padding; arguments as of `log_kept`."""
     exempt = places[:, None] - positions[:, None, :] < config.window
     if config.sinks:
         since = positions[:, None, :] if starts is None else positions[:, None, :] - starts[:, :, None]
         exempt = exempt | (since < config.sinks)
-    return exempt
+    return exempt if padding is None else exempt | padding[:, :, None]
 
 
 def log_kept(
@@ -285,6 +283,7 @@ def log_kept(
     settings: Settings,
     standard: tuple[float, float] = (0.0, 1.0),
     hard: bool = False,
+    padding: Tensor | None = None,
 ) -> Tensor:
     """log I of some queries on all slots, (batch, queries, slots), at least float32; 0 where a query's own token or a later one stands.
 
@@ -297,9 +296,10 @@ def log_kept(
         before: (batch, slots), log I before the first of these queries; None: 0.
         standard: m and s of the layer.
         hard: keep or drop, whatever alpha is.
+        padding: (batch or 1, queries) bool, which queries are no part of a text, and drop nothing; None: none.
     """
     x = decision_scores(interaction_query, interaction_key, beta, places, positions, standard) - settings.threshold
-    exempt = always_kept(places, positions, starts, settings.config)
+    exempt = always_kept(places, positions, starts, settings.config, padding)
     if hard or math.isinf(settings.alpha):
         dropped = (x <= 0) & ~exempt
         # counted in int32: exact, and cheaper than sums of infinities
@@ -326,6 +326,12 @@ class Visible(NamedTuple):
     def starts(self) -> Tensor | None:
         """The first place each query may look at, (batch or 1, queries)."""
         return None if self.mask is None else self.mask.int().argmax(-1)
+
+    def padding(self, places: Tensor) -> Tensor | None:
+        """Which queries may not look at themselves, (batch or 1, queries) bool."""
+        if self.mask is None:
+            return None
+        return ~self.mask.gather(2, places[None, :, None].expand(len(self.mask), -1, 1))[:, :, 0]
 
     def slots(self, places: Tensor, positions: Tensor) -> Tensor:
         """Which slots each query may look at, (batch or 1, queries, slots) bool; itself always, so that no row is empty."""
@@ -384,7 +390,7 @@ def pruned_attention(
     decided_by = interaction_query, interaction_key, beta
     if settings.from_attention and settings.recording:
         allowed = visible.slots(places, positions)
-        decided = ~always_kept(places, positions, visible.starts(), settings.config)
+        decided = ~always_kept(places, positions, visible.starts(), settings.config, visible.padding(places))
         score = partial(decision_scores, places=places, positions=positions, standard=interaction.standard)
         settings.need_losses[layer_number] = taught(score, decided_by, decided, query, key, scale, allowed)
         _record(interaction, decided_by, places, positions, visible, allowed)
@@ -411,6 +417,7 @@ def pruned_attention(
             None if before is None else before[:, :known],
             settings,
             interaction.standard,
+            padding=seen.padding(places[rows]),
         )
         own_last = kept[:, -1].detach()
         if above is not None:
@@ -462,11 +469,11 @@ def _record(
 ) -> None:
     """Sum up, for the whole of a text without a cache, how much of their context the queries still have; kept: log I, None: as if hard."""
     settings = interaction.settings
-    pairs = (positions[:, None, :] < places[:, None]) & allowed
-    if visible.mask is not None:  # queries that are padding have no context
-        pairs = pairs & visible.mask.diagonal(dim1=1, dim2=2)[:, :, None]
+    pairs, padding = (positions[:, None, :] < places[:, None]) & allowed, visible.padding(places)
+    if padding is not None:  # which has no context
+        pairs = pairs & ~padding[:, :, None]
     with torch.no_grad():
-        hard = log_kept(*decided_by, places, positions, visible.starts(), None, settings, interaction.standard, hard=True)
+        hard = log_kept(*decided_by, places, positions, visible.starts(), None, settings, interaction.standard, hard=True, padding=padding)
         pairs = pairs.expand(hard.shape)
         settings.kept_hard[interaction.layer] = ((hard == 0) & pairs).sum()
     settings.kept[interaction.layer] = torch.where(pairs, hard if kept is None else kept, -torch.inf).exp().sum(), pairs.sum()

@@ -56,6 +56,7 @@ class BurnishForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = BurnishConfig
     _tied_weights_keys = {"network.unembedding.weight": "network.embedding.weight"}  # noqa: RUF012  # counts where the config ties them
     _no_split_modules = ["Block"]  # noqa: RUF012
+    _is_stateful = True  # its cache cannot be cut back, which transformers then says where assisted decoding is asked for
 
     def __init__(self, config: BurnishConfig) -> None:
         super().__init__(config)
@@ -128,22 +129,30 @@ class BurnishForCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None = None,
+        next_sequence_length: int | None = None,
         past_key_values: Cache | None = None,
-        use_cache: bool | None = True,
+        attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """What `generate` hands to `forward`: the tokens that the cache does not hold; all of them each time without one."""
-        if attention_mask is not None and not attention_mask[:, -1].all():
+        """What `generate` hands to `forward`: the last `next_sequence_length` tokens, which the cache does not hold; None: all."""
+        if attention_mask is not None and (attention_mask.diff(dim=1) < 0).any():
             raise InputError("padding on the right stands between a text and what follows it: set tokenizer.padding_side = 'left'")
-        if use_cache and past_key_values is None:
+        if next_sequence_length is not None:
+            input_ids = input_ids[:, -next_sequence_length:]
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": past_key_values}
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        """`generate` calls it for its cache, which is in `model_kwargs` afterwards: ours, which has the sum of values too."""
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and not isinstance(cache, Cache):
+            raise InputError(f"past_key_values: {type(cache).__name__}, expected a model.cache.Cache, or none")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # pyright: ignore[reportAttributeAccessIssue]
+        if cache is None and generation_config.use_cache:
             pruning = self.network.context_pruning_settings
-            past_key_values = Cache(PrunedLayer) if pruning is not None and pruning.enabled else Cache()
-        seen = past_key_values.length if past_key_values is not None else 0
-        return {"input_ids": input_ids[:, seen:], "attention_mask": attention_mask, "past_key_values": past_key_values}
+            model_kwargs["past_key_values"] = Cache(PrunedLayer) if pruning is not None and pruning.enabled else Cache()
 
     @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:  # transformers would make one of its own, without the sum of values
+    def _supports_default_dynamic_cache(cls) -> bool:  # transformers would make one of its own
         return False
 
     def _reorder_cache(self, past_key_values: Cache, beam_idx: Tensor) -> Cache:  # beam search calls it

@@ -11,9 +11,9 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,12 +44,14 @@ class PretrainedModel:
         source: where the weights come from.
         huggingface: the content of its config.json.
         sequence_length: the longest text that it accepts.
+        generation: the content of its generation_config.json, if it has one: what ends a text, and how to sample.
     """
 
     source: str
     huggingface: dict[str, Any]
     sequence_length: int
     lora: LoraShape | None = None
+    generation: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -95,7 +97,7 @@ class PretrainedModel:
 
 def describe(source: str, sequence_length: int | None = None, lora: LoraShape | None = None) -> PretrainedModel:
     """What a pretrained model is, from its configuration alone. Raises InputError where there is none, or it is no decoder."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, GenerationConfig
 
     where, arguments = locate(source)
     try:
@@ -107,10 +109,53 @@ def describe(source: str, sequence_length: int | None = None, lora: LoraShape | 
     fields = json.loads(config.to_json_string(use_diff=False))
     for name in ("quantization_config", "torch_dtype", "dtype", "_name_or_path", "transformers_version", "architectures"):
         fields.pop(name, None)
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = longest_text(config)
     if sequence_length is not None and longest is not None and sequence_length > longest:
         raise InputError(f"training.sequence_length: {sequence_length} is over the {longest} that {source} accepts")
-    return PretrainedModel(source, fields, sequence_length or longest or 0, lora)
+    generation = None
+    if "gguf_file" not in arguments:
+        with suppress(OSError, ValueError):  # some have none
+            generation = json.loads(GenerationConfig.from_pretrained(where).to_json_string())
+    return PretrainedModel(source, fields, sequence_length or longest or 0, lora, generation)
+
+
+def longest_text(config: Any) -> int | None:
+    """Tokens of the longest text that a model of transformers is made for, by its configuration; None: it does not say."""
+    longest = getattr(config, "max_position_embeddings", None)
+    scaling = getattr(config, "rope_parameters", None) or {}
+    parts = [part for part in scaling.values() if isinstance(part, dict)] or [scaling]  # one for all layers, or one a kind
+    if longest is not None:
+        for part in parts:  # YaRN and others: the positions trained on, times a factor
+            longest = max(longest, int((part.get("factor") or 1) * (part.get("original_max_position_embeddings") or longest)))
+    return longest
+
+
+def acting_window(config: Any) -> int | None:
+    """How many tokens the layers with a window see, by a model's configuration; None: all, since no text is longer than it."""
+    window, longest = getattr(config, "sliding_window", None), longest_text(config)
+    return None if window is None or (longest is not None and window >= longest) else window
+
+
+def layer_masks(config: Any, allowed: Tensor) -> Tensor | dict[str, Tensor]:
+    """What transformers takes as attention_mask for documents packed in a row: (batch, 1, length, length) bool, or one for each kind of
+    layer, within its window.
+
+    Args:
+        allowed: (batch, length, length) bool, who may look at whom in a layer without a window.
+
+    Raises:
+        InputError: layers of a kind that no mask keeps within a document.
+    """
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention" if window is None else "sliding_attention"])
+    if others := sorted(kinds - {"full_attention", "sliding_attention"}):
+        raise InputError(
+            f"data.document_masks: {config.model_type} has layers of {others[0]}, which no mask keeps within a document: set it to false"
+        )
+    positions = torch.arange(allowed.shape[1], device=allowed.device)
+    windowed = allowed if window is None else allowed & (positions[:, None] - positions < window)
+    masks = {"full_attention": allowed[:, None], "sliding_attention": windowed[:, None]}
+    return masks if len(kinds) > 1 else masks[kinds.pop()]
 
 
 class PretrainedDecoder(nn.Module):
@@ -161,7 +206,8 @@ class PretrainedDecoder(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device)
             same = document_ids[:, :, None] == document_ids[:, None, :]
             starts = same.int().argmax(-1)
-            arguments["attention_mask"] = (same & (positions[:, None] >= positions))[:, None]
+            config = self.model.config.get_text_config(decoder=True)
+            arguments["attention_mask"] = layer_masks(config, same & (positions[:, None] >= positions))
             arguments["position_ids"] = positions - starts
         return self.model(input_ids=tokens, use_cache=False, **arguments).logits
 
@@ -181,7 +227,7 @@ class PretrainedDecoder(nn.Module):
 
 def architecture(shape: PretrainedModel) -> Any:
     """The network of transformers, its weights not set; with the LoRA adapters that `shape` asks for."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.initialization import no_init_weights
 
     try:
@@ -190,7 +236,10 @@ def architecture(shape: PretrainedModel) -> Any:
     except (ValueError, ImportError) as error:
         raise InputError(f"model.pretrained: {shape.source}: {one_line(error)}") from None
     model.tie_weights()  # which transformers does where it initialises
-    model.generation_config.pad_token_id = model.config.pad_token_id
+    if shape.generation is not None:
+        model.generation_config = GenerationConfig.from_dict(shape.generation)
+    else:
+        model.generation_config.pad_token_id = model.config.pad_token_id
     if shape.lora is not None:
         add_lora(model, shape.lora)
     return model
@@ -200,19 +249,26 @@ def add_lora(model: nn.Module, shape: LoraShape) -> None:
     """Adapters on every linear map of the blocks, made by peft, in place."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    leaves = {
-        name
-        for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and module is not model.get_output_embeddings()  # pyright: ignore
-    }
     config = LoraConfig(
         r=shape.rank,
         lora_alpha=shape.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=shape.dropout,
-        target_modules=sorted(leaves),
+        target_modules=sorted(linear_maps(model)),
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
     )
     inject_adapter_in_model(config, model)
+
+
+def linear_maps(model: Any) -> set[str]:
+    """Names of the linear maps of the blocks, as they are called without LoRA adapters on them."""
+    return {
+        name.removesuffix(".base_layer")
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+        and module is not model.get_output_embeddings()
+        and ".lora_" not in name
+        and ".context_pruning." not in name
+    }
 
 
 @contextmanager
@@ -228,20 +284,25 @@ def without_lora(model: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)  # pyright: ignore[reportCallIssue]
 
 
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, tied ones by each of their names, and the buffers that are saved with them, such as a router's correction."""
+    return model.state_dict(keep_vars=True)
+
+
 def pretrained_weights(source: str) -> dict[str, Tensor]:
     """The tensors of a pretrained model by transformers' names, float32, on the CPU. Raises InputError."""
     try:
         model = open_decoder(source)
     except InputError as error:
         raise InputError(f"model.pretrained: {error}") from None
-    return dict(model.named_parameters(remove_duplicate=False))
+    return weights_of(model)
 
 
 @torch.no_grad()
 def load(
     decoder: PretrainedDecoder, weights: dict[str, Tensor] | None, gather: Gather = lambda parameter: nullcontext(), seed: int = 0
 ) -> None:
-    """Fill the decoder's parameters but those that decide about the context.
+    """Fill the decoder's parameters, but those that decide about the context, and the buffers that are saved with them.
 
     LoRA's first factor is drawn as peft draws it, but from a generator of its own, seeded by (seed, name): the same on any number of ranks.
     The second is 0.
@@ -268,9 +329,18 @@ def load(
                 continue
             if weights is None:
                 continue
-            found = weights.get(name.replace(".base_layer.", "."))
-            if found is None or found.shape != parameter.shape:
-                raise InputError(
-                    f"{decoder.config.source}: {name} is {tuple(parameter.shape)}, found {None if found is None else tuple(found.shape)}"
-                )
-            parameter.copy_(found)
+            _fill(decoder, name, parameter, weights)
+    if buffers := {name: tensor for name, tensor in weights_of(decoder.model).items() if not isinstance(tensor, nn.Parameter)}:
+        if torch.distributed.is_initialized():  # no `gather` brings these to the ranks without weights
+            held = [None if weights is None else {name: weights[name] for name in buffers if name in weights}]
+            torch.distributed.broadcast_object_list(held, src=0)
+            weights = held[0]
+        for name, buffer in buffers.items():
+            _fill(decoder, name, buffer, cast(dict[str, Tensor], weights))
+
+
+def _fill(decoder: PretrainedDecoder, name: str, tensor: Tensor, weights: dict[str, Tensor]) -> None:
+    found = weights.get(name.replace(".base_layer.", "."))
+    if found is None or found.shape != tensor.shape:
+        raise InputError(f"{decoder.config.source}: {name} is {tuple(tensor.shape)}, found {None if found is None else tuple(found.shape)}")
+    tensor.copy_(found)

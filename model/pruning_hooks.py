@@ -8,18 +8,20 @@ pass in which it was not called as often as there are layers to prune is an erro
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from model.config import PruningConfig
 from model.context_pruning import Interaction, Settings
 from model.errors import InputError
-from model.pretrained import Gather, PretrainedDecoder
+from model.pretrained import Gather, PretrainedDecoder, acting_window
 from model.pruned_cache import PrunedLayer
 from model.transformer import Transformer
 
@@ -50,10 +52,9 @@ def attach(
     width = network.config.width if ours else model.config.get_text_config(decoder=True).hidden_size  # pyright: ignore
     settings = Settings(config, sorted(modules))
     for number, module in modules.items():
-        like = next(parameter for parameter in module.parameters() if parameter.is_floating_point())
         interaction = Interaction(width, settings, number)  # pyright: ignore[reportArgumentType]
         interaction.initialize(seed, gather)
-        module.context_pruning = interaction.to(like.device, like.dtype)  # pyright: ignore[reportArgumentType]
+        module.context_pruning = interaction.to(*_device_and_dtype(module, model))  # pyright: ignore[reportArgumentType]
         if ours:
             module.register_forward_pre_hook(_before_our_attention)
         else:
@@ -64,9 +65,17 @@ def attach(
     holders: list[Any] = [top, outer]
     for holder in holders:
         holder.context_pruning_settings = settings
-    top.register_forward_pre_hook(_before_model, with_kwargs=True)
+    top.register_forward_pre_hook(partial(_before_model, None if ours else _learned_positions(top)), with_kwargs=True)
     top.register_forward_hook(_after_model)
     return settings
+
+
+def _device_and_dtype(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where and in what a module computes: its weights may be on disk until they are needed (accelerate), or packed into few bits."""
+    places = (getattr(getattr(part, "_hf_hook", None), "execution_device", None) for part in module.modules())
+    device = torch.device(next((place for place in places if place is not None), next(module.parameters()).device))
+    parameters = (*module.parameters(), *model.parameters())
+    return device, next(parameter.dtype for parameter in parameters if parameter.is_floating_point() and parameter.itemsize > 1)
 
 
 # ------------------------------------------------------------------------------------------- in the models of transformers
@@ -105,7 +114,7 @@ def _pruned_layer(cache: Any, number: int) -> PrunedLayer:
     layer = cache.layers[number]
     if isinstance(layer, PrunedLayer):
         return layer
-    if type(layer) is not DynamicLayer:
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):  # the second of a window that is longer than any text
         raise InputError(
             f"a cache of {type(layer).__name__} holds every token: context pruning needs the default (cache_implementation='dynamic')"
         )
@@ -117,21 +126,35 @@ def _pruned_layer(cache: Any, number: int) -> PrunedLayer:
     return cache.layers[number]
 
 
-def _before_model(module: Any, arguments: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _before_model(longest: int | None, module: Any, arguments: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     settings: Settings = module.context_pruning_settings
+    if not settings.enabled:
+        return  # a teacher's pass comes between one with pruning and its gradient, which what that left is for
     settings.calls = 0
     settings.live.clear()
     settings.above.clear()
     settings.kept.clear()
     settings.kept_hard.clear()
     settings.need_losses.clear()
-    longest = getattr(getattr(module, "config", None), "max_position_embeddings", None)
     tokens = kwargs.get("input_ids", arguments[0] if arguments else None)
-    if settings.enabled and longest is not None and isinstance(tokens, Tensor):
-        cache = kwargs.get("past_key_values")
-        length = tokens.shape[1] + (cache.get_seq_length() if cache is not None else 0)
-        if length > longest:
-            raise InputError(f"a text of {length} tokens: this model takes at most {longest} (max_position_embeddings)")
+    if longest is None or not isinstance(tokens, torch.Tensor):
+        return
+    cache, positions = kwargs.get("past_key_values"), kwargs.get("position_ids")
+    length = tokens.shape[1] + (cache.get_seq_length() if cache is not None else 0)
+    if length > longest and positions is not None:
+        length = int(positions.max()) + 1  # padding has none of its own
+    if length > longest:
+        raise InputError(f"a text of {length} tokens: this model takes at most {longest} (max_position_embeddings)")
+
+
+def _learned_positions(model: PreTrainedModel) -> int | None:
+    """How many positions a model has an embedding of; None: it has none, and no end of its own."""
+    longest, tokens = getattr(model.config, "max_position_embeddings", None), model.get_input_embeddings()
+    if longest is None:
+        return None
+    tables = (module for module in model.modules() if isinstance(module, nn.Embedding) and module is not tokens)
+    # some families have two rows more, which no position has
+    return longest if any(longest <= table.num_embeddings <= longest + 2 for table in tables) else None
 
 
 def _after_model(module: Any, arguments: tuple[Any, ...], output: Any) -> None:
@@ -162,7 +185,8 @@ def _attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
         if not isinstance(number, int) or "Attention" not in type(module).__name__ or getattr(module, "is_cross_attention", False):
             continue
         kinds = getattr(config, "layer_types", None)
-        if (kinds and kinds[number] != "full_attention") or (not kinds and getattr(config, "sliding_window", None)):
+        kind = kinds[number] if kinds else "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+        if kind != "full_attention" and not (kind == "sliding_attention" and acting_window(config) is None):
             skipped.append(f"{name}: a window")
         elif getattr(module, "is_kv_shared_layer", False) or getattr(module, "store_full_length_kv", False):
             skipped.append(f"{name}: shares its cache")

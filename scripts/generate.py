@@ -11,6 +11,7 @@ name, a folder, a GGUF file, `package:NAME`. Text streams to standard output, fi
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from contextlib import nullcontext
@@ -25,6 +26,7 @@ from analysis.tokens import read_text
 from model.context_pruning import dense
 from model.errors import InputError
 from model.hub import open_decoder, open_tokenizer
+from model.pretrained import longest_text
 from model.pruned_cache import PrunedLayer
 from model.pruning_files import DESCRIPTION, load, read_description
 
@@ -92,6 +94,10 @@ def main() -> int:
 def generate(arguments: argparse.Namespace) -> None:
     if arguments.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens: {arguments.max_new_tokens}, expected at least 1")
+    if arguments.sample and not 0 < arguments.temperature < math.inf:
+        raise InputError(f"--temperature: {arguments.temperature}, expected a number above 0; without --sample decoding is greedy")
+    if not 0 <= arguments.seed < 1 << 64:
+        raise InputError(f"--seed: {arguments.seed}, expected 0 to 2^64 - 1")
     model, tokenizer = open_model(arguments.model, torch.bfloat16 if arguments.precision == "bf16" else torch.float32)
     settings = getattr(model, "context_pruning_settings", None)
     if settings is None and (arguments.threshold is not None or arguments.compare):
@@ -102,7 +108,7 @@ def generate(arguments: argparse.Namespace) -> None:
     tokens = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
     if tokens.shape[1] == 0:
         raise InputError("the prompt has no token")
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = longest_text(model.config.get_text_config(decoder=True))
     if longest is not None and tokens.shape[1] + arguments.max_new_tokens > longest:
         raise InputError(
             f"the prompt has {tokens.shape[1]} tokens and --max-new-tokens {arguments.max_new_tokens} go beyond the {longest} of the model"
@@ -135,8 +141,6 @@ def run(model: Any, tokenizer: Any, tokens: torch.Tensor, arguments: argparse.Na
 
     hook = model.register_forward_hook(look)
     options: dict[str, Any] = {"do_sample": True, "temperature": arguments.temperature} if arguments.sample else {"do_sample": False}
-    if not ours:
-        options["prefill_chunk_size"] = PREFILL_CHUNK
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     began = time.perf_counter()
     try:
@@ -145,6 +149,7 @@ def run(model: Any, tokenizer: Any, tokens: torch.Tensor, arguments: argparse.Na
             attention_mask=torch.ones_like(tokens),
             past_key_values=cache,
             max_new_tokens=arguments.max_new_tokens,
+            prefill_chunk_size=PREFILL_CHUNK,
             streamer=watch,
             pad_token_id=pad,
             **options,

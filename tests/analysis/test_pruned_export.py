@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import tests.analysis.tiny_pruned as tiny
 from analysis.__main__ import main
@@ -31,6 +31,7 @@ def base(tmp_path):
 
 
 def test_a_llama_with_lora_whole_and_adapters_alone(tmp_path, base, capsys):
+    GenerationConfig(eos_token_id=[256, 5], do_sample=True, temperature=0.6).save_pretrained(base)  # as of an instruct model
     live = tiny.write_llama_run(tmp_path / "run", base).model
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "whole")]) == 0
     assert "tokenizer copied" in capsys.readouterr().out
@@ -48,6 +49,7 @@ def test_a_llama_with_lora_whole_and_adapters_alone(tmp_path, base, capsys):
         assert (subject.prunes, subject.adapted, subject.longest) == (True, name == "alone", 160)
         torch.testing.assert_close(subject.logits(TOKENS), logits(live), rtol=0, atol=1e-5)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert (plain.generation_config.eos_token_id, plain.generation_config.temperature) == ([256, 5], 0.6)
     with dense(live):
         torch.testing.assert_close(logits(plain), logits(live), rtol=0, atol=1e-5)
     assert main(["export", str(tmp_path / "whole"), "--out", str(tmp_path / "again")]) == 2

@@ -80,6 +80,34 @@ def test_the_gradient_is_autograds_over_the_pairs_that_count() -> None:
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
 
 
+def test_packed_documents_teach_what_each_teaches_alone() -> None:
+    """However short beside the row: in each, the pairs on which a quarter of that document follows."""
+    length, documents = 24, 8
+    query, key = random(1, 2, length * documents, 4), random(1, 2, length * documents, 4, seed=1)
+    made_of = random(1, length * documents, 8, seed=2), random(1, length * documents, 8, seed=3)
+
+    def parts(rows: slice) -> tuple[Tensor, Tensor]:
+        """Sums over pairs, which add up: of the loss, and of u."""
+        number = len(range(length * documents)[rows])
+        document = torch.arange(number) // length
+        allowed = (document[:, None] == document) & torch.ones(number, number).tril().bool()
+        places = torch.arange(number)
+        decided = ~always_kept(places, places[None], (document * length)[None], TAUGHT)
+
+        def score(*now: Tensor) -> Tensor:
+            return decision_scores(*now, torch.tensor([2.0, -0.4]), places, places[None], (0.0, 1.0))
+
+        loss = taught(score, (made_of[0][:, rows], made_of[1][:, rows]), decided, query[:, :, rows], key[:, :, rows], None, allowed[None])
+        u = torch.where(decided & allowed, future_need(query[:, :, rows], key[:, :, rows], None, allowed[None]) / NEGLIGIBLE, 0.0)
+        u[:, (places % length) > length - 1 - UNSEEN * length] = 0.0
+        return loss.detach() * u.sum(), u.sum()
+
+    together, needed = parts(slice(None))
+    apart = [parts(slice(first, first + length)) for first in range(0, length * documents, length)]
+    torch.testing.assert_close(together, torch.stack([total for total, _ in apart]).sum(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(needed, torch.stack([u for _, u in apart]).sum(), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_attention_teaches_what_decides_and_nothing_else(checkpointing: bool) -> None:
     """The network is the dense one meanwhile; shares are those of hard decisions; the objective is the mean over layers, a token each."""

@@ -32,6 +32,7 @@ from model.context_pruning import (
 from model.errors import InputError
 from model.huggingface import BurnishForCausalLM, transformers_config
 from model.parametrization import initialize
+from model.pretrained import PretrainedDecoder, PretrainedModel, load, longest_text, weights_of
 from model.pruned_cache import PrunedLayer
 from model.pruning_hooks import attach
 from model.transformer import IGNORED_TARGET, Transformer
@@ -68,6 +69,11 @@ def make(family: str, config: PruningConfig = DROPS, seed: int = 1) -> Any:
     model.generation_config.eos_token_id = None  # texts of one length
     attach(model, config)
     return model.eval()
+
+
+def fields_of(config: Any) -> dict[str, Any]:
+    """As `describe` has them."""
+    return {name: value for name, value in config.to_dict().items() if name not in ("dtype", "architectures", "transformers_version")}
 
 
 def tokens_of(batch: int = 2, length: int = LENGTH, seed: int = 3) -> Tensor:
@@ -327,8 +333,15 @@ def test_generate_batches_pads_beams_and_prefills_in_chunks(family: str) -> None
     sampled = model.generate(prompts, max_new_tokens=12, do_sample=True, pad_token_id=0)
     torch.manual_seed(0)
     assert sampled.tolist() == model.generate(prompts, max_new_tokens=12, do_sample=True, pad_token_id=0, use_cache=False).tolist()
-    if family != "burnish":  # whose prompts go in whole
-        assert model.generate(prompts, prefill_chunk_size=7, **arguments).tolist() == together.tolist()
+    assert model.generate(prompts, prefill_chunk_size=7, **arguments).tolist() == together.tolist()
+    assert model.generate(padded, attention_mask=mask, prefill_chunk_size=7, **arguments)[:, 37:].tolist() == found.tolist()
+    # a second turn, after what the cache of the first holds
+    cache = new_cache(model)
+    said = model.generate(prompts, past_key_values=cache, **arguments)
+    assert said.tolist() == together.tolist()
+    turns = torch.cat((said, tokens_of(2, 9, seed=4)), dim=1)
+    answer = model.generate(turns, past_key_values=cache, **arguments)
+    assert answer.tolist() == model.generate(turns, use_cache=False, **arguments).tolist()
 
 
 def test_a_padded_batch_is_each_text_by_itself() -> None:
@@ -341,6 +354,22 @@ def test_a_padded_batch_is_each_text_by_itself() -> None:
         torch.testing.assert_close(found[0], whole(model, tokens[:1])[0], rtol=0, atol=1e-5)
 
 
+def test_decoding_after_a_batch_padded_on_the_right_is_each_text_by_itself() -> None:
+    """Padding looks at the text before it, and decides nothing about it. Window and age count places, padding too, hence neither here."""
+    model, tokens, new = make("llama", PruningConfig(rank=8, bias=0.9, sinks=2, window=1)), tokens_of(2, 60), tokens_of(2, 20, seed=11)
+    mask = torch.ones_like(tokens)
+    mask[1, 40:] = 0
+    cache = new_cache(model)
+    with torch.no_grad():
+        model(tokens, attention_mask=mask, past_key_values=cache)
+        mask = torch.cat((mask, torch.ones_like(new)), dim=1)
+        places = torch.stack((torch.arange(60, 80), torch.arange(40, 60)))
+        found = model(new, attention_mask=mask, position_ids=places, past_key_values=cache).logits
+    for row, length in enumerate((60, 40)):
+        alone = whole(model, torch.cat((tokens[row, :length], new[row]))[None])[0, length:]
+        torch.testing.assert_close(found[row], alone, rtol=0, atol=1e-5)
+
+
 def test_packed_documents_are_each_text_by_itself() -> None:
     network = make("burnish").network
     tokens = tokens_of(1)
@@ -349,6 +378,42 @@ def test_packed_documents_are_each_text_by_itself() -> None:
         packed = network(tokens, document_ids=documents)
         apart = torch.cat((network(tokens[:, :33]), network(tokens[:, 33:])), dim=1)
     torch.testing.assert_close(packed, apart, rtol=0, atol=1e-5)  # sinks count from each document's start
+
+
+WINDOWED: dict[str, Callable[[], Any]] = {
+    "every other layer": lambda: transformers.Gemma3TextConfig(
+        head_dim=8,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        **SHAPE,
+    ),
+    "the last layers": lambda: transformers.Qwen2Config(
+        num_key_value_heads=2, intermediate_size=48, use_sliding_window=True, sliding_window=8, max_window_layers=1, **SHAPE
+    ),
+    "all layers": lambda: transformers.MistralConfig(num_key_value_heads=2, intermediate_size=48, sliding_window=8, **SHAPE),
+    "a convolution": lambda: transformers.Lfm2Config(
+        num_key_value_heads=2, intermediate_size=48, layer_types=["conv", "full_attention", "full_attention"], **SHAPE
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_packed_documents_of_a_pretrained_network_are_seen_through_its_windows(kind: str) -> None:
+    config = WINDOWED[kind]()
+    torch.manual_seed(1)
+    model, tokens = AutoModelForCausalLM.from_config(config).eval(), tokens_of()
+    decoder = PretrainedDecoder(PretrainedModel("tiny", fields_of(config), LENGTH))
+    load(decoder.eval(), weights_of(model))
+    documents = (torch.arange(LENGTH) >= 33).long().expand(2, -1)
+    with torch.no_grad():
+        if kind == "a convolution":
+            with pytest.raises(InputError, match=r"data.document_masks: lfm2 has layers of conv"):
+                decoder(tokens, document_ids=documents)
+            return
+        apart = torch.cat([whole(model, tokens[:, :33]), whole(model, tokens[:, 33:])], dim=1)
+        torch.testing.assert_close(decoder(tokens, document_ids=documents), apart, rtol=0, atol=1e-5)
 
 
 def test_bf16_decodes_close_to_its_dense_forward() -> None:
@@ -448,6 +513,24 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
+def test_a_teachers_pass_in_between_changes_no_gradient() -> None:
+    """Activation checkpointing runs the layers again after it, and propagation in depth needs what the layers before had left."""
+    config = FAMILIES["llama"]()
+    torch.manual_seed(1)
+    weights = weights_of(AutoModelForCausalLM.from_config(config))
+    tokens, found = tokens_of(), []
+    for checkpointed in (0, 3):
+        decoder = PretrainedDecoder(PretrainedModel("tiny", fields_of(config), LENGTH))
+        load(decoder, weights)
+        settings = attach(decoder, PruningConfig(rank=8, bias=1.5, propagate_in_depth=True))
+        settings.alpha, settings.recording, settings.distillation_weight, settings.sparsity_weight = 2.0, True, 0.5, 1.0
+        decoder.activation_checkpointing = checkpointed
+        decoder.train()(tokens, tokens).backward()
+        found.append([parameter.grad for parameter in decoder.parameters()])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
 # -------------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -486,6 +569,40 @@ def test_layers_with_a_window_stay_as_they_are() -> None:
     torch.testing.assert_close(in_pieces(model, tokens, [40] + [1] * 40)[0], whole(model, tokens), rtol=0, atol=1e-5)
 
 
+def test_a_window_that_no_text_is_longer_than_is_none() -> None:
+    """Phi-3.5 and Phi-4-mini say 262,144 tokens, and 131,072 positions; transformers makes another cache for it."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(
+        transformers.Phi3Config(num_key_value_heads=2, pad_token_id=0, intermediate_size=48, sliding_window=320, **SHAPE)
+    ).eval()
+    model.generation_config.eos_token_id = None
+    assert attach(model, DROPS).layers == [0, 1, 2]
+    tokens = tokens_of()
+    found, cache = in_pieces(model, tokens, [40] + [1] * 40)
+    torch.testing.assert_close(found, whole(model, tokens), rtol=0, atol=1e-5)
+    assert all(isinstance(layer, PrunedLayer) and layer.used < 40 for layer in cache.layers)
+
+
+def test_only_learned_positions_come_to_an_end() -> None:
+    """YaRN runs past the positions of the configuration, as it does without pruning; padding takes none."""
+    scaled = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 160, "rope_theta": 1e4}
+    torch.manual_seed(1)
+    config = transformers.Qwen3Config(num_key_value_heads=2, head_dim=16, intermediate_size=48, rope_parameters=scaled, **SHAPE)
+    assert longest_text(config) == 640
+    model, tokens = AutoModelForCausalLM.from_config(config).eval(), tokens_of(1, 300)
+    model.generation_config.eos_token_id = None
+    attach(model, DROPS)
+    torch.testing.assert_close(in_pieces(model, tokens, [150, 150])[0], whole(model, tokens), rtol=0, atol=1e-5)
+    model, tokens = make("gpt2"), tokens_of(2, 155)
+    mask = torch.ones_like(tokens)
+    mask[:, :100] = 0
+    arguments = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    found = model.generate(tokens, attention_mask=mask, **arguments)
+    assert found[:, 155:].tolist() == model.generate(tokens[:, 100:], **arguments)[:, 55:].tolist()
+    with pytest.raises(InputError, match="161 tokens: this model takes at most 160"):
+        whole(model, tokens_of(1, 161))
+
+
 def test_another_attention_implementation_is_no_silently_unpruned_model() -> None:
     model = make("llama")
     model.set_attn_implementation("eager")
@@ -493,7 +610,7 @@ def test_another_attention_implementation_is_no_silently_unpruned_model() -> Non
         whole(model, tokens_of())
 
 
-def test_other_caches_and_too_long_texts_are_refused() -> None:
+def test_other_caches_are_refused() -> None:
     model, tokens = make("llama"), tokens_of()
     with pytest.raises(InputError, match="holds every token"):
         model.generate(tokens, max_new_tokens=3, cache_implementation="static", pad_token_id=0)
@@ -502,8 +619,6 @@ def test_other_caches_and_too_long_texts_are_refused() -> None:
         model(tokens, past_key_values=filled)
     with pytest.raises(InputError, match="filled without context pruning"):
         model(tokens[:, :1], past_key_values=filled)
-    with pytest.raises(InputError, match="161 tokens: this model takes at most 160"):
-        whole(model, tokens_of(1, 161))
     with pytest.raises(InputError, match="already"):
         attach(model)
     cache = new_cache(model)

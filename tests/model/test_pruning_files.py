@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -16,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from model.config import PruningConfig
 from model.context_pruning import dense, settings_of
 from model.errors import InputError
-from model.pretrained import LoraShape, add_lora
+from model.pretrained import LoraShape, PretrainedDecoder, add_lora, describe, pretrained_weights, weights_of
+from model.pretrained import load as fill_decoder
 from model.pruning_files import DESCRIPTION, TENSORS, begin_with, check_base, load, save, switch_on
 from model.pruning_hooks import attach
 
@@ -95,6 +98,116 @@ def test_adapters_are_small_and_load_in_bf16(base: Path, trained: Any, tmp_path:
     assert (logits(found).float() - logits(trained)).abs().median() < 0.1
 
 
+@pytest.mark.parametrize("alone", [False, True], ids=["whole", "adapters"])
+@pytest.mark.parametrize("saved_in", [torch.float32, torch.bfloat16])
+def test_a_base_is_known_again_in_every_precision(base: Path, trained: Any, alone: bool, saved_in: torch.dtype, tmp_path: Path) -> None:
+    save(copy.deepcopy(trained).to(saved_in), tmp_path, base=str(base), lora=LORA, alone=alone)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        found = load(tmp_path, dtype)
+        assert next(found.parameters()).dtype == dtype
+        assert (logits(found).float() - logits(trained)).abs().median() < 0.1
+
+
+def test_the_first_format_is_still_read(base: Path, trained: Any, tmp_path: Path) -> None:
+    """It had a hash of the first 64 numbers of each parameter, rounded to bf16, which fp16 cannot give."""
+    save(trained, tmp_path, base=str(base), lora=LORA, alone=True)
+    description = json.loads((tmp_path / DESCRIPTION).read_text())
+    assert description.pop("weights").keys() == AutoModelForCausalLM.from_pretrained(base).state_dict().keys()
+    digest = hashlib.sha256()
+    for name, weight in sorted(AutoModelForCausalLM.from_pretrained(base).named_parameters(remove_duplicate=False)):
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().flatten()[:64].bfloat16().view(torch.uint8).numpy().tobytes())
+    (tmp_path / DESCRIPTION).write_text(json.dumps({**description, "format": 1, "fingerprint": digest.hexdigest()}))
+    torch.testing.assert_close(logits(load(tmp_path)), logits(trained), rtol=0, atol=1e-5)
+    load(tmp_path, torch.bfloat16)
+    with pytest.warns(UserWarning, match="is not checked: its weights cannot be read"):
+        load(tmp_path, torch.float16)
+    (tmp_path / DESCRIPTION).write_text(json.dumps({**description, "format": 1, "fingerprint": "0"}))
+    with pytest.raises(InputError, match="this model has other weights"):
+        load(tmp_path)
+
+
+def test_weights_that_cannot_be_read_are_not_checked(base: Path, trained: Any, tmp_path: Path) -> None:
+    """Those that wait on disk until they are needed, here of one layer."""
+    save(trained, tmp_path / "saved")
+    places = dict.fromkeys(("wte", "wpe", "h.0", "h.2", "ln_f"), "cpu") | {"h.1": "disk"}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved",
+        device_map={"lm_head": "cpu", **{f"transformer.{name}": place for name, place in places.items()}},
+        offload_folder=tmp_path / "disk",
+    )
+    assert any(parameter.is_meta for parameter in model.parameters())
+    with pytest.warns(UserWarning, match="is not checked: its weights cannot be read"):
+        switch_on(model)
+    torch.testing.assert_close(logits(model), logits(trained), rtol=0, atol=1e-5)
+    with pytest.raises(InputError, match="not in memory"):
+        save(model, tmp_path / "again")
+
+
+def test_buffers_that_are_saved_go_along(tmp_path: Path) -> None:
+    """A router's correction, which is no parameter: from one folder to another, and into training."""
+    torch.manual_seed(0)
+    config = transformers.Glm4MoeConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        max_position_embeddings=64,
+        vocab_size=97,
+        pad_token_id=0,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    plain, corrections = logits(model), [buffer for name, buffer in model.named_buffers() if "correction" in name]
+    for buffer in corrections:
+        buffer.copy_(torch.randn(buffer.shape))
+    untouched = logits(model)
+    assert corrections and (untouched - plain).abs().max() > 1e-3
+    model.save_pretrained(tmp_path / "base")
+    decoder = PretrainedDecoder(describe(str(tmp_path / "base")))
+    fill_decoder(decoder, pretrained_weights(str(tmp_path / "base")))
+    with torch.no_grad():
+        torch.testing.assert_close(decoder.eval()(tokens_of()), untouched, rtol=0, atol=1e-5)
+    attach(model, PruningConfig(rank=4))
+    save(model, tmp_path / "whole")
+    torch.testing.assert_close(logits(load(tmp_path / "whole")), logits(model), rtol=0, atol=1e-5)
+    save(model, tmp_path / "alone", base=str(tmp_path / "base"), alone=True)
+    load(tmp_path / "alone")
+    corrections[0].zero_()
+    with pytest.raises(InputError, match="this model has other weights"):
+        check_base(tmp_path / "alone", weights_of(model))
+
+
+def test_a_local_base_is_found_from_another_folder(base: Path, trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(base.parent)
+    save(trained, tmp_path / "saved", base=base.name, lora=LORA, alone=True)
+    monkeypatch.chdir(tmp_path)
+    load("saved")
+
+
+def test_pefts_own_adapters_are_added_to_what_decides_too(base: Path, trained: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    save(trained, tmp_path / "first")
+    wrapped = get_peft_model(load(tmp_path / "first"), LoraConfig(r=2, target_modules="all-linear", fan_in_fan_out=True))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if ".lora_B." in name:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    assert any(".context_pruning." in name and ".lora_" in name for name, _ in wrapped.named_parameters())
+    with pytest.raises(InputError, match=r"PeftModel\w*: expected the model of transformers .* model.get_base_model\(\)"):
+        save(wrapped, tmp_path / "x")
+    model = wrapped.get_base_model()
+    save(model, tmp_path / "second")
+    torch.testing.assert_close(logits(load(tmp_path / "second")), logits(model), rtol=0, atol=1e-5)
+
+
 def test_adapters_of_another_base_are_refused(base: Path, trained: Any, tmp_path: Path) -> None:
     save(trained, tmp_path / "saved", base=str(base), lora=LORA, alone=True)
     other = AutoModelForCausalLM.from_pretrained(base)
@@ -170,6 +283,12 @@ def test_damaged_files_are_one_clear_line(base: Path, trained: Any, tmp_path: Pa
     refused(describe(threshold="high"), "threshold is high")
     refused(describe(standards=[[0, 1.0, -1.0]]), "standards are no numbers")
     refused(describe(base=str(tmp_path / "gone")), "does not exist")
+    refused(describe(base=None), "no config.json there, and context_pruning.json names no base")
+    refused(describe(lora={"rankk": 3}), "unexpected keyword argument 'rankk'")
+    refused(describe(lora={"rank": "3"}), "lora is {'rank': '3'}")
+    refused(describe(lora=None), "lora_A.default.weight: no such tensor is in the model")
+    refused(describe(weights={"lm_head.weight": "x"}), "not a description of context pruning")
+    refused(describe(weights={**description["weights"], "more": "1: 1"}), "this model has other weights")
     refused(describe(layers=[0, 2]), "prunes layers")
     refused(lambda folder: (folder / TENSORS).write_bytes((good / TENSORS).read_bytes()[:500]), "cannot be read")
     tensors = load_file(good / TENSORS)
@@ -183,10 +302,24 @@ def test_damaged_files_are_one_clear_line(base: Path, trained: Any, tmp_path: Pa
 
 
 def test_what_cannot_be_saved_is_refused(base: Path, trained: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
     with pytest.raises(InputError, match="no context pruning"):
         save(AutoModelForCausalLM.from_pretrained(base), tmp_path / "x")
     with pytest.raises(InputError, match="need `base`"):
         save(trained, tmp_path / "x", alone=True)
+    with pytest.raises(InputError, match="has LoRA adapters: say their shape"):
+        save(trained, tmp_path / "x", base=str(base), alone=True)
+    with pytest.raises(InputError, match=r"not those that add_lora makes of LoraShape\(rank=4"):
+        save(trained, tmp_path / "x", base=str(base), alone=True, lora=LoraShape(rank=4))
+    other = AutoModelForCausalLM.from_pretrained(base)
+    attach(other, PruningConfig(rank=4))
+    with pytest.raises(InputError, match="not those that add_lora makes"):
+        save(other, tmp_path / "x", base=str(base), alone=True, lora=LORA)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["c_fc"], use_dora=True, fan_in_fan_out=True), other)
+    with pytest.raises(InputError, match=r"lora_magnitude_vector.* an adapter other than LoRA on a linear map"):
+        save(other, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         save(trained, tmp_path / "file", base=str(base), lora=LORA)

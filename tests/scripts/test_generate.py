@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from model.config import PruningConfig
+from model.config import ModelConfig, PruningConfig
+from model.huggingface import BurnishForCausalLM, transformers_config
 from model.pruning_files import save
 from model.pruning_hooks import attach
 from scripts import benchmark_generation, generate
-from tests.training.tiny_pretrained import save_tiny_llama
+from tests.training.tiny_pretrained import save_tiny_llama, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +47,35 @@ def test_text_and_figures(folders: tuple[Path, Path], monkeypatch: pytest.Monkey
     assert "dense: 3 tokens" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("pruned", [False, True])
+def test_our_own_networks(tmp_path: Path, pruned: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    tokenizer = tiny_tokenizer()
+    model = BurnishForCausalLM(transformers_config(ModelConfig(width=32, depth=2, heads=4, vocab_size=len(tokenizer), sequence_length=400)))
+    if pruned:
+        attach(model, PruningConfig(rank=4, bias=-100.0, sinks=1, window=5))
+        save(model, tmp_path)
+    else:
+        model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    prompt = "the quick brown fox " * 90
+    assert len(tokenizer(prompt)["input_ids"]) > generate.PREFILL_CHUNK
+    assert call(monkeypatch, tmp_path, "--prompt", prompt, "--max-new-tokens", 9, *["--compare"] * pruned) == 0
+    found = re.findall(r"(pruned|dense): \d+ tokens, .*; ([\d.]+)% of the context kept", capsys.readouterr().err)
+    assert [name for name, _ in found] == ["pruned", "dense"][not pruned :]
+    assert found[-1][1] == "100.0" and (not pruned or float(found[0][1]) < 10)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["NOWHERE/x/y"], "does not exist"),
         (["ADAPTERS", "--prompt", ""], "the prompt has no token"),
         (["ADAPTERS", "--max-new-tokens", "0"], "--max-new-tokens: 0"),
+        (["BASE", "--sample", "--temperature", "0"], "--temperature: 0.0, expected a number above 0"),
+        (["BASE", "--sample", "--temperature", "-1"], "--temperature: -1.0"),
+        (["BASE", "--sample", "--temperature", "nan"], "--temperature: nan"),
+        (["BASE", "--seed", "99999999999999999999"], "--seed: 99999999999999999999"),
+        (["BASE", "--seed", "-1"], "--seed: -1"),
         (["ADAPTERS", "--max-new-tokens", "200"], "go beyond the 128 of the model"),
         (["ADAPTERS", "--prompt-file", "gone.txt"], "gone.txt: cannot be read"),
         (["BASE", "--threshold", "1"], "has no context pruning"),
