@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -238,6 +239,25 @@ PATHS = {
 }
 
 
+def finite_number(text: str) -> float:
+    """An argparse type: neither NaN, which passes comparisons, nor an infinity, which JSON has no word for."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text}: expected a finite number")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """An argparse type: finite and above 0."""
+    value = finite_number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
+    return value
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m analysis", description=__doc__, epilog=EXAMPLES, formatter_class=formatter)
@@ -261,11 +281,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                 "--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the written weights (default: fp32)"
             )
             verb.add_argument("--ranks", type=int, metavar="N", help="a DeepSpeed checkpoint that N ranks load, in the folder --out")
-            verb.add_argument("--shard-gigabytes", type=float, default=5, metavar="GB", help="size of a folder's files (default: 5)")
+            size = "size of a folder's files (default: 5)"
+            verb.add_argument("--shard-gigabytes", type=positive_number, default=5, metavar="GB", help=size)
             verb.add_argument("--skip-comparison", action="store_true", help="do not load both models to compare their logits")
             verb.add_argument("--adapters", action="store_true", help="of a run with context pruning: what it added, without the model")
         if name == "trajectory":
-            verb.add_argument("--memory-megabytes", type=float, default=512, metavar="MB", help="bounds the working memory (default: 512)")
+            memory = "bounds the working memory (default: 512)"
+            verb.add_argument("--memory-megabytes", type=positive_number, default=512, metavar="MB", help=memory)
             verb.add_argument("--every", type=int, metavar="STEPS", help="only checkpoints at multiples of this many steps")
             verb.add_argument("--heads", metavar="H[,KV]", help="attention heads, to take fused query, key and value apart")
         if name == "outliers":
@@ -274,7 +296,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             verb.add_argument("--top", type=int, default=5, metavar="K", help="how many neurons to name at each place (default: 5)")
             for threshold, default in vars(Thresholds()).items():
                 verb.add_argument(
-                    f"--{threshold.replace('_', '-')}", type=float, default=default, metavar="X", help=f"default: {default:g}"
+                    f"--{threshold.replace('_', '-')}", type=finite_number, default=default, metavar="X", help=f"default: {default:g}"
                 )
         if name == "quantization":
             verb.add_argument("--recipes", nargs="+", metavar="RECIPE", default=list(RECIPES), help=", ".join(RECIPES))
@@ -310,7 +332,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             verb.add_argument("--temperature", type=float, default=1.0, metavar="TAU0", help="default: 1")
             verb.add_argument("--gain", type=float, default=8**-0.5, metavar="G", help="of each branch (default: 1/sqrt(8))")
             verb.add_argument("--mask", default="bidirectional", metavar="MASK", help="bidirectional (the default) or causal")
-            verb.add_argument("--slopes", type=float, nargs=2, metavar=("C+", "C-"), help="add an MLP with slopes 1 + c/sqrt(n)")
+            verb.add_argument("--slopes", type=finite_number, nargs=2, metavar=("C+", "C-"), help="add an MLP with slopes 1 + c/sqrt(n)")
             verb.add_argument("--head-dim", type=int, metavar="N", help="n_k of queries and keys (default: the width)")
             verb.add_argument("--correlation", type=float, default=0.2, metavar="RHO", help="of the tokens at layer 0 (default: 0.2)")
             verb.add_argument("--samples", type=int, default=4096, metavar="N", help="networks, and paths of the SDE (default: 4096)")

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from analysis.files import check_crc, read_in_order, read_manifest, some
 from model.errors import InputError
@@ -197,19 +198,8 @@ class Checkpoint:
                     buffer.copy_(self.buffers[name])
 
     def verify(self) -> None:
-        """Compare every file with the checksum that the manifest recorded; without a manifest there is nothing to compare.
-
-        Raises:
-            InputError: a file was altered.
-        """
-        for name, recorded in (self.manifest or {}).get("files", {}).items():
-            with open(self.path / name, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != recorded["sha256"]:
-                raise InputError(
-                    f"{self.path / name}: altered since it was saved: sha256 {found[:12]}..., and manifest.json expects "
-                    f"{recorded['sha256'][:12]}...; restore the file or leave this checkpoint out"
-                )
+        """`verify_checkpoints` of this one."""
+        verify_checkpoints([self])
 
     def check_contents(self) -> None:
         """Read everything and compare it with what the files themselves say: the CRC-32 in torch's, copies with their originals.
@@ -221,6 +211,51 @@ class Checkpoint:
         """
         for path in self.files():
             check_crc(path)
+
+
+_CHECKSUMS: dict[tuple[Path, int, int], str] = {}  # sha256 of what this process has hashed, by path, size and time of the last change
+
+
+def verify_checkpoints(checkpoints: Iterable[Checkpoint], progress: bool = True) -> None:
+    """Compare every file of checkpoints with the checksum that its manifest recorded; without a manifest there is nothing to compare.
+
+    A file is hashed once in a process, as long as it does not change. A bar over bytes appears once that takes seconds.
+
+    Raises:
+        InputError: a file was altered or cannot be read; a manifest without its checksum.
+    """
+    files: dict[Path, str] = {}
+    for checkpoint in checkpoints:
+        for name, recorded in (checkpoint.manifest or {}).get("files", {}).items():
+            if not isinstance(recorded.get("sha256"), str):
+                raise InputError(
+                    f"{checkpoint.path / 'manifest.json'}: damaged: no sha256 of {name}; restore it, or give --skip-checksums to go without"
+                )
+            files[checkpoint.path / name] = recorded["sha256"]
+    try:
+        keys = {file: (file.resolve(), file.stat().st_size, file.stat().st_mtime_ns) for file in files}
+        total = sum(key[1] for key in keys.values() if key not in _CHECKSUMS)
+        with tqdm(total=total, unit="B", unit_scale=True, desc="checksums", delay=2.0, mininterval=1.0, disable=not progress) as bar:
+            for file, expected in files.items():
+                key = keys[file]
+                if key not in _CHECKSUMS:
+                    _CHECKSUMS[key] = _sha256(file, bar)
+                if _CHECKSUMS[key] != expected:
+                    raise InputError(
+                        f"{file}: altered since it was saved: sha256 {_CHECKSUMS[key][:12]}..., and manifest.json expects "
+                        f"{expected[:12]}...; restore the file or leave this checkpoint out"
+                    )
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}; restore the file or leave this checkpoint out") from None
+
+
+def _sha256(file: Path, bar: tqdm) -> str:
+    found, piece = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with open(file, "rb", buffering=0) as stream:
+        while count := stream.readinto(piece):
+            found.update(piece[:count])
+            bar.update(count)
+    return found.hexdigest()
 
 
 def step_of_name(path: Path) -> int:

@@ -349,7 +349,7 @@ def _file_windows(subject: Subject, files: list[str], length: int, most: int) ->
     """(windows, length + 1), in turn of each file."""
     of_file = []
     for file in files:
-        tokens = torch.tensor(subject.tokenizer.encode(read_text(file)[: 64 * most * length]), dtype=torch.int64)
+        tokens = torch.tensor(subject.tokenizer.encode(read_text(file, 64 * most * length)), dtype=torch.int64)
         of_file.append(list(tokens.unfold(0, length + 1, length)) if len(tokens) > length else [])
     longest = max(map(len, of_file))
     if longest == 0:

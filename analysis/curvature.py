@@ -107,6 +107,9 @@ def lanczos(product: Product, start: Tensor, steps: int) -> tuple[Tensor, Tensor
     Returns:
         eigenvalues of the tridiagonal matrix, ascending; the squared first components of its eigenvectors; and for each the norm
         of A x - value x. float64, on the CPU.
+
+    Raises:
+        InputError: a product is not finite.
     """
     basis, diagonal, beside = [start / start.norm()], [], []
     for _ in range(steps):
@@ -116,7 +119,9 @@ def lanczos(product: Product, start: Tensor, steps: int) -> tuple[Tensor, Tensor
             for q in basis:
                 w -= torch.dot(w, q) * q
         beside.append(float(w.norm()))
-        if beside[-1] < 1e-6 * max(abs(d) for d in diagonal) or len(diagonal) == steps:
+        if not math.isfinite(beside[-1]):
+            raise InputError("products with the Hessian are not finite, so it has no eigenvalues to show")
+        if beside[-1] <= 1e-6 * max(abs(d) for d in diagonal) or len(diagonal) == steps:
             break
         basis.append(w / beside[-1])
     inner = torch.tensor(beside[:-1], dtype=torch.float64)
@@ -148,16 +153,20 @@ def analyze_curvature(
     """What curvature.json holds, of the run's last checkpoint.
 
     Raises:
-        InputError: a damaged checkpoint, no model_config.json, no data, or numbers that make no sense.
+        InputError: a damaged checkpoint, no model_config.json, no data, weights that are not finite, or numbers that make no sense.
     """
     for name, value, least in (("--tokens", tokens, 1), ("--steps", steps, 2), ("--probes", probes, 1)):
         if value < least:
             raise InputError(f"{name} {value}: expected at least {least}")
-    checkpoint = run.open(verify)[-1]
+    checkpoint = run.last(verify)
     model = build_model(checkpoint)
     config = model.config
     sequences, source = held_out_tokens(run, data, tokens, config.sequence_length)
     check_vocabulary(sequences, config.vocab_size, source)
+    try:
+        measured = measure(model, sequences, steps, probes, progress)
+    except InputError as error:
+        raise InputError(f"{checkpoint.path}: {error}") from None
     return {
         "format": 1,
         "verb": "curvature",
@@ -166,17 +175,36 @@ def analyze_curvature(
         "step": checkpoint.step,
         "definitions": DEFINITIONS,
         "data": source,
-        **measure(model, sequences, steps, probes, progress),
+        **measured,
     }
 
 
 def measure(model: Transformer, sequences: Tensor, steps: int, probes: int, progress: bool = False) -> dict[str, Any]:
-    """The measures of `DEFINITIONS` for one model over sequences (sequences, length + 1) of tokens."""
+    """The measures of `DEFINITIONS` for one model over sequences (sequences, length + 1) of tokens.
+
+    Raises:
+        InputError: the loss, or a product, is not finite; the gradient is 0.
+    """
     surface = Surface(model, sequences)
+    loss = surface.loss()
+    if not math.isfinite(loss):
+        raise InputError(f"the loss over these tokens is {loss}; where weights are not finite, `python -m analysis inspect` names them")
+    gradient = surface.gradient()
+    if not gradient.any():
+        raise InputError("the gradient is 0 everywhere, so there is no curvature along it; these weights do nothing")
     count = sum(surface.sizes)
     steps = min(steps, count)
     parts = parts_of(surface.names)
-    bar = tqdm(total=(2 + probes) * steps + 2 + 2 * PART_STEPS * len(parts), desc="curvature", unit="product", disable=not progress)
+    total = (2 + probes) * steps + 2 + 2 * PART_STEPS * len(parts)
+    with tqdm(total=total, desc="curvature", unit="product", disable=not progress) as bar:
+        spectra = _spectra(surface, gradient / gradient.norm(), parts, steps, probes, bar)
+    counts = {"weights": count, "tokens": surface.tokens, "steps": steps, "probes": probes}
+    return {"loss": loss, **counts, "gradient_norm": float(gradient.norm()), **spectra}
+
+
+def _spectra(surface: Surface, e: Tensor, parts: dict[str, Callable[[str], bool]], steps: int, probes: int, bar: tqdm) -> dict[str, Any]:
+    """What `measure` finds by products with H and G, which it counts on the bar; e is the unit gradient."""
+    count = len(e)
 
     def counted(product: Product) -> Product:
         def call(v: Tensor) -> Tensor:
@@ -189,7 +217,7 @@ def measure(model: Transformer, sequences: Tensor, steps: int, probes: int, prog
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(count, generator=generator).to(surface.device, surface.parameters[0].dtype)
 
-    result: dict[str, Any] = {"loss": surface.loss(), "weights": count, "tokens": surface.tokens, "steps": steps, "probes": probes}
+    result: dict[str, Any] = {}
     matrices = {"hessian": counted(surface.hessian), "gauss_newton": counted(surface.gauss_newton)}
     for name, product in matrices.items():
         values, _, residuals = lanczos(product, start(0), steps)
@@ -204,9 +232,6 @@ def measure(model: Transformer, sequences: Tensor, steps: int, probes: int, prog
     error = math.sqrt(sum((t - mean) ** 2 for t in traces) / (probes - 1) / probes) if probes > 1 else None
     result["density"] = {"nodes": nodes, "weights": weights}
     result["trace"] = {"value": mean, "standard_error": error}
-    gradient = surface.gradient()
-    e = gradient / gradient.norm()
-    result["gradient_norm"] = float(gradient.norm())
     result["gradient_direction"] = {name: float(torch.dot(e, product(e))) for name, product in matrices.items()}
     result["parts"] = {}
     for part, chosen in parts.items():
@@ -216,7 +241,6 @@ def measure(model: Transformer, sequences: Tensor, steps: int, probes: int, prog
             values, _, _ = lanczos(lambda v, product=product, mask=mask: mask * product(v), mask * start(0), PART_STEPS)
             tops[name] = float(values[-1])
         result["parts"][part] = tops
-    bar.close()
     return result
 
 

@@ -64,7 +64,7 @@ class Decoder:
 
 @dataclass
 class Pretrained:
-    """A Hugging Face decoder on disk: a folder with config.json and weights, or a GGUF file."""
+    """A Hugging Face decoder on disk: a folder with config.json and weights (one that `export` wrote of ours too), or a GGUF file."""
 
     path: Path
     folder: Path
@@ -92,19 +92,23 @@ class Pretrained:
         """The network with its weights. Raises InputError when it is not a causal language model, or of an unknown build."""
         from transformers import AutoModelForCausalLM
 
+        from model.huggingface import BurnishForCausalLM  # importing it makes our own exports known to transformers
+
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 str(self.folder),
                 local_files_only=True,
                 trust_remote_code=False,
                 dtype=torch.float32,
-                attn_implementation="sdpa",
                 **self._from(),
             )
         except Exception as error:
             raise InputError(f"{self.path}: not a decoder that transformers can load: {_one_line(error)}") from None
-        model.config.use_cache = False
-        decoder = huggingface_decoder(model, str(self.path))
+        if isinstance(model, BurnishForCausalLM):
+            decoder = run_decoder(model.network)
+        else:
+            model.config.use_cache = False
+            decoder = huggingface_decoder(model, str(self.path))
         decoder.network.to("cuda" if torch.cuda.is_available() else "cpu")
         return decoder
 
@@ -133,21 +137,34 @@ def open_decoder(source: Run | Pretrained, verify: bool = True) -> Decoder:
     """The decoder of a source; of a run, its last checkpoint."""
     if isinstance(source, Pretrained):
         return source.load()
-    return run_decoder(build_model(source.open(verify)[-1]))
+    return run_decoder(build_model(source.last(verify)))
 
 
 def build_model(checkpoint: Checkpoint) -> Transformer:
     """The network of model_config.json, filled from the shards, float32, on the GPU where there is one."""
+    model = Transformer(_model_config(checkpoint))
+    checkpoint.load_into(model)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def refilled(decoder: Decoder, checkpoint: Checkpoint) -> Decoder:
+    """A run's decoder with the weights of another of its checkpoints: itself, so that one network is in memory; a new one where the
+    configuration is another.
+    """
+    if not isinstance(decoder.network, Transformer) or decoder.network.config != _model_config(checkpoint):
+        return run_decoder(build_model(checkpoint))
+    checkpoint.load_into(decoder.network)
+    return decoder
+
+
+def _model_config(checkpoint: Checkpoint) -> ModelConfig:
     path = checkpoint.path / "model_config.json"
     if not path.exists():
         raise InputError(f"{path}: missing, so the network cannot be built; this verb reads checkpoints that train.py wrote")
     try:
-        config = ModelConfig(**read_json(path))
+        return ModelConfig(**read_json(path))
     except TypeError as error:
         raise InputError(f"{path}: not a model configuration: {error}") from None
-    model = Transformer(config)
-    checkpoint.load_into(model)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def run_decoder(model: Transformer) -> Decoder:

@@ -24,7 +24,6 @@ from analysis.formats.deepspeed import DeepSpeedCheckpoint
 from analysis.formats.tensor_files import BURNISH_PREFIX, DTYPES, read_safetensors
 from analysis.resharding import reshard
 from analysis.runs import Run, read_json
-from analysis.shards import open_checkpoint
 from model.config import ModelConfig
 from model.errors import InputError
 
@@ -58,7 +57,7 @@ def export(
     Raises:
         InputError: `out` exists; no model configuration for a folder; no space.
     """
-    checkpoint = open_checkpoint(run.checkpoints[-1])
+    checkpoint = run.last(verify=False)
     pruned = checkpoint.path.is_dir() and (checkpoint.path / "context_pruning.json").exists()
     if pruned and (checkpoint.path / "config.json").exists():
         raise InputError(f"{checkpoint.path}: a Hugging Face folder with context pruning already: copy it as it is")
@@ -103,7 +102,7 @@ def export_to_ranks(run: Run, out: Path, ranks: int, verify: bool = True) -> str
     Raises:
         InputError: `out` exists; the checkpoint is not DeepSpeed's own; no space.
     """
-    checkpoint = open_checkpoint(run.checkpoints[-1])
+    checkpoint = run.last(verify=False)
     if not isinstance(checkpoint, DeepSpeedCheckpoint):
         raise InputError(f"{checkpoint.path}: --ranks is for DeepSpeed's own checkpoints, and this is {checkpoint.format}")
     if verify:

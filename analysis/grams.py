@@ -55,9 +55,13 @@ class _Unit(NamedTuple):
 
 @dataclass
 class _Kept:
-    """What a file of Gram matrices holds: `grams[part]` (K, K) float64, or (new, K) where unfinished, of these checkpoints in order."""
+    """What a file of Gram matrices holds: `grams[part]` (K, K) float64, or (new, K) where unfinished, of these checkpoints in order.
+
+    layout: what `_layout` says of the parts: with other heads, parts of the same names are other elements.
+    """
 
     identities: list[str]
+    layout: str
     grams: dict[str, Tensor]
 
 
@@ -95,16 +99,18 @@ def increment_grams(
         raise InputError(f"--memory-megabytes {memory_megabytes}: {count} checkpoints need at least {BUFFERS * 4 * count / 2**20:.6f}")
 
     identities = [identity(checkpoint) for checkpoint in checkpoints] if keep else []
-    units = list(_units(first, columns, heads or heads_of(first)))
-    parts = list(dict.fromkeys(unit.part for unit in units))
-    known = _known(keep, identities, parts) if keep else None
+    heads = heads or heads_of(first)
+    units = list(_units(first, columns, heads))
+    parts, layout = list(dict.fromkeys(unit.part for unit in units)), _layout(first, heads)
+    known = _known(keep, identities, layout) if keep else None
     old = 0 if known is None else len(next(iter(known.values())))  # the first so many checkpoints need no products among themselves
     problem = None
     share = {part: torch.zeros(count - old, count, dtype=torch.float64) for part in parts}
     try:
         if old < count:
             mine = _share(units, ranks)
-            _multiply(checkpoints, mine, old, columns, share, keep, identities, ranks, progress)
+            unfinished = _Kept([*identities, f"{old} old", f"{columns} columns"], layout, {})
+            _multiply(checkpoints, mine, old, share, keep, unfinished, ranks, progress)
     except InputError as error:
         problem = error
     ranks.raise_together(problem)
@@ -122,7 +128,7 @@ def increment_grams(
         bad = next(c for c in checkpoints if not all(values.float().isfinite().all() for _, values in c.segments(name)))
         raise InputError(f"{bad.path}: {name} holds values that are not finite; leave this checkpoint out")
     if keep and ranks.is_first and old < count:
-        _write(keep, _Kept(identities, grams))
+        _write(keep, _Kept(identities, layout, grams))
     ranks.wait()
     if keep:
         _unfinished(keep, ranks).unlink(missing_ok=True)
@@ -133,21 +139,20 @@ def _multiply(
     checkpoints: Sequence[Checkpoint],
     units: list[_Unit],
     old: int,
-    columns: int,
     share: dict[str, Tensor],
     keep: Path | None,
-    identities: list[str],
+    unfinished: _Kept,
     ranks: Ranks,
     progress: bool,
 ) -> None:
-    """Add this rank's units to `share[part]` (new, K), going on from what it wrote down before."""
+    """Add this rank's units to `share[part]` (new, K), going on from what it wrote down before, under what `unfinished` says."""
     count = len(checkpoints)
-    done: dict[str, Tensor] = {}
-    if keep and (kept := _read(_unfinished(keep, ranks))) and kept.identities == [*identities, f"{old} old", f"{columns} columns"]:
-        done = {part: gram for part, gram in kept.grams.items() if part in share}
-        for part, gram in done.items():
+    kept = _read(_unfinished(keep, ranks), unfinished.layout) if keep else None
+    if kept and kept.identities == unfinished.identities:
+        unfinished.grams = {part: gram for part, gram in kept.grams.items() if part in share}
+        for part, gram in unfinished.grams.items():
             share[part] += gram
-    todo = [unit for unit in units if unit.part not in done]
+    todo = [unit for unit in units if unit.part not in unfinished.grams]
     if not todo:
         return
     width = max(unit.width for unit in todo)
@@ -187,9 +192,9 @@ def _multiply(
             bar.update(4 * count * unit.width)
             ends_part = i + 1 == len(todo) or todo[i + 1].part != unit.part
             if keep and ends_part:
-                done[unit.part] = share[unit.part]
+                unfinished.grams[unit.part] = share[unit.part]
                 if time.monotonic() - written > SAVE_SECONDS and i + 1 < len(todo):
-                    _write(_unfinished(keep, ranks), _Kept([*identities, f"{old} old", f"{columns} columns"], done))
+                    _write(_unfinished(keep, ranks), unfinished)
                     written = time.monotonic()
 
 
@@ -253,13 +258,19 @@ def identity(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def _known(keep: Path, identities: list[str], parts: list[str]) -> dict[str, Tensor] | None:
+def _layout(checkpoint: Checkpoint, heads: Heads | None) -> str:
+    """Tells the parts of a checkpoint, and which elements of which tensor each takes, from any other division."""
+    parts = [(name, list(parts_of(checkpoint, name, heads))) for name in checkpoint.shapes]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _known(keep: Path, identities: list[str], layout: str) -> dict[str, Tensor] | None:
     """Gram matrices of the longest beginning of these checkpoints that the file covers, or None.
 
     Checkpoints that were deleted since are no hindrance: b_t between two that are left is the sum of the increments between them.
     """
-    kept = _read(keep)
-    if kept is None or set(kept.grams) != set(parts) or any(len(gram) != len(kept.identities) for gram in kept.grams.values()):
+    kept = _read(keep, layout)
+    if kept is None or any(len(gram) != len(kept.identities) for gram in kept.grams.values()):
         return None
     places: list[int] = []
     for one in identities:
@@ -271,7 +282,7 @@ def _known(keep: Path, identities: list[str], parts: list[str]) -> dict[str, Ten
     merge = torch.zeros(len(places), len(kept.identities), dtype=torch.float64)
     for row, place in enumerate(places):
         merge[row, (places[row - 1] + 1 if row else 0) : place + 1] = 1.0
-    return {part: merge @ kept.grams[part] @ merge.T for part in parts}
+    return {part: merge @ gram @ merge.T for part, gram in kept.grams.items()}
 
 
 def _unfinished(keep: Path, ranks: Ranks) -> Path:
@@ -280,14 +291,17 @@ def _unfinished(keep: Path, ranks: Ranks) -> Path:
 
 def _write(path: Path, kept: _Kept) -> None:
     tensors = {part: gram.clone() for part, gram in kept.grams.items()}
-    write_whole(path, save(tensors, {"format": "1", "checkpoints": json.dumps(kept.identities)}))
+    write_whole(path, save(tensors, {"format": "1", "checkpoints": json.dumps(kept.identities), "layout": kept.layout}))
 
 
-def _read(path: Path) -> _Kept | None:
-    """What a file holds; None when there is none, or it is not ours: then it is made anew."""
+def _read(path: Path, layout: str) -> _Kept | None:
+    """What a file holds; None when there is none, it is not ours, or of another layout: then it is made anew."""
     try:
         with safe_open(path, "pt") as file:
-            identities = json.loads((file.metadata() or {})["checkpoints"])
-            return _Kept(identities, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  # not a dictionary
+            metadata = file.metadata() or {}
+            if metadata["layout"] != layout:
+                return None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dictionary
+            return _Kept(json.loads(metadata["checkpoints"]), layout, tensors)
     except (OSError, SafetensorError, KeyError, ValueError):
         return None

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from analysis.checkpoint import AdamSettings
+from analysis.checkpoint import AdamSettings, verify_checkpoints
 from analysis.runs import Run, read_metrics
 from analysis.shards import open_checkpoint
 from analysis.trajectory import kind_of, layer_of
@@ -118,11 +118,11 @@ def analyze_step(run: Run, verify: bool = True, progress: bool = True, piece: in
     Raises:
         InputError: no Adam state in the files; the optimizer is Adam with decay in the gradient, which hides in the moments.
     """
-    checkpoint = open_checkpoint(run.checkpoints[-1])
-    if verify:
-        checkpoint.verify()
-    first = open_checkpoint(run.checkpoints[0]) if len(run.checkpoints) > 1 else None
+    paths = run.oldest_first()
+    checkpoint, first = open_checkpoint(paths[-1]), open_checkpoint(paths[0]) if len(paths) > 1 else None
     first = first if first is not None and first.step == 0 and first.shapes == checkpoint.shapes else None
+    if verify:
+        verify_checkpoints(filter(None, (checkpoint, first)))
     recorded = next((r["learning_rate"] for r in read_metrics(run) if r.get("step") == checkpoint.step and "learning_rate" in r), None)
     trained = [name for name in checkpoint.shapes if name not in checkpoint.frozen]
     sums: dict[str, StepSums] = {}

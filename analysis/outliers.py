@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis.decoders import Decoder, Pretrained, Projections, build_model, projection_groups, run_decoder, watch
+from analysis.decoders import Decoder, Pretrained, Projections, build_model, projection_groups, refilled, run_decoder, watch
 from analysis.outlier_neurons import MassiveActivations, OutlierFeatures, Thresholds, top_neurons, watch_projections
 from analysis.runs import Run
 from analysis.tokens import check_vocabulary, held_out_tokens
@@ -105,8 +105,8 @@ def analyze_outliers(
         groups, refused = None, str(error)
     results = []
     for checkpoint in tqdm(checkpoints or [None], desc="outliers", unit="checkpoint", mininterval=1.0, disable=not progress):
-        if checkpoint is not None:
-            decoder = run_decoder(build_model(checkpoint))
+        if checkpoint is not None and len(checkpoints) > 1:
+            decoder = refilled(decoder, checkpoint)
             groups = projection_groups(decoder, str(source.path)) if groups else None
         step, precision = (checkpoint.step, checkpoint.precision) if checkpoint else (0, "fp32")
         results.append({"step": step, "precision": precision, **measure(decoder, sequences, thresholds, groups, top)})
@@ -148,8 +148,12 @@ def describe(result: dict[str, Any]) -> str:
     lines = [f"{result['run']}: {len(result['steps'])} checkpoints, {result['tokens']:,} tokens, width {result['width']}"]
     if peak is not None:
         lines.append(f"  largest kurtosis {peak:.2f} at {place}, step {step}   [all channels alike 1, one channel alone {result['width']}]")
-    if finals:
-        lines.append(f"  at the last step {max(finals)[0]:.2f} at {max(finals)[1]}; loss on these tokens {last['loss']:.4f} nats")
+    kurtosis = f"{max(finals)[0]:.2f} at {max(finals)[1]}" if finals else "kurtosis -"
+    loss = "-" if last["loss"] is None else f"{last['loss']:.4f} nats"
+    lines.append(f"  at the last step {kurtosis}; loss on these tokens {loss}")
+    diverged = [checkpoint["step"] for checkpoint in result["checkpoints"] if checkpoint["loss"] is None]
+    if diverged:
+        lines.append(f"  diverged: activations that are not finite have no value: step {', '.join(map(str, diverged))}")
     layers = [place for place in result["places"] if place != "unembedding"]
     largest = sorted(((neuron, place) for place in layers for neuron in last["neurons"][place]), key=lambda pair: -pair[0]["share"])
     for neuron, place in largest[:5]:

@@ -120,7 +120,7 @@ def learned_to_prune(path: str) -> bool:
     folder = Path(path).expanduser()
     if (folder / pruning_files.TENSORS).exists():
         return True
-    return not _is_of_transformers(path) and is_pruned(find_run(folder).checkpoints[-1])
+    return not _is_of_transformers(path) and is_pruned(find_run(folder).oldest_first()[-1])
 
 
 def is_pruned(checkpoint: Path) -> bool:
@@ -170,7 +170,7 @@ def build(checkpoint: Checkpoint) -> tuple[Transformer | PretrainedDecoder, bool
 
 
 def _of_run(run: Run, verify: bool) -> Subject:
-    checkpoint = run.open(verify)[-1]
+    checkpoint = run.last(verify)
     network, prunes = build(checkpoint)
     settings, config = network.context_pruning_settings, network.config
     adapted = isinstance(config, PretrainedModel) and config.lora is not None

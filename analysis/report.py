@@ -7,6 +7,7 @@ import re
 import shlex
 import statistics
 import sys
+from dataclasses import asdict
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
@@ -14,12 +15,17 @@ from typing import Any
 
 from analysis import optimizer_step, outliers, pictures, trajectory, weights
 from analysis.charts import Line, heat_map, layer_colour, line_chart, padded_range
+from analysis.checkpoint import Checkpoint
+from analysis.fused import heads_of
+from analysis.outlier_neurons import Thresholds
 from analysis.output import short, write_json, write_whole
 from analysis.page import facts, folded, folded_html, grid, page, panel, section, table
 from analysis.runs import Run, read_json, read_metrics
-from analysis.shards import open_checkpoint
 from analysis.tensorboard import write_tensorboard
+from analysis.tokens import held_out_tokens
 from model.errors import InputError
+
+OUTLIER_TOKENS = 8192  # of the run's held-out text
 
 
 def write_report(runs: list[Run], out: str | Path | None = None, verify: bool = True) -> list[Path]:
@@ -62,7 +68,7 @@ def gather(run: Run, verify: bool = True) -> dict[str, Any]:
             lambda run: trajectory.analyze_trajectory(run, verify=False, keep=report / "grams.safetensors"),
             pictures.trajectory_picture,
         ),
-        ("outliers", lambda run: outliers.analyze_outliers(run, verify=False), pictures.outliers_picture),
+        ("outliers", lambda run: outliers.analyze_outliers(run, OUTLIER_TOKENS, verify=False), pictures.outliers_picture),
         ("weights", lambda run: weights.analyze_weights(run, verify=False), pictures.weights_picture),
         ("step", lambda run: optimizer_step.analyze_step(run, verify=False), pictures.step_picture),
     ):
@@ -78,8 +84,8 @@ def gather(run: Run, verify: bool = True) -> dict[str, Any]:
             found[verb] = result
             write_json(report / f"{verb}.json", result)
             draw(result, report / f"{verb}.png")
-    last = open_checkpoint(run.checkpoints[-1])
-    configuration = run.checkpoints[-1] / "model_config.json"
+    last = run.last(verify=False)
+    configuration = last.path / "model_config.json"
     recipe = run.folder / "recipe.yaml" if run.folder else None
     return {
         "name": run.name,
@@ -102,8 +108,8 @@ def gather(run: Run, verify: bool = True) -> dict[str, Any]:
 
 
 def _up_to_date(run: Run, path: Path) -> dict[str, Any] | None:
-    """The result in this file, unless there is none or a checkpoint came, went or changed since."""
-    opened = [open_checkpoint(folder) for folder in run.checkpoints]
+    """The result in this file, unless there is none, a checkpoint came, went or changed since, or its settings are not the report's."""
+    opened = run.open(verify=False)
     if not path.exists() or any(file.stat().st_mtime > path.stat().st_mtime for checkpoint in opened for file in checkpoint.files()):
         return None
     try:
@@ -112,7 +118,28 @@ def _up_to_date(run: Run, path: Path) -> dict[str, Any] | None:
         return None
     steps = [checkpoint.step for checkpoint in opened]
     same = result["steps"] == steps if "steps" in result else result.get("step") == steps[-1] and not result.get("compared_with")
-    return result if result.get("format") == 1 and same else None
+    if result.get("format") != 1 or not same:
+        return None
+    if _as_the_report_measures(run, opened[0], result):
+        return result
+    print(f"note: {path}: made under other settings than the report's, and so made again", file=sys.stderr)
+    return None
+
+
+def _as_the_report_measures(run: Run, first: Checkpoint, result: dict[str, Any]) -> bool:
+    """Whether a verb's options were those that the report takes, where they change what it shows."""
+    if result["verb"] == "trajectory":
+        known = heads_of(first)  # where the files do not say, --heads says more than the report could
+        return known is None or result.get("heads") == [known.heads, known.kv_heads]
+    if result["verb"] != "outliers":
+        return True
+    if result["thresholds"] != asdict(Thresholds()):
+        return False
+    try:
+        sequences, origin = held_out_tokens(run, None, OUTLIER_TOKENS, result["sequence_length"])
+    except InputError:  # the prepared text is gone, so there will be no better result
+        return result["data"].startswith("validation split of ")
+    return (result["data"], result["tokens"]) == (origin, sequences[:, 1:].numel())
 
 
 def _data_manifest(run: Run) -> dict[str, Any]:
@@ -240,14 +267,14 @@ def _outliers(runs: list[dict[str, Any]], colours: list[str]) -> str:
         panels.append(panel(run["name"], chart, colour, caption))
         peak, place, step = outliers.largest_kurtosis(result)
         last = result["checkpoints"][-1]["places"]
-        final = max((m["kurtosis"], p) for p, m in last.items() if m["kurtosis"] is not None)
+        final = max(((m["kurtosis"], p) for p, m in last.items() if m["kurtosis"] is not None), default=None)  # None: it diverged
         ratio = max((m["max_median_ratio_max"] or 0.0) for m in last.values())
         rms = [m["activation_rms"] or 0.0 for m in last.values()]
         rows.append(
             [
                 f'<span class="swatch" style="background:{colour}"></span>{escape(run["name"])}',
-                f"{peak:.2f} ({escape(place)}, step {step})",
-                f"{final[0]:.2f} ({escape(final[1])})",
+                "-" if peak is None else f"{peak:.2f} ({escape(place)}, step {step})",
+                "-" if final is None else f"{final[0]:.2f} ({escape(final[1])})",
                 f"{ratio:.1f}",
                 f"{min(rms):.2g} to {max(rms):.2g}",
             ]

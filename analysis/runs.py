@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from analysis.checkpoint import Checkpoint, step_of_name
+from analysis.checkpoint import Checkpoint, step_of_name, verify_checkpoints
 from analysis.shards import is_checkpoint, open_checkpoint
 from model.errors import InputError
 
 SUFFIXES = "a file ending in .safetensors, .pt, .pth, .bin or .ckpt"
-_STEP_FOLDER = re.compile(r"step-(\d+)")
+_STEP_FOLDER = re.compile(r"step-\d+")
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Run:
     Attributes:
         path: what was named.
         folder: the run folder (recipe.yaml, metrics.jsonl, ...), or None where the checkpoints stand alone.
-        checkpoints: checkpoint folders, oldest first; never empty.
+        checkpoints: their paths, by the number at the end of the name; never empty. `oldest_first` goes by what they hold.
     """
 
     path: Path
@@ -52,9 +52,28 @@ class Run:
         """Every checkpoint, oldest first; with `verify`, after comparing all files with their recorded checksums."""
         opened = [open_checkpoint(path) for path in self.checkpoints]
         if verify:
-            for checkpoint in opened:
-                checkpoint.verify()
+            verify_checkpoints(opened)
         return sorted(opened, key=lambda checkpoint: checkpoint.step)
+
+    def last(self, verify: bool = True) -> Checkpoint:
+        """The checkpoint of the most steps; with `verify`, after comparing its files, and no others, with their recorded checksums."""
+        checkpoint = open_checkpoint(self.oldest_first()[-1])
+        if verify:
+            checkpoint.verify()
+        return checkpoint
+
+    def oldest_first(self) -> list[Path]:
+        """`checkpoints`, by the steps that they hold.
+
+        train.py names them by their step, so there damage to one is no hindrance to using another; elsewhere a name (`final`,
+        `epoch1_step100`) need not say it, and all are opened.
+
+        Raises:
+            InputError: one whose step is asked for cannot be opened.
+        """
+        if all(_of_train(path) for path in self.checkpoints):
+            return self.checkpoints
+        return [checkpoint.path for checkpoint in self.open(verify=False)]
 
 
 def find_run(path: str | Path) -> Run:
@@ -71,18 +90,22 @@ def find_run(path: str | Path) -> Run:
         return Run(path, parent.parent if parent.name == "checkpoints" else None, [path])
     if not path.is_dir():
         raise InputError(f"{path}: found a file of an unknown kind; expected a run folder, a checkpoint folder, or {SUFFIXES}")
-    if (path / "checkpoints").is_dir():
-        steps = [(int(match[1]), p) for p in (path / "checkpoints").iterdir() if (match := _STEP_FOLDER.fullmatch(p.name))]
-        if not steps:
-            raise InputError(f"{path}: this run has no checkpoint yet")
-        return Run(path, path, [p for _, p in sorted(steps)])
-    inside = [p for p in sorted(path.iterdir()) if not p.name.startswith(".")]
-    # files count only where there are no folders: truth.pt beside DeepSpeed's tags is no checkpoint of the run
-    tags = [p for p in inside if p.is_dir() and is_checkpoint(p)] or [p for p in inside if is_checkpoint(p)]
-    tags.sort(key=step_of_name)
+    is_run = (path / "checkpoints").is_dir()
+    inside = [p for p in sorted((path / "checkpoints" if is_run else path).iterdir()) if not p.name.startswith(".")]
+    # train.py's count by their names, so that one that lost its files is said to be damaged. Files count only where there are no
+    # folders: truth.pt beside DeepSpeed's tags is no checkpoint of the run
+    tags = [p for p in inside if _of_train(p)] or [p for p in inside if p.is_dir() and is_checkpoint(p)]
+    tags = sorted(tags or [p for p in inside if is_checkpoint(p)], key=step_of_name)
+    if not tags and is_run:
+        raise InputError(f"{path}: this run has no checkpoint yet")
     if not tags:
         raise InputError(f"{path}: no checkpoint here (expected a run folder, a checkpoint, or a folder of checkpoints)")
-    return Run(path, path if (path / "metrics.jsonl").exists() else None, tags)
+    return Run(path, path if is_run or (path / "metrics.jsonl").exists() else None, tags)
+
+
+def _of_train(path: Path) -> bool:
+    """Whether a path is one that train.py gives its checkpoints: checkpoints/step-00001000."""
+    return path.parent.name == "checkpoints" and _STEP_FOLDER.fullmatch(path.name) is not None
 
 
 def read_metrics(run: Run) -> list[dict[str, Any]]:

@@ -47,11 +47,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     For a folder with several inside use `analysis.runs.find_run`.
 
     Raises:
-        InputError: nothing there, a file missing, truncated, damaged, or of a kind this reader does not know.
+        InputError: nothing there, a file missing, truncated, damaged, unreadable, or of a kind this reader does not know.
     """
     path = Path(path)
     opener = next((opener for matches, opener in FORMATS if matches(path)), DeepSpeedCheckpoint)
     try:
         return opener(path)
+    except OSError as error:  # a link to nothing, a folder in place of a file, a disk that fails
+        raise InputError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from None
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise InputError(f"{path}: damaged, or of a kind this reader does not know: {type(error).__name__}: {error}") from error

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from analysis import token_geometry
 from analysis.decoders import Decoder, Pretrained, find_decoder, open_decoder, projection_groups, run_decoder, watch
-from analysis.fused import Heads, parts_of_shape
+from analysis.fused import heads_in, parts_of_shape
 from analysis.runs import Run
 from analysis.token_geometry import centred, geometry, summarize
 from analysis.tokens import check_vocabulary, encoder, read_text, validation_tokens
@@ -54,6 +54,7 @@ DEFINITIONS = {
     "get exactly none while queries are zero",
     "loss": "mean next-token cross-entropy on these tokens, nats",
     "collapsed_at": "the first place with a token cosine above the threshold; null: none",
+    "refused": "networks that could not be measured, and why",
     "healthy": "none of the thresholds was passed: a judgement of propagation alone, which says nothing of data, learning rate or length",
 }
 
@@ -100,7 +101,7 @@ def find_networks(words: list[str], depths: list[int], widths: list[int], seed: 
             if depths or widths:
                 raise InputError(f"{path}: --depth and --width are for recipes; a checkpoint has the size that it has")
             source = find_decoder(path)
-            state = "pretrained" if isinstance(source, Pretrained) else f"step {source.open(verify)[-1].step}"
+            state = "pretrained" if isinstance(source, Pretrained) else f"step {source.last(verify).step}"
             yield Network(source.name, path, state, lambda source=source: open_decoder(source, verify=False)), source
             continue
         section, vocab_size, length = read_recipe(path, overrides)
@@ -173,7 +174,7 @@ def batches_of(
             raise InputError(f"--data: a recipe reads text as bytes, and its vocabulary of {decoder.vocab_size} has not 256")
         encode = (lambda text: list(text.encode())) if at_initialisation else encoder(source)
         # a token is rarely longer than a dozen characters, so this is enough text, and never a huge file at once
-        texts = [encode(read_text(file)[: 64 * (tokens + length)]) for file in files]
+        texts = [encode(read_text(file, 64 * (tokens + length))) for file in files]
         what = ("bytes of " if at_initialisation else "") + ", ".join(files)
         rows = [text[i : i + length + 1] for text in texts for i in range(0, max(1, len(text) - 1), length)]
         rows = [row for row in rows if len(row) > 2][: math.ceil(tokens / length)]
@@ -211,7 +212,7 @@ def measure(decoder: Decoder, batches: list[Batch], name: str) -> dict[str, Any]
         name: of the network, for messages.
 
     Raises:
-        InputError: a layer whose queries and values cannot be told apart; the loss is not finite.
+        InputError: a layer whose queries and values cannot be told apart; the loss or a gradient is not finite.
     """
     places: dict[str, list[dict[str, Tensor]]] = {}
     without_mean: dict[str, list[dict[str, Tensor]]] = {}
@@ -226,16 +227,18 @@ def measure(decoder: Decoder, batches: list[Batch], name: str) -> dict[str, Any]
             logits = decoder.logits(batch.tokens)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             summed = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten().to(logits.device), reduction="sum")
+            loss += summed.item()
+            if not math.isfinite(loss):  # nor are the activations, which have no singular values then
+                raise InputError(f"{name}: the loss is not finite, so there is no signal to look at")
             summed.backward()
-        loss += summed.item()
         targets += int(valid.sum())
         for place, x in seen.items():
             assert x.grad is not None
             places.setdefault(place, []).append(geometry(x, valid))
             without_mean.setdefault(place, []).append(geometry(centred(x, valid), valid))
             squares[place] = squares.get(place, 0) + x.grad.double().square().sum()  # 0 on padding, which nothing reads
-    if not math.isfinite(loss):
-        raise InputError(f"{name}: the loss is not finite, so there is no gradient to look at")
+    if not all(square.isfinite() for square in squares.values()):
+        raise InputError(f"{name}: its gradients are not finite")
     layers = [gradients(own, targets) for own in parts]
     decoder.network.zero_grad(set_to_none=True)
     return {
@@ -282,11 +285,8 @@ def query_key_value(decoder: Decoder, name: str) -> list[dict[str, Rows]]:
             own = {kind: getattr(block.attention, kind) for kind in ("query", "key", "value")}  # pyright: ignore
             found.append({kind: [whole(module.weight)] for kind, module in own.items() if isinstance(module, nn.Linear)})
         return found
-    heads: Heads | None = None
     config = getattr(decoder.network, "config", None)
-    if config is not None:
-        config = config.get_text_config()
-        heads = Heads(config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    heads = None if config is None else heads_in(lambda field: getattr(config.get_text_config(), field, None))
     found = []
     for layer, group in enumerate(projection_groups(decoder, name)):
         modules = group.attention_inputs
@@ -335,14 +335,14 @@ def analyze_signal(
     """What signal.json holds: each network of the command line, side by side.
 
     Raises:
-        InputError: see `find_networks`, `batches_of` and `measure`.
+        InputError: see `find_networks` and `batches_of`; or no network could be measured, see `measure`.
     """
     for option, values in (("tokens", [tokens]), ("length", [length or 2]), ("depth", depths or []), ("width", widths or [])):
         for value in values:
             least = 2 if option in ("length", "tokens") else 1
             if value < least:
                 raise InputError(f"--{option} {value}: expected at least {least}")
-    found = []
+    found, refused = [], []
     for network, source in tqdm(
         list(find_networks(words, depths or [], widths or [], seed, verify)), desc="signal", unit="network", disable=not progress
     ):
@@ -359,10 +359,16 @@ def analyze_signal(
             "data": what,
             "tokens": sum(int(batch.valid.sum()) for batch in batches),
             "sequence_length": batches[0].tokens.shape[1],
-            **measure(decoder, batches, network.name),
         }
-        found.append({**entry, **judge(entry)})
-    return {"format": 1, "verb": "signal", "definitions": DEFINITIONS, "thresholds": THRESHOLDS, "networks": found}
+        try:
+            entry |= measure(decoder, batches, network.name)
+        except InputError as error:  # one that diverged takes nothing from the others
+            refused.append({"name": network.name, "path": network.path, "state": network.state, "problem": str(error)})
+        else:
+            found.append({**entry, **judge(entry)})
+    if not found:
+        raise InputError("; ".join(network["problem"] for network in refused))
+    return {"format": 1, "verb": "signal", "definitions": DEFINITIONS, "thresholds": THRESHOLDS, "networks": found, "refused": refused}
 
 
 def judge(network: dict[str, Any]) -> dict[str, Any]:
@@ -422,4 +428,5 @@ def describe(result: dict[str, Any]) -> str:
             f"(without the mean {end['centred']['stable_rank']:.2f}), entropy rank {end['entropy_rank']:.1f}; after the final norm: "
             f"cosine {after['token_cosine']:.3f}"
         )
+    lines += [f"{network['problem']} ({network['path']} at {network['state']})" for network in result["refused"]]
     return "\n".join(lines)

@@ -44,13 +44,13 @@ def training_windows(run: Run, sequences: int, length: int, seed: int) -> Tensor
 def file_tokens(encode: Callable[[str], list[int]], files: list[str], count: int, length: int) -> tuple[Tensor, str]:
     """The first tokens of text files, (sequences, length + 1) int64, and where they came from."""
     # a token is rarely longer than a dozen characters, so this is enough text, and never a huge file at once
-    tokens = [token for file in files for token in encode(read_text(file)[: 64 * (count + length)])]
+    tokens = [token for file in files for token in encode(read_text(file, 64 * (count + length)))]
     return _sequences(np.asarray(tokens, np.int64), count, length, files[0]), ", ".join(files)
 
 
 def file_windows(encode: Callable[[str], list[int]], files: list[str], sequences: int, length: int, seed: int) -> Tensor:
     """Windows at random places of text files, (sequences, length) int64."""
-    texts = [np.asarray(encode(read_text(file)[: 256 * sequences * length]), np.int64) for file in files]
+    texts = [np.asarray(encode(read_text(file, 256 * sequences * length)), np.int64) for file in files]
     return _windows([text for text in texts if len(text) >= length], sequences, length, seed, ", ".join(files))
 
 
@@ -136,9 +136,11 @@ def _split(run: Run, split: Literal["train", "validation"]) -> tuple[Path, list[
     return prepared, [np.memmap(path, dtype, "r") if tokens else np.empty(0, dtype) for path, tokens in shards]
 
 
-def read_text(file: str) -> str:
+def read_text(file: str, characters: int = -1) -> str:
+    """The first so many characters of a text file, -1 for all; no more of it is read. Raises InputError when it is not UTF-8."""
     try:
-        return Path(file).read_text(encoding="utf-8")
+        with open(file, encoding="utf-8") as opened:
+            return opened.read(characters)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise InputError(f"{file}: cannot be read: {reason}") from None

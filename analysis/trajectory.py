@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from analysis.checkpoint import verify_checkpoints
 from analysis.fused import Heads, heads_of, parts_of
 from analysis.grams import increment_grams
 from analysis.ranks import Ranks
@@ -30,7 +31,8 @@ DEFINITIONS = {
     "relative_map": "cos(Delta_i, Delta_j), i, j = 1 .. K-1: the trajectory seen from its first checkpoint",
     "omega": "mean directional similarity: the mean of trajectory_map, diagonal included; the squared length of the mean direction",
     "omega_off_diagonal": "the same mean without the diagonal: (K omega - 1) / (K - 1)",
-    "omega_relative": "the mean of relative_map, diagonal included",
+    "omega_relative": "the mean of relative_map, diagonal included, over the displacements that are not zero; likewise with a suffix",
+    "displacements": "how many of the K-1 displacements are not zero: a checkpoint equal to the first has no direction from it",
     "omega_relative_off_diagonal": "the mean of relative_map without the diagonal",
     "consecutive_update_angles": "degrees between u_t and u_(t-1), t = 1 .. K-2: 0 straight on, 90 unrelated, above 90 turning back",
     "displacement_angles": "degrees between u_t and the whole displacement Delta_(K-1), t = 0 .. K-2",
@@ -55,6 +57,7 @@ DEFINITIONS = {
     "participation_ratio": "(sum lambda)^2 / sum lambda^2 of those variances: along how many directions the path spreads, 1 to K-1",
     "grid": "a mean without _grid weighs each checkpoint alike, so it depends on which steps were kept; compare runs on equal `steps`",
     "fused": "tensors with query, key and value in one whose heads are not known: they count under `attention query, key and value`",
+    "heads": "attention heads, and those of keys and values, by which tensors with all three in one were taken apart; null: not known",
     "null": "a value that is undefined, because a length is zero",
 }
 
@@ -93,14 +96,17 @@ def summarize(gram: np.ndarray, rounding: Sequence[float] | None = None, steps: 
     u, delta = np.diff(thetas, axis=0), thetas[1:] - thetas[0]
     whole = np.broadcast_to(delta[-1], u.shape)
     grid = _grid_weights(steps if steps is not None else range(count))
-    relative_grid = _grid_weights(steps[1:] if steps is not None else range(count - 1))
+    moved = displacement_norms > 0  # after a step at a rate of 0 there is no direction, which must not cost the others theirs
+    relative = relative_cosines[np.ix_(moved, moved)]
+    relative_grid = _grid_weights(steps[1:] if steps is not None else range(count - 1))[moved]
     return {
         "omega": _number(weight_cosines.mean()),
         "omega_off_diagonal": _number(_off_diagonal_mean(weight_cosines)),
         "omega_grid": _number(float(grid @ weight_cosines @ grid)),
-        "omega_relative": _number(relative_cosines.mean()),
-        "omega_relative_off_diagonal": _number(_off_diagonal_mean(relative_cosines)),
-        "omega_relative_grid": _number(float(relative_grid @ relative_cosines @ relative_grid)),
+        "omega_relative": _number(relative.mean()) if moved.any() else None,
+        "omega_relative_off_diagonal": _number(_off_diagonal_mean(relative)),
+        "omega_relative_grid": _number(float(relative_grid @ relative @ relative_grid) / relative_grid.sum() ** 2) if moved.any() else None,
+        "displacements": int(moved.sum()),
         "length": length,
         "straightness": _number(total / length if length else math.nan),
         "weight_norms": weight_norms.tolist(),
@@ -214,6 +220,7 @@ _SCALARS = (
     "omega",
     "omega_relative",
     "omega_relative_grid",
+    "displacements",
     "length",
     "straightness",
     "participation_ratio",
@@ -276,8 +283,7 @@ def analyze_trajectory(
         raise InputError(f"{run.path}: no checkpoint at a multiple of {every} steps")
     problem = None
     try:
-        for checkpoint in checkpoints[ranks.rank :: ranks.count] if verify else []:
-            checkpoint.verify()
+        verify_checkpoints(checkpoints[ranks.rank :: ranks.count] if verify else [], progress and ranks.is_first)
     except InputError as error:
         problem = error
     ranks.raise_together(problem)
@@ -288,8 +294,9 @@ def analyze_trajectory(
             f"{run.path}: two checkpoints of step {twice.step}, {twice.path.name} among them; where the files do not say their step, "
             "end their names with it: step1000, 1000.safetensors"
         )
+    heads = heads or heads_of(checkpoints[0])
     grams = {name: gram.numpy() for name, gram in increment_grams(checkpoints, memory_megabytes, progress, keep, ranks, heads).items()}
-    parts = (part for name in checkpoints[0].shapes for part in parts_of(checkpoints[0], name, heads or heads_of(checkpoints[0])))
+    parts = (part for name in checkpoints[0].shapes for part in parts_of(checkpoints[0], name, heads))
     sizes = {part: sum(stop - start for start, stop in runs) for part, runs in parts}
     rounding = [_ROUNDING[checkpoint.precision] for checkpoint in checkpoints]
 
@@ -328,6 +335,7 @@ def analyze_trajectory(
         ],
         "tied": checkpoints[0].aliases,
         "frozen": sorted(checkpoints[0].frozen),
+        "heads": [heads.heads, heads.kv_heads] if heads else None,
         "fused": [name for name in grams if kind_of(name) == "attention query, key and value"],
         "network": summary(list(grams)),
         "layers": {str(layer): summary([n for n in grams if layer_of(n) == layer]) for layer in layers},
@@ -360,6 +368,9 @@ def describe(result: dict[str, Any]) -> str:
         f"   [straight line {line['omega_relative']:.0f}, random walk {walk['omega_relative']:.3f}"
         f"{', with many checkpoints 2/3' if result['evenly_spaced'] else ''}]",
     ]
+    unmoved = len(result["steps"]) - 1 - network["displacements"]
+    if 0 < unmoved < len(result["steps"]) - 1:
+        lines.append(f"    {unmoved} of them equal to the first, and left out of the mean from the start")
     if not result["evenly_spaced"]:
         lines.append(
             f"    weighted by training steps {_text(network['omega_grid'])} and {_text(network['omega_relative_grid'])}"

@@ -1,7 +1,8 @@
 """Recipes side by side, by what they reach: `python -m scripts.compare_recipes recipes/blocks_*.yaml [--seeds 0 1] [--out FILE.json]`.
 
 Every recipe is trained once for each seed, in turn, all on one prepared corpus; a run whose result --out already has is not trained
-again. Validation loss, tokens a second and the largest kurtosis of a layer, with their spread over seeds; curves beside the JSON.
+again, and an --out of runs under other --overrides is refused. Validation loss, tokens a second and the largest kurtosis of a layer,
+with their spread over seeds; curves beside the JSON.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 from analysis.pictures import RUN_COLOURS
 from analysis.runs import find_run, read_metrics
 from scripts.many_runs import Results, common_corpus, environment_of, run_python
+from training.distributed import one_clear_line
+from training.recipe_file import load_recipe
 
 
 def main() -> int:
@@ -25,7 +28,18 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/compared"), help="folder of the runs")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    with one_clear_line():
+        compare(arguments)
+    return 0
+
+
+def compare(arguments: argparse.Namespace) -> None:
     results = Results(arguments.out)
+    if results.runs:
+        results.header.setdefault("overrides", [])  # of a file from before they were kept
+    results.belong_to(overrides=arguments.overrides)
+    for recipe in arguments.recipes:  # every one is checked first, so that nothing is refused after hours
+        load_recipe(recipe, arguments.overrides)
     corpus = common_corpus(arguments.runs, results, arguments.recipes[0], arguments.overrides)
     for seed in arguments.seeds:
         for recipe in arguments.recipes:
@@ -39,7 +53,6 @@ def main() -> int:
             results.set(name, recipe=recipe.stem, seed=seed, **figures(arguments.runs / name))
     draw(results.runs, arguments.out.with_suffix(".png"))
     print(table(results.runs))
-    return 0
 
 
 def figures(run: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@
 For each parametrisation and size a network is made as `train.py` would make it, with its optimizer, and trained on one batch. Before each
 step the mean magnitude of what each module puts out is noted; its power of the size is the slope of log2 value over log2 size. A
 parametrisation passes when no slope is beyond 0.25 from the third step on: before that CompleteP's residual stream falls by depth^-1/2.
+It fails when a value is not finite, at any step, or is 0 where its slope would be judged.
 Logits are judged by how far those of the targets have moved: at the start muP's go by width^-1/2, and so for many steps do those of
 tokens that are nowhere to be predicted. Exit code: 0 all pass, 1 some do not.
 
@@ -16,6 +17,7 @@ step on. It takes the tensors' scales at their word, not the learning rate's tra
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -46,8 +48,11 @@ DEFINITIONS = {
     "values": "mean magnitude, by module, before step s = 0, 1, ..: residual, what leaves the last block; attention and mlp, what those "
     "modules of the last block put out; scores, its scaled products of queries and keys, before positions turn them; logits; logits_moved, "
     "how far those of the targets are from step 0's",
-    "slopes": "least-squares slope of log2 value over log2 size, values averaged over seeds as logarithms; null where a value is 0",
-    "passes": f"no |slope| over {LARGEST_SLOPE:g} from step {FIRST_STEP} on, of {', '.join(JUDGED)}",
+    "slopes": "least-squares slope of log2 value over log2 size, values averaged over seeds as logarithms; null where a value is 0 or null",
+    "null": "a value that is not finite with one of the seeds",
+    "passes": f"no |slope| over {LARGEST_SLOPE:g} from step {FIRST_STEP} on, of {', '.join(JUDGED)}; and no problem",
+    "largest_late_slope": "the largest of those |slope|; null where none is defined",
+    "problem": f"the first value that is not finite, or that is 0 from step {FIRST_STEP} on, which leaves a slope undefined; null: none is",
 }
 
 
@@ -69,7 +74,15 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(table(result))
-    print(f"  {path}\n  {coordinate_picture(result, path.with_suffix('.png'))}")
+    for name, found in result["parametrizations"].items():
+        if found["problem"] is not None:
+            print(f"  {name}: {found['problem']}")
+    print(f"  {path}")
+    picture = path.with_suffix(".png")
+    if can_be_drawn(result):
+        print(f"  {coordinate_picture(result, picture)}")
+    else:
+        picture.unlink(missing_ok=True)  # an older result's
     return 0 if all(found["passes"] for found in result["parametrizations"].values()) else 1
 
 
@@ -114,9 +127,11 @@ def check(arguments: argparse.Namespace) -> dict[str, Any]:
         of_sizes = {size: average(values[name, size]) for size in sizes}
         slopes = {module: [slope(sizes, [of_sizes[s][module][t] for s in sizes]) for t in range(arguments.steps)] for module in MODULES}
         late = [abs(value) for module in JUDGED for value in slopes[module][FIRST_STEP:] if value is not None]
+        problem = problem_of(of_sizes, axis)
         found[name] = {
-            "passes": max(late, default=0.0) <= LARGEST_SLOPE,
-            "largest_late_slope": max(late, default=0.0),
+            "passes": problem is None and max(late) <= LARGEST_SLOPE,
+            "largest_late_slope": max(late, default=None),
+            "problem": problem,
             "values": {str(size): of_sizes[size] for size in sizes},
             "slopes": slopes,
         }
@@ -236,22 +251,46 @@ def watching(model: Transformer, note: Callable[[str, Tensor], None]) -> Iterato
             handle.remove()
 
 
-def average(runs: list[dict[str, list[float]]]) -> dict[str, list[float]]:
-    """Geometric mean over seeds, by module and step; 0 where one is 0."""
-    result: dict[str, list[float]] = {}
-    for module in MODULES:
-        by_step = zip(*(run[module] for run in runs), strict=True)
-        result[module] = [math.exp(sum(map(math.log, step)) / len(step)) if min(step) > 0 else 0.0 for step in by_step]
-    return result
+def average(runs: list[dict[str, list[float]]]) -> dict[str, list[float | None]]:
+    """Geometric mean over seeds, by module and step; 0 where one is 0, None where one is not finite."""
+
+    def mean(values: tuple[float, ...]) -> float | None:
+        if not all(map(math.isfinite, values)):
+            return None
+        return math.exp(sum(map(math.log, values)) / len(values)) if min(values) > 0 else 0.0
+
+    return {module: [mean(values) for values in zip(*(run[module] for run in runs), strict=True)] for module in MODULES}
 
 
-def slope(sizes: list[int], values: list[float]) -> float | None:
-    """Least-squares slope of log2 value over log2 size; None where a value is 0."""
-    if min(values) <= 0:
+def slope(sizes: list[int], values: list[float | None]) -> float | None:
+    """Least-squares slope of log2 value over log2 size; None where a value is 0 or None."""
+    positive = [value for value in values if value]
+    if len(positive) < len(values):
         return None
-    x, y = [math.log2(size) for size in sizes], [math.log2(value) for value in values]
+    x, y = [math.log2(size) for size in sizes], [math.log2(value) for value in positive]
     middle, height = sum(x) / len(x), sum(y) / len(y)
     return sum((a - middle) * (b - height) for a, b in zip(x, y, strict=True)) / sum((a - middle) ** 2 for a in x)
+
+
+def problem_of(values: dict[int, dict[str, list[float | None]]], axis: str) -> str | None:
+    """The first of the values, size -> module -> one a step, that leaves the check without a verdict, in words; None where none does."""
+    steps = len(next(iter(values.values()))["residual"])
+    for step, size, module in itertools.product(range(steps), values, MODULES):
+        value = values[size][module][step]
+        if value is None:
+            return f"{module} is not finite at step {step}, {axis} {size}"
+        if value == 0 and step >= FIRST_STEP and module in JUDGED:
+            return f"{module} is 0 at step {step}, {axis} {size}, so its slope is undefined"
+    return None
+
+
+def can_be_drawn(result: dict[str, Any]) -> bool:
+    """Whether each panel of the picture has a value: an axis without one cannot be logarithmic."""
+    return all(
+        any(value for values in found["values"].values() for value in values[module])
+        for found in result["parametrizations"].values()
+        for module in MODULES
+    )
 
 
 def table(result: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from model.errors import InputError
 from training.data import prepare
 from training.recipe_file import load_recipe
 
@@ -30,6 +31,12 @@ class Results:
         self.path, self.lock = path, Lock()
         self.header: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.exists() else {}
         self.runs: dict[str, dict[str, Any]] = self.header.pop("runs", {})
+
+    def belong_to(self, **settings: Any) -> None:
+        """Note what all runs have in common. Raises InputError where those that are known have something else."""
+        for key, value in settings.items():
+            if self.header.setdefault(key, value) != value:
+                raise InputError(f"{self.path}: holds runs with {key} {self.header[key]}, not {value}: name another --out")
 
     def set(self, run: str, **figures: Any) -> None:
         with self.lock:

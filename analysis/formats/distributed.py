@@ -11,6 +11,7 @@ import mmap
 import pickle
 import re
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from analysis.checkpoint import Checkpoint, Kind, Segment, block_segments, precision_of
 from analysis.files import map_file, mapped_tensor, some
+from analysis.formats.tensor_files import is_buffer
 from model.errors import InputError
 
 _DTYPE_NAMES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
@@ -45,8 +47,11 @@ _ALLOWED = {
     ("pathlib", "PosixPath"),
     ("pathlib._local", "PosixPath"),
 }
-_PREFIXES = ("state_dict.", "model.", "module.", "app.")
-_MOMENT = re.compile(r"^(?:.*\.)?(?:optim|optimizer)(?:izer)?\.(?:state\.)?(.+)\.(exp_avg|exp_avg_sq|step)$")
+_PREFIXES = ("state_dict.", "app.model.", "app.module.", "model.", "module.", "app.")
+# Of a key that belongs to the optimizer, what follows: a parameter and what is kept of it, or a setting.
+_OPTIMIZER = re.compile(r"(?:^|\.)(?:optim|optimizer)s?(?:_states?(?:_dict)?)?\.(?:state\.)?(.+)$")
+_EMBEDDING = re.compile(r"(^|\.)(embeddings?|embed_tokens|embed_in|wte|(tok|token|word)_embeddings?)\.weight$")
+_HEAD = re.compile(r"(^|\.)(lm_head|head|embed_out|unembedding|output|output_layer)\.weight$")
 
 
 def is_distributed(path: Path) -> bool:
@@ -84,24 +89,24 @@ class DistributedCheckpoint(Checkpoint):
             if covered != value.size.numel():
                 raise InputError(f"{path}: the blocks of {name} hold {covered} elements, and it has {value.size.numel()}")
         self._check_files(metadata)
-        moments = {name: match for name in tensors if (match := _MOMENT.match(name))}
-        weights = [name for name in tensors if name not in moments and tensors[name].properties.dtype.is_floating_point]
+        states = {name: rest for name in tensors if (rest := _optimizer_part(name, tensors.keys())) is not None}
+        own = {name: value for name, value in tensors.items() if name not in states}
+        buffers = {name for name, value in own.items() if is_buffer(name, value.properties.dtype, len(value.size))}
+        weights = [name for name in own if name not in buffers]
         prefix = next((p for p in _PREFIXES if weights and all(name.startswith(p) for name in weights)), "")
-        self._stored: dict[tuple[str, str], str] = {(name.removeprefix(prefix), "weight"): name for name in weights}
-        for name, match in moments.items():
-            self._stored[match[1].removeprefix(prefix), match[2]] = name
         self.shapes = {name.removeprefix(prefix): torch.Size(tensors[name].size) for name in weights}
-        self.buffers = {
-            name.removeprefix(prefix): self._assemble(name)
-            for name in tensors
-            if name not in moments and not tensors[name].properties.dtype.is_floating_point
-        }
+        self._stored: dict[tuple[str, str], str] = {(name.removeprefix(prefix), "weight"): name for name in weights}
+        for stored, rest in states.items():
+            name, _, kind = rest.rpartition(".")
+            self._stored.setdefault((name if name in self.shapes else name.removeprefix(prefix), kind), stored)
+        self.buffers = {name.removeprefix(prefix): self._assemble(name) for name in buffers}
         dtypes = {name: tensors[name].properties.dtype for name in weights}
         self.precision = precision_of(torch.empty(tensors[n].size, dtype=dtype, device="meta") for n, dtype in dtypes.items())
         ranks = {int(match[1]) for file in self.files() if (match := re.match(r"__(\d+)_", file.name))}
         self.world_size = max(ranks, default=0) + 1
         if not self.shapes:
             raise InputError(f"{path}: no tensors in it")
+        self._join_tied_head()
 
     def _metadata(self) -> Any:
         file = self.path / ".metadata"
@@ -175,14 +180,49 @@ class DistributedCheckpoint(Checkpoint):
             segments += block_segments(size, offsets, self._block(where, sizes, dtype, stored))
         return sorted(segments, key=lambda segment: segment.offset)
 
+    def _join_tied_head(self) -> None:
+        """The head counts as the embedding where its values are the same: the format keeps both and does not say that they are tied."""
+        trained = {name for name, kind in self._stored if kind != "weight"}  # the optimizer knows a tied weight by one of its names
+        for embedding in [name for name in self.shapes if _EMBEDDING.search(name)]:
+            for head in [name for name in self.shapes if _HEAD.search(name) and self.shapes[name] == self.shapes[embedding]]:
+                if {embedding, head} <= trained or not _equal(self._segments(embedding, "weight"), self._segments(head, "weight")):
+                    continue
+                self.aliases[head] = embedding
+                del self.shapes[head]
+                for kind in ("exp_avg", "exp_avg_sq"):
+                    if (head, kind) in self._stored:
+                        self._stored[embedding, kind] = self._stored[head, kind]
+
     def _assemble(self, stored: str) -> Tensor:
-        """A small tensor of whole numbers, put together."""
+        """A buffer, put together."""
         size, dtype = torch.Size(self._meta[stored].size), self._meta[stored].properties.dtype
         value = torch.empty(size, dtype=dtype)
         for offsets, sizes, where in self._blocks[stored]:
             place = tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
             value[place] = self._block(where, sizes, dtype, stored)
         return value
+
+
+def _optimizer_part(name: str, names: Collection[str]) -> str | None:
+    """What follows the optimizer's prefix in a key; None where the key is not the optimizer's. `names`: all keys."""
+    if match := _OPTIMIZER.search(name):
+        return match[1]
+    rest = name.removeprefix("state.")  # get_state_dict's flattened state, saved beside the weights without a prefix
+    return rest if rest != name and rest.rpartition(".")[0] in names else None
+
+
+def _equal(first: list[Segment], second: list[Segment]) -> bool:
+    """Whether two flattened tensors of one length hold the same values of one dtype, up to the first run that differs."""
+    position = i = j = 0
+    while i < len(first) and j < len(second):
+        one, other = first[i], second[j]
+        ends = one.offset + one.values.numel(), other.offset + other.values.numel()
+        stop = min(ends)
+        runs = one.values[position - one.offset : stop - one.offset], other.values[position - other.offset : stop - other.offset]
+        if one.values.dtype != other.values.dtype or not torch.equal(*runs):
+            return False
+        position, i, j = stop, i + (stop == ends[0]), j + (stop == ends[1])
+    return True
 
 
 class _Window(io.RawIOBase):

@@ -37,6 +37,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Old releases of transformers saved the causal mask (1, 1, length, length) and the number that stood for minus infinity.
+_MASK = re.compile(r"(attn|attention)\.(masked_)?bias$")
 # Where training code keeps the weights in a dictionary with other things in it.
 _NESTED = ("model", "module", "state_dict", "model_state_dict")
 
@@ -46,6 +48,12 @@ def is_tensor_file(path: Path) -> bool:
     if path.is_dir():
         return any((path / name).exists() for name in (*INDEX_FILES, *SINGLE_FILES))
     return path.is_file() and path.suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+
+
+def is_buffer(name: str, dtype: torch.dtype, dimensions: int) -> bool:
+    """Whether a stored tensor is no weight: whole numbers and booleans (a position, a mask), rotary tables, masks of attention."""
+    mask = _MASK.search(name)
+    return not dtype.is_floating_point or name.endswith(".inv_freq") or (mask is not None and (bool(mask[2]) or dimensions == 4))
 
 
 class TensorFiles(Checkpoint):
@@ -71,15 +79,14 @@ class TensorFiles(Checkpoint):
         if config.get("model_type") == "burnish":
             self._tensors = {name.removeprefix(BURNISH_PREFIX): tensor for name, tensor in self._tensors.items()}
             metadata = {key.removeprefix(BURNISH_PREFIX): value.removeprefix(BURNISH_PREFIX) for key, value in metadata.items()}
+        stored_buffers = set(json.loads(metadata.get("buffers", "[]")))
+        buffers = {name for name, tensor in self._tensors.items() if is_buffer(name, tensor.dtype, tensor.dim()) or name in stored_buffers}
+        self.buffers = {name: self._tensors.pop(name) for name in buffers}
         self.aliases = {alias: owner for alias, owner in metadata.items() if owner in self._tensors and alias not in self._tensors}
         if config.get("tie_word_embeddings"):
             self.aliases |= _tied_head(self._tensors.keys() | self.aliases.keys())
         self._join_tied_copies()
         self.step = int(metadata["step"]) if metadata.get("step", "").isdigit() else self.step
-        # Whole numbers and booleans are buffers (a mask, a position), as are rotary tables and what the file calls so.
-        stored_buffers = set(json.loads(metadata.get("buffers", "[]")))
-        buffers = {n for n, t in self._tensors.items() if not t.is_floating_point() or n.endswith(".inv_freq") or n in stored_buffers}
-        self.buffers = {name: self._tensors.pop(name) for name in buffers}
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
         self.precision = precision_of(self._tensors.values())
         kind = "safetensors" if self._files[0].suffix == ".safetensors" else "torch"

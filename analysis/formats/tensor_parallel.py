@@ -22,6 +22,7 @@ from torch import Tensor
 
 from analysis.checkpoint import Checkpoint, Kind, Segment, block_segments, precision_of
 from analysis.files import load_file, some
+from analysis.formats.tensor_files import is_buffer
 from model.errors import InputError
 
 _MEGATRON = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
@@ -72,7 +73,7 @@ class TensorParallelCheckpoint(Checkpoint):
         first, count = slices[0], len(slices)
         if any(piece.shape[1:] != first.shape[1:] or piece.dim() != first.dim() for piece in slices):
             raise InputError(f"{self.path}: {name} has shapes {some([str(tuple(piece.shape)) for piece in slices])} on the ranks")
-        if not first.is_floating_point():
+        if is_buffer(name, first.dtype, first.dim()):
             self.buffers[name] = first
         elif count == 1:
             self._place(name, first.shape, [((0,) * first.dim(), first)])

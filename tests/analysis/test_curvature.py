@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from analysis.__main__ import main
 from analysis.curvature import PART_STEPS, Surface, lanczos, measure, parts_of
 from model.config import ModelConfig
+from model.errors import InputError
 from model.parametrization import initialize
 from model.transformer import Transformer
+from tests.analysis.conftest import CONFIG, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +154,27 @@ def test_the_verb(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }
     assert (run_folder / "report" / "curvature.png").stat().st_size > 10_000
     assert "largest eigenvalue" in capsys.readouterr().out
+
+
+def test_networks_without_curvature_are_named(tmp_path: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights that are NaN, and weights that are all 0: no gradient, and Lanczos ends at once in each part."""
+    for step, value, problem in ((30, math.nan, "the loss over these tokens is nan"), (40, 0.0, "the gradient is 0 everywhere")):
+        broken = Transformer(CONFIG)
+        with torch.no_grad():
+            for parameter in broken.parameters():
+                parameter.fill_(value)
+        folder = run_folder / "checkpoints" / f"step-{step:08d}"
+        write_checkpoint(folder, broken, step)
+        assert main(["curvature", str(run_folder), "--steps", "4", "--probes", "1", "--tokens", "64"]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert line.startswith(f"error: {folder}: {problem}")
+
+
+def test_lanczos_takes_a_matrix_of_zeros_and_refuses_nan() -> None:
+    values, weights, _ = lanczos(torch.zeros_like, torch.ones(6), 4)
+    assert (values.tolist(), weights.tolist()) == ([0.0], [1.0])
+    with pytest.raises(InputError, match="products with the Hessian are not finite"):
+        lanczos(lambda v: v * math.nan, torch.ones(6), 4)
 
 
 @pytest.mark.parametrize("option", ["--tokens", "--steps", "--probes"])

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +24,7 @@ from model.config import ModelConfig
 from model.errors import InputError
 from model.parametrization import initialize
 from model.transformer import Transformer
+from tests.analysis.conftest import write_checkpoint
 
 SIZES = {
     "vocab_size": 61,
@@ -155,6 +160,36 @@ def test_a_folder_is_read_with_its_own_tokenizer(tmp_path, capsys):
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match="no tokenizer that can be read here"):
         source.encoder()
+
+
+def test_an_exported_run_has_the_figures_of_the_run(tmp_path):
+    """The three verbs that run a model, on the folder in a process that has not imported model.huggingface."""
+    from training.tokenizer import train_sentencepiece
+
+    text = tmp_path / "text.txt"
+    text.write_text(Path(__file__).read_text()[:4000])
+    run, folder = tmp_path / "run", tmp_path / "folder"
+    model = Transformer(ModelConfig(width=32, depth=2, heads=4, kv_heads=2, vocab_size=380, sequence_length=24, init_std=0.2))
+    initialize(model, seed=0)
+    write_checkpoint(run / "checkpoints" / "step-00000030", model, 30)
+    (run / "tokenizer").mkdir()
+    train_sentencepiece([text.read_bytes()], 380).save(run / "tokenizer")
+    assert main(["export", str(run), "--out", str(folder), "--skip-comparison"]) == 0
+    data = ["--data", str(text), "--tokens", "96"]
+    recipes = ["--recipes", "w8a8_static", "w8a8_per_token", "--calibration", str(text), "--seeds", "1", "--calibration-batches", "1"]
+    verbs = {"outliers": data, "quantization": [*data, *recipes], "signal": data}
+    code = "import sys; from analysis.__main__ import main\nfor line in sys.argv[1:]: assert main(line.split(chr(10))) == 0, line"
+    lines = ["\n".join([verb, str(folder), *options, "--out", str(tmp_path / "of_folder")]) for verb, options in verbs.items()]
+    done = subprocess.run([sys.executable, "-c", code, *lines], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    for verb, options in verbs.items():
+        assert main([verb, str(run), *options, "--out", str(tmp_path / "of_run")]) == 0
+        of_folder, of_run = (json.loads((tmp_path / place / f"{verb}.json").read_text()) for place in ("of_folder", "of_run"))
+        for found in (of_folder, of_run):
+            for entry in [found, *found.get("checkpoints", []), *found.get("networks", [])]:
+                for key in ("run", "name", "path", "state", "step", "steps"):
+                    entry.pop(key, None)
+        assert of_folder == of_run, verb
 
 
 def test_what_is_no_decoder_is_refused(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,47 @@ def test_one_file_of_a_sharded_checkpoint(deepspeed_checkpoints, tmp_path, capsy
     largest = [float(text) for text in re.findall(r"rounding changed an element by at most (\S+) of it", capsys.readouterr().out)]
     assert len(largest) == 3
     assert 2**-9 < max(largest) <= 2**-8  # half a unit in the last of bf16's 8 bits
+
+
+@pytest.mark.parametrize("tags", [("step4", "final"), ("epoch0_step900", "epoch1_step100")])
+def test_the_last_checkpoint_is_the_one_of_most_steps_whatever_its_name(tmp_path, capsys, tags):
+    run = tmp_path / "ds"
+    for seed, (tag, step) in enumerate(zip(tags, (4, 8), strict=True)):
+        write_checkpoint(run / tag, network(seed), step)
+    assert main(["export", str(run), "--out", str(tmp_path / "out.safetensors")]) == 0
+    assert main(["export", str(run), "--out", str(tmp_path / "folder"), "--skip-comparison"]) == 0
+    assert main(["weights", str(run), "--compare", str(run), "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("step 8") == 3
+    newest = network(1).state_dict()
+    for file in ("out.safetensors", "folder/model.safetensors"):
+        assert torch.equal(load_file(tmp_path / file)[f"{'network.' * ('/' in file)}embedding.weight"], newest["embedding.weight"])
+    written = json.loads((tmp_path / "weights.json").read_text())
+    assert (written["step"], written["compared_with"], written["difference_norm"]) == (8, str(run / tags[1]), 0.0)
+
+
+def test_checkpoints_of_other_names_below_checkpoints(tmp_path, capsys):
+    write_checkpoint(tmp_path / "run" / "checkpoints" / "global_step4", network(0), 4)
+    (tmp_path / "run" / "checkpoints" / "latest").write_text("global_step4")
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out.safetensors")]) == 0
+    assert "step 4" in capsys.readouterr().out
+
+
+def test_damage_to_an_older_checkpoint_of_a_run_does_not_hinder_the_last(run_folder, tmp_path, capsys):
+    (run_folder / "checkpoints" / "step-00000010" / "mp_rank_00_model_states.pt").write_bytes(b"")
+    assert main(["export", str(run_folder), "--out", str(tmp_path / "out.safetensors")]) == 0
+    assert "step 20" in capsys.readouterr().out
+
+
+@pytest.mark.distributed
+def test_ranks_take_the_checkpoint_of_most_steps(deepspeed_checkpoints, tmp_path):
+    run = tmp_path / "ds"
+    for tag, step in (("step4", 1), ("final", 2)):
+        shutil.copytree(deepspeed_checkpoints / "2" / "stage2-fp32" / f"step-{step:08d}", run / tag)
+    assert main(["export", str(run), "--ranks", "3", "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "latest").read_text() == "final"
+    assert open_checkpoint(tmp_path / "out" / "final").step == 2
+    assert main(["step", str(run), "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "step.json").read_text())["step"] == 2
 
 
 def test_the_tokenizer_goes_along_and_cuts_text_the_same(run_folder, tmp_path, capsys):

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import struct
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,67 @@ def test_torch_distributed_checkpoint(deepspeed_checkpoints, world_size):
         checkpoint.tensor("whole", "exp_avg")
 
 
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("momentum", [False, True])
+def test_distributed_weights_beside_any_optimizer(tmp_path, flat, momentum):
+    """What get_state_dict gives of a network with a tied head, and of SGD or Adam: the optimizer's tensors are no weights."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    model = toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) if momentum else torch.optim.Adam(model.parameters())
+    model(torch.arange(9)).backward()
+    optimizer.step()
+    weights, state = get_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=flat))
+    layouts: dict[str, dict] = {"beside": {"model": weights, "optim": state}, "app": {"app": {"model": weights, "optimizer": state}}}
+    layouts |= {"flat": {**weights, **state}} if flat else {}
+    layouts["head first"] = {"model": dict(sorted(weights.items(), reverse=True)), "optim": state}
+    for name, content in layouts.items():
+        dcp.save(content, checkpoint_id=tmp_path / name, no_dist=True)  # pyright: ignore[reportPrivateImportUsage]
+        checkpoint = open_checkpoint(tmp_path / name)
+        assert checkpoint.aliases == {"head.weight": "embedding.weight"}
+        expected = {**dict(model.named_parameters()), "offset": model.offset}  # the format does not say that a float is a buffer
+        assert checkpoint.shapes == {key: expected[key].shape for key in checkpoint.shapes} and set(checkpoint.shapes) == set(expected)
+        assert torch.equal(checkpoint.tensor("head.weight"), model.embedding.weight)
+        if not momentum:
+            moments = optimizer.state[model.embedding.weight]["exp_avg_sq"]
+            assert torch.equal(checkpoint.tensor("head.weight", "exp_avg_sq"), moments)
+            assert torch.equal(checkpoint.tensor("first.bias", "exp_avg_sq"), optimizer.state[model.first.bias]["exp_avg_sq"])
+
+
+def test_a_distributed_head_is_tied_only_where_it_is_the_embedding(tmp_path):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+    from analysis.formats import distributed
+
+    matrix = torch.randn(50, 8)
+    changed = matrix.clone()
+    changed[49, 7] += 1
+    states = {name: {"exp_avg": matrix * 2} for name in ("embed_tokens.weight", "lm_head.weight")}
+    cases = {
+        "tied": {"embed_tokens.weight": matrix, "lm_head.weight": matrix},
+        "last value": {"embed_tokens.weight": matrix, "lm_head.weight": changed},
+        "equal at first": {"embed_tokens.weight": matrix, "lm_head.weight": matrix.clone(), "optimizer": {"state": states}},
+        "no head": {"embed_tokens.weight": matrix, "up.weight": matrix},
+    }
+    for case, content in cases.items():
+        dcp.save(content, storage_writer=FileSystemWriter(tmp_path / case), no_dist=True)  # pyright: ignore[reportPrivateImportUsage]
+        checkpoint = open_checkpoint(tmp_path / case)
+        assert checkpoint.aliases == ({"lm_head.weight": "embed_tokens.weight"} if case == "tied" else {}), case
+        assert len(checkpoint.shapes) == (1 if case == "tied" else 2)
+    # runs that begin and end at different places
+    flat = matrix.reshape(-1)
+
+    def cut(values: torch.Tensor, *places: int) -> list:
+        bounds = [0, *places, len(values)]
+        return [distributed.Segment(a, values[a:b]) for a, b in pairwise(bounds)]
+
+    assert distributed._equal(cut(flat, 3, 100, 399), cut(flat, 100, 101))
+    assert not distributed._equal(cut(flat, 3, 100, 399), cut(changed.reshape(-1), 100, 101))
+    assert not distributed._equal(cut(flat), cut(flat.bfloat16().float().bfloat16()))
+
+
 def test_safetensors_and_torch_files(tmp_path):
     model = toy()
     save_model(model, str(tmp_path / "one.safetensors"))
@@ -159,6 +221,33 @@ def test_hugging_face_folders_of_one_and_many_files(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(filled.parameters(), llama.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_old_hugging_face_masks_are_buffers(tmp_path, capsys, dtype):
+    """Old releases of transformers saved what attention masks with beside the weights; in float16 it is minus infinity."""
+    from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
+
+    small = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 50, "n_positions": 16}
+    neox = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
+    causal = torch.ones(16, 16).tril().view(1, 1, 16, 16)
+    never = torch.tensor(-1e9).to(dtype)
+    masks = {"bias": causal.to(dtype), "masked_bias": never}
+    for model, place in (
+        (GPT2LMHeadModel(GPT2Config(**small)), "transformer.h.{}.attn"),
+        (GPTJForCausalLM(GPTJConfig(**small, rotary_dim=4)), "transformer.h.{}.attn"),
+        (GPTNeoXForCausalLM(GPTNeoXConfig(**neox)), "gpt_neox.layers.{}.attention"),
+    ):
+        model = model.to(dtype)
+        own = {f"{place.format(layer)}.{name}": value for layer in (0, 1) for name, value in masks.items()}
+        weights = {name: value.detach() for name, value in model.state_dict().items()}
+        folder = tmp_path / type(model).__name__
+        folder.mkdir()
+        torch.save({**weights, **own}, folder / "pytorch_model.bin")
+        checkpoint = open_checkpoint(folder)
+        assert set(checkpoint.shapes) == {name for name, _ in model.named_parameters()}  # among them attn.c_attn.bias
+        assert set(checkpoint.buffers) == set(own)
+        assert main(["inspect", str(folder)]) == 0, capsys.readouterr().out
+
+
 # ---- tensor-parallel files, made here from the full model --------------------------------------------------------------
 
 
@@ -173,6 +262,8 @@ def split_neox(folder: Path, full: dict[str, torch.Tensor], ranks: int) -> None:
                 piece = value.chunk(ranks, 1)[rank]
             elif rest.endswith(("dense.bias", "4h_to_h.bias")):
                 piece = value / ranks
+            elif rest.endswith("inv_freq"):
+                piece = value
             elif "norm" in rest:
                 piece = value + (rank - (ranks - 1) / 2) * 2**-10  # they drift apart; the mean is the value
             else:
@@ -208,10 +299,11 @@ NEOX = {
 def test_neox_slices_join(tmp_path, ranks):
     torch.manual_seed(0)
     full = {name: (torch.randn(shape) * 64).round() / 64 for name, shape in NEOX.items()}  # sums and means are exact
-    split_neox(tmp_path / "global_step9", full, ranks)
+    rotary = {"layers.2.attention.rotary_emb.inv_freq": torch.tensor([1.0, 0.1])}
+    split_neox(tmp_path / "global_step9", {**full, **rotary}, ranks)
     checkpoint = open_checkpoint(tmp_path / "global_step9")
     assert (checkpoint.step, checkpoint.format) == (9, f"GPT-NeoX, {ranks} tensor-parallel ranks")
-    assert checkpoint.shapes == {name: value.shape for name, value in full.items()}
+    assert checkpoint.shapes == {name: value.shape for name, value in full.items()} and checkpoint.buffers.keys() == rotary.keys()
     for name, value in full.items():
         assert torch.equal(checkpoint.tensor(name), value), name
         out = torch.empty(5)

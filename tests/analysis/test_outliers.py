@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
+import weakref
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from analysis.__main__ import main
 from analysis.decoders import build_model, run_decoder, watch
 from analysis.outliers import analyze_outliers, measure
 from analysis.runs import find_run
 from analysis.shards import open_checkpoint
-from analysis.tokens import validation_tokens
+from analysis.signal import analyze_signal
+from analysis.tokens import encoder, file_windows, held_out_tokens, validation_tokens
 from model.activation_statistics import ActivationMoments, add_to, watch_residuals
+from model.config import ModelConfig
 from model.errors import InputError
-from tests.analysis.conftest import CONFIG
+from model.parametrization import initialize
+from model.transformer import Transformer
+from tests.analysis.conftest import CONFIG, write_checkpoint
+from training.tokenizer import train_sentencepiece
 
 
 def test_places_are_those_of_training(run_folder):
@@ -59,6 +68,68 @@ def test_a_run_is_measured_at_every_step_and_its_loss_is_the_models(run_folder):
             assert many["places"][place][key] == pytest.approx(value, rel=1e-5), (place, key)
     assert result["definitions"].keys() >= result["checkpoints"][0]["places"]["layer 0"].keys()
     assert result["definitions"].keys() >= result["checkpoints"][0].keys() - {"step", "precision", "places"}
+
+
+def test_one_network_is_in_memory_whatever_the_number_of_checkpoints(run_folder, monkeypatch):
+    alive, most = weakref.WeakSet(), []
+    original = Transformer.__init__
+
+    def counted(self, *arguments):
+        original(self, *arguments)
+        alive.add(self)
+        most.append(len(alive))
+
+    monkeypatch.setattr(Transformer, "__init__", counted)
+    result = analyze_outliers(find_run(run_folder), tokens=64, progress=False)
+    assert len({checkpoint["loss"] for checkpoint in result["checkpoints"]}) == 3 and max(most) == 1
+    # a checkpoint of another configuration is its own network all the same
+    path = run_folder / "checkpoints" / "step-00000010" / "model_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "attention_window": 1}))
+    (path.parent / "manifest.json").unlink()
+    other = analyze_outliers(find_run(run_folder), tokens=64, progress=False)
+    same = [a["loss"] == b["loss"] for a, b in zip(result["checkpoints"], other["checkpoints"], strict=True)]
+    assert same == [True, False, True]
+
+
+def spoil(folder: Path, name: str) -> None:
+    """Make a weight of a checkpoint not a number, as after a divergence."""
+    states = torch.load(folder / "mp_rank_00_model_states.pt")
+    states["module"][name][:] = math.nan
+    torch.save(states, folder / "mp_rank_00_model_states.pt")
+    (folder / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("name", ["blocks.0.mlp.up.weight", "embedding.weight"])
+@pytest.mark.parametrize("step", [10, 20])
+def test_a_checkpoint_that_diverged_takes_nothing_from_the_others(run_folder, tmp_path, capsys, name, step):
+    sound = analyze_outliers(find_run(run_folder), tokens=64, progress=False)
+    spoil(run_folder / "checkpoints" / f"step-000000{step}", name)
+    assert main(["outliers", str(run_folder), "--tokens", "64", "--out", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "outliers.json").read_text())
+    for before, after in zip(sound["checkpoints"], found["checkpoints"], strict=True):
+        assert (before == after) == (after["step"] != step)
+    printed = capsys.readouterr().out
+    assert f"have no value: step {step}" in printed
+    assert ("loss on these tokens -" in printed) == (step == 20)
+    assert (tmp_path / "out" / "outliers.png").stat().st_size > 10_000
+
+
+def test_text_is_read_as_far_as_it_is_needed(run_folder, tmp_path):
+    """Behind the characters that are asked for a file may hold anything: it is not touched."""
+    (run_folder / "tokenizer").mkdir()
+    train_sentencepiece([Path(__file__).read_bytes()], 380).save(run_folder / "tokenizer")
+    model, path = Transformer(ModelConfig(**{**CONFIG.to_dict(), "vocab_size": 380})), run_folder / "checkpoints" / "step-00000040"
+    initialize(model, seed=0)
+    write_checkpoint(path, model, 40)
+    file = tmp_path / "text.txt"
+    file.write_bytes(b"def f(x):\n    return x\n" * 10_000 + b"\xff")
+    run = find_run(path)
+    tokens, _ = held_out_tokens(run, [str(file)], 32, 16)
+    assert tokens.shape == (2, 17)
+    assert file_windows(encoder(run), [str(file)], 2, 16, 0).shape == (2, 16)
+    with pytest.raises(InputError, match="it is not UTF-8"):
+        held_out_tokens(run, [str(file)], 10_000, 16)
+    assert analyze_signal([str(path)], files=[str(file)], tokens=32, progress=False)["networks"][0]["tokens"] == 32
 
 
 def test_own_text_with_the_runs_tokenizer(run_folder, tmp_path):

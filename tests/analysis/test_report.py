@@ -11,12 +11,19 @@ import sys
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from analysis.__main__ import main
 from analysis.charts import Line, heat_map, line_chart, log_ticks, ticks
+from analysis.fused import Heads
+from analysis.outlier_neurons import Thresholds
+from analysis.outliers import analyze_outliers
+from analysis.output import write_json
+from analysis.report import _up_to_date
 from analysis.runs import find_run, read_metrics
+from analysis.trajectory import analyze_trajectory
 
 ROOT = Path(__file__).parents[2]
 VOID = {"meta", "link", "br"}
@@ -113,6 +120,46 @@ def test_report_analyses_again_only_when_checkpoints_changed(run_folder):
     assert json.loads((report / "outliers.json").read_text())["steps"] == [0, 10]
 
 
+def test_report_takes_no_result_of_other_settings(run_folder, monkeypatch, capsys):
+    """What `outliers` left in the report's folder counts only where it is what the report would measure."""
+    text = run_folder / "small.txt"
+    text.write_text("some text of another kind " * 40)
+    monkeypatch.setattr("analysis.tokens.encoder", lambda source: lambda words: [ord(letter) % 64 for letter in words])
+    run, path = find_run(run_folder), run_folder / "report" / "outliers.json"
+
+    def taken(**options: Any) -> bool:
+        write_json(path, analyze_outliers(run, progress=False, **options))
+        return _up_to_date(run, path) is not None
+
+    assert taken()
+    assert capsys.readouterr().err == ""
+    assert taken(tokens=10**6)  # of which there are not so many: it is the same
+    assert not taken(tokens=64)
+    assert not taken(data=[str(text)])
+    assert not taken(thresholds=Thresholds(feature_magnitude=3.0))
+    assert capsys.readouterr().err.count("made under other settings") == 3
+    assert taken()
+    # where the prepared text is gone, what was measured on it stays
+    shutil.rmtree(run_folder.parents[1] / "prepared")
+    assert _up_to_date(run, path) is not None
+    assert not taken(data=[str(text)])
+
+
+def test_report_takes_no_trajectory_of_other_heads(tmp_path):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 32}
+    for step in (1, 2):
+        GPTNeoXForCausalLM(GPTNeoXConfig(**shape, num_attention_heads=4)).save_pretrained(tmp_path / f"step{step}")
+    run, path = find_run(tmp_path), tmp_path / "report" / "trajectory.json"
+    for heads, taken in ((None, True), (Heads(4, 4), True), (Heads(8, 8), False)):
+        write_json(path, analyze_trajectory(run, progress=False, heads=heads))
+        assert (_up_to_date(run, path) is not None) == taken
+    for step in (1, 2):
+        (tmp_path / f"step{step}" / "config.json").unlink()
+    assert _up_to_date(run, path) is not None  # nothing says that they are others
+
+
 def test_report_says_what_it_could_not_do(run_folder):
     for step in ("00000010", "00000020"):
         shutil.rmtree(run_folder / "checkpoints" / f"step-{step}")
@@ -189,6 +236,24 @@ def test_exit_code_and_no_traceback_from_the_command_line(tmp_path):
     assert run_command("trajectories", "x").returncode == 2
     help_text = run_command("--help").stdout
     assert all(verb in help_text for verb in ("trajectory", "outliers", "report"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trajectory", "RUN", "--memory-megabytes", "nan"], "argument --memory-megabytes: nan: expected a finite number"),
+        (["trajectory", "RUN", "--memory-megabytes", "inf"], "argument --memory-megabytes: inf: expected a finite number"),
+        (["trajectory", "RUN", "--memory-megabytes", "-1"], "argument --memory-megabytes: -1: expected a number above 0"),
+        (["outliers", "RUN", "--feature-magnitude", "nan"], "argument --feature-magnitude: nan: expected a finite number"),
+        (["export", "RUN", "--shard-gigabytes", "x"], "argument --shard-gigabytes: x: expected a finite number"),
+        (["covariance", "--slopes", "nan", "1"], "argument --slopes: nan: expected a finite number"),
+    ],
+)
+def test_numbers_that_are_none(run_folder, arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(run_folder) if word == "RUN" else word for word in arguments])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {message}")
 
 
 def test_an_unwritable_folder_is_bad_input(run_folder, capsys):

@@ -12,11 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
+import analysis.checkpoint
+from analysis.__main__ import main
+from analysis.curvature import analyze_curvature
+from analysis.decoders import open_decoder
+from analysis.export import export
 from analysis.files import read_in_order
 from analysis.grams import increment_grams
+from analysis.report import gather
 from analysis.runs import find_run
 from analysis.shards import Checkpoint, open_checkpoint
+from analysis.signal import find_networks
+from analysis.weights import analyze_weights
 from model.errors import InputError
 from model.transformer import Transformer
 from tests.analysis.conftest import CONFIG, LAYOUTS, ZOO
@@ -202,6 +211,89 @@ def test_manifest_finds_truncation_alteration_and_absence(run_folder):
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="outside the checkpoint"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: replace(folder / "mp_rank_00_model_states.pt").symlink_to("nowhere"), "mp_rank_00_model_states.pt: "),
+        (lambda folder: replace(folder / "model.safetensors").mkdir(), "model.safetensors: cannot be read: Is a directory"),
+        (lambda folder: replace(folder / "mp_rank_00_model_states.pt").symlink_to("mp_rank_00_model_states.pt"), "cannot be read"),
+    ],
+    ids=["dangling", "folder", "loop"],
+)
+def test_what_cannot_be_read_is_named_and_the_rest_is_listed(run_folder, capsys, spoil, message):
+    folder = run_folder / "checkpoints" / "step-00000010"
+    (folder / "manifest.json").unlink()
+    if "safetensors" in message:
+        (folder / "mp_rank_00_model_states.pt").unlink()
+    spoil(folder)
+    assert main(["inspect", str(run_folder)]) == 2
+    said = capsys.readouterr()
+    assert message in said.out and "cannot be read: " in said.out
+    assert said.out.count("sound (checksums and values)") == 2
+    assert "1 of the checkpoints cannot be trusted" in said.err
+
+
+def replace(path: Path) -> Path:
+    path.unlink(missing_ok=True)
+    return path
+
+
+def test_a_manifest_without_a_checksum_is_damaged(run_folder, capsys):
+    folder = run_folder / "checkpoints" / "step-00000010"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"]["model_config.json"]["sha256"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["inspect", str(run_folder)]) == 2
+    said = capsys.readouterr().out
+    assert "manifest.json: damaged: no sha256 of model_config.json" in said and said.count("sound (") == 2
+
+
+def test_a_file_is_hashed_once_and_others_not_at_all(run_folder, monkeypatch, tmp_path):
+    """By what reads files, from outside: what each verb has hashed, by the step it belongs to."""
+    hashed: list[str] = []
+    original = analysis.checkpoint._sha256
+    monkeypatch.setattr("analysis.checkpoint._sha256", lambda file, bar: (hashed.append(file.parent.name), original(file, bar))[1])
+    monkeypatch.setattr("analysis.checkpoint._CHECKSUMS", {})
+    files = 2  # that a manifest lists
+    run = find_run(run_folder)
+    for use in (
+        lambda: analyze_weights(run, progress=False),
+        lambda: export(run, tmp_path / "out.safetensors"),
+        lambda: open_decoder(run),
+        lambda: list(find_networks([str(run_folder)], [], [], 0, True)),
+        lambda: analyze_curvature(run, 16, 2, 1, progress=False),
+    ):
+        use()
+        assert hashed == ["step-00000020"] * files
+        hashed.clear()
+        analysis.checkpoint._CHECKSUMS.clear()
+    gather(run)
+    assert sorted(hashed) == sorted(["step-00000000", "step-00000010", "step-00000020"] * files)
+    # one that changed is hashed again
+    damaged = run_folder / "checkpoints" / "step-00000010" / "model_config.json"
+    damaged.write_text(damaged.read_text().replace("64", "46"))
+    with pytest.raises(InputError, match=r"model_config.json: altered since it was saved"):
+        run.open()
+
+
+def test_long_checksums_show_one_bar_over_bytes(run_folder, monkeypatch, capsys):
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, **options):
+            super().__init__(**{**options, "delay": 0, "mininterval": 0})
+            bars.append(self)
+
+    monkeypatch.setattr("analysis.checkpoint._CHECKSUMS", {})
+    monkeypatch.setattr("analysis.checkpoint.tqdm", Bar)
+    find_run(run_folder).open()
+    manifests = [json.loads(path.read_text())["files"] for path in (run_folder / "checkpoints").glob("step-*/manifest.json")]
+    size = sum(entry["size"] for files in manifests for entry in files.values())
+    assert [(bar.total, bar.n) for bar in bars] == [(size, size)]
+    said = capsys.readouterr()
+    assert said.out == "" and "checksums: 100%" in said.err
 
 
 def test_bf16_masters_that_cannot_be_told_apart_are_not_guessed(tmp_path):

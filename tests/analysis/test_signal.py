@@ -284,6 +284,35 @@ def test_the_verb_on_a_run(run_folder: Path, tmp_path: Path, capsys: pytest.Capt
     assert "--depth and --width are for recipes" in capsys.readouterr().err
 
 
+def test_a_network_that_diverged_takes_nothing_from_the_others(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad, good = (str(run_folder / "checkpoints" / f"step-000000{step}") for step in (10, 20))
+    sound = analyze_signal([good], tokens=64, progress=False)
+    states = torch.load(f"{bad}/mp_rank_00_model_states.pt")
+    states["module"]["blocks.1.mlp.up.weight"][0, 0] = math.nan
+    torch.save(states, f"{bad}/mp_rank_00_model_states.pt")
+    Path(bad, "manifest.json").unlink()
+    assert main(["signal", bad, good, "--tokens", "64", "--out", str(tmp_path / "out")]) == 0
+    written = json.loads((tmp_path / "out" / "signal.json").read_text())
+    assert written["networks"] == sound["networks"] and (tmp_path / "out" / "signal.png").exists()
+    assert [network["path"] for network in written["refused"]] == [bad] and sound["refused"] == []
+    assert "step-00000010: the loss is not finite" in capsys.readouterr().out
+    assert main(["signal", bad, "--tokens", "64", "--out", str(tmp_path / "none")]) == 2
+    assert "step-00000010: the loss is not finite" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_gradient_that_is_not_finite_is_said() -> None:
+    def overflow(module: Any, inputs: Any, output: Tensor) -> None:
+        output.register_hook(lambda gradient: gradient * math.inf)
+
+    model = network()
+    model.blocks[0].register_forward_hook(overflow)
+    with pytest.raises(InputError, match="it: its gradients are not finite"):
+        measure(run_decoder(model), [pad(numbers(2, 9), 8)], "it")
+
+
 def test_text_is_padded_and_each_file_begins_anew(tmp_path: Path) -> None:
     for name, text in (("a.txt", "x" * 30), ("b.txt", "y" * 11)):
         (tmp_path / name).write_text(text)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from analysis.fused import Heads
 from analysis.grams import _products, increment_grams
 from analysis.runs import find_run
 from analysis.shards import open_checkpoint
@@ -100,6 +101,28 @@ def test_off_diagonal_means_and_undefined_values():
     walk = summarize(np.eye(5))
     cosines = np.array(walk["trajectory_map"])
     assert walk["omega_off_diagonal"] == pytest.approx((cosines.sum() - 5) / 20)
+
+
+def test_checkpoints_equal_to_the_first_are_left_out_of_the_mean_from_it(tmp_path):
+    """A warm-up that begins at a rate of 0: the same as the path without them, on its own grid."""
+    generator = torch.Generator().manual_seed(0)
+    points = [torch.ones(300)] * 3 + list(torch.ones(300) + torch.randn(3, 300, generator=generator).cumsum(0))
+    steps = [0, 1, 2, 4, 8, 16]
+    folders = [write(tmp_path / "run" / f"step{step}", step, {"a": p.clone()}) for step, p in zip(steps, points, strict=True)]
+    result = analyze_trajectory(find_run(tmp_path / "run"), progress=False)
+    network = result["network"]
+    moved = np.stack([(point - points[0]).double().numpy() for point in points[3:]])
+    unit = moved / np.linalg.norm(moved, axis=1, keepdims=True)
+    cosines = unit @ unit.T
+    assert network["displacements"] == result["tensors"]["a"]["displacements"] == 3
+    assert network["omega_relative"] == pytest.approx(cosines.mean(), rel=1e-9)
+    assert network["omega_relative_off_diagonal"] == pytest.approx((cosines.sum() - 3) / 6, rel=1e-9)
+    weights = np.array([3.0, 6.0, 4.0]) / 13  # half the gaps on either side: 2 to 8, 4 to 16, 8 to 16
+    assert network["omega_relative_grid"] == pytest.approx(weights @ cosines @ weights, rel=1e-9)
+    assert network["relative_map"][0] == [None] * 5 and network["apex_angles"][:2] == [None, None]
+    assert "2 of them equal to the first, and left out" in describe(result)
+    still = increment_grams([open_checkpoint(folder) for folder in folders[:3]], progress=False)["a"].numpy()
+    assert (summarize(still)["displacements"], summarize(still)["omega_relative_grid"]) == (0, None)
 
 
 def test_memory_bound_does_not_change_the_result(tmp_path):
@@ -254,6 +277,39 @@ def test_a_pass_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     assert set(reads) == {"blocks.0.mlp.b"}
     assert [path.name for path in tmp_path.glob("*.safetensors")] == ["grams.safetensors"]
     assert not list(tmp_path.glob(".grams*"))
+
+
+def fused(tmp_path: Path) -> list:
+    """Three checkpoints of a fused matrix of 24 rows, which 4 heads of 2 divide and 8 heads of 1, and one after it."""
+    points = torch.randn(3, 24, 5, generator=torch.Generator().manual_seed(0))
+    return [
+        open_checkpoint(write(tmp_path / f"step{i}", i, {"a.query_key_value.weight": point.clone(), "b": point[:2].clone()}))
+        for i, point in enumerate(points)
+    ]
+
+
+def test_matrices_of_other_heads_are_not_used_again(tmp_path, monkeypatch):
+    opened, keep = fused(tmp_path), tmp_path / "grams.safetensors"
+    four, eight = (increment_grams(opened, progress=False, heads=Heads(n, n)) for n in (4, 8))
+    assert four.keys() == eight.keys() and not torch.equal(*(grams["a.query_key_value.weight[key]"] for grams in (four, eight)))
+    assert_same(increment_grams(opened, progress=False, keep=keep, heads=Heads(4, 4)), four)
+    assert_same(increment_grams(opened, progress=False, keep=keep, heads=Heads(8, 8)), eight)
+    keep.unlink()
+    # cut off with four heads, after the fused matrix; gone on with eight
+    monkeypatch.setattr("analysis.grams.SAVE_SECONDS", -1.0)
+    read = type(opened[0]).read
+
+    def failing(self, name, *rest):
+        if name == "b" and self is opened[2]:
+            raise KeyboardInterrupt
+        read(self, name, *rest)
+
+    monkeypatch.setattr(type(opened[0]), "read", failing)
+    with pytest.raises(KeyboardInterrupt):
+        increment_grams(opened, 0.001, progress=False, keep=keep, heads=Heads(4, 4))
+    monkeypatch.setattr(type(opened[0]), "read", read)
+    assert list(tmp_path.glob(".grams*"))
+    assert_same(increment_grams(opened, 0.001, progress=False, keep=keep, heads=Heads(8, 8)), eight)
 
 
 @pytest.mark.parametrize("count", [2, 4])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from model.attention import Context, rotary_tables
 from model.parametrization import initialize
 from model.transformer import Transformer
-from scripts.coordinate_check import MODULES, main, size_overrides, slope, train
+from scripts.coordinate_check import MODULES, average, main, size_overrides, slope, train
 from training.recipe import model_config
 from training.recipe_file import load_recipe
 
@@ -44,6 +45,33 @@ def test_slope() -> None:
     assert slope([2, 4, 8], [3 * size**0.5 for size in (2, 4, 8)]) == pytest.approx(0.5)
     assert slope([2, 8], [1.0, 1.0]) == 0
     assert slope([2, 4], [0.0, 1.0]) is None
+    assert slope([2, 4], [None, 1.0]) is None
+
+
+def test_seeds_are_averaged_as_logarithms() -> None:
+    runs = [{module: [value, 2.0] for module in MODULES} for value in (2.0, 8.0)]
+    assert average(runs)["mlp"] == pytest.approx([4.0, 2.0])
+    runs[1]["mlp"] = [0.0, math.nan]
+    assert average(runs)["mlp"] == [0.0, None]
+    assert average([{**runs[0], "mlp": [math.inf, 2.0]}])["mlp"] == [None, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("rate", "problem"),
+    [
+        ("1e3", "attention is 0 at step 3, width 32, so its slope is undefined"),
+        ("1e30", "residual is not finite at step 2, width 32"),
+        ("1e10", "residual is not finite at step 1, width 32"),  # and no logit has moved before: a panel has nothing to draw
+    ],
+)
+def test_networks_that_broke_do_not_pass(
+    rate: str, problem: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, result = run(monkeypatch, tmp_path, recipe, "--widths", "32", "64", "--steps", "6", f"optimizer.learning_rate={rate}")
+    found = result["parametrizations"]["standard"]
+    assert code == 1 and not found["passes"]
+    assert problem in found["problem"] and found["problem"] in capsys.readouterr().out
+    assert result["definitions"].keys() >= found.keys()
 
 
 def test_values_are_the_networks(recipe: str) -> None:

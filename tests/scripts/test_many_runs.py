@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
+from model.errors import InputError
+from model.transformer import Transformer
 from scripts.ablate_trajectories import effects
+from scripts.compare_recipes import main as compare_recipes
 from scripts.many_runs import Results, common_corpus, run_python
+from tests.analysis.conftest import CONFIG, write_checkpoint
 
 
 def prepared(folder: Path, content: str) -> Path:
@@ -38,6 +43,61 @@ def test_runs_of_another_text_are_not_mixed_in(tmp_path: Path) -> None:
     (runs / "corpus").write_text(str(prepared(tmp_path / "two", "2")))
     with pytest.raises(SystemExit, match="read another text"):
         common_corpus(runs, Results(tmp_path / "results.json"), "never read", [])
+
+
+def test_runs_of_other_settings_are_not_mixed_in(tmp_path: Path) -> None:
+    results = Results(tmp_path / "results.json")
+    results.belong_to(overrides=["a=1"], base=2)
+    results.set("a", loss=1.0)
+    again = Results(tmp_path / "results.json")
+    again.belong_to(overrides=["a=1"], base=2)
+    with pytest.raises(InputError, match=r"results.json: holds runs with base 2, not 3: name another --out"):
+        again.belong_to(overrides=["a=1"], base=3)
+
+
+def test_recipes_are_compared_under_the_overrides_of_the_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Launched again with others it trains nothing and shows nothing; a results file that kept none was made without."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("training.distributed.leave", sys.exit)
+    trained: list[list[str]] = []
+
+    def train(name: str, arguments: list[str]) -> bool:
+        trained.append(arguments)
+        folder = tmp_path / "runs" / name
+        write_checkpoint(folder / "checkpoints" / "step-00000001", Transformer(CONFIG), 1)
+        (folder / "environment.json").write_text("{}")
+        places = {"layer 0": {"kurtosis": 2.0}}
+        record = {"step": 1, "validation_loss": 3.25, "tokens_per_second": 10.0, "activations": places}
+        (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+        return True
+
+    monkeypatch.setattr("scripts.compare_recipes.run_python", train)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "corpus").write_text(str(prepared(tmp_path / "text", "1")))
+    recipe = str(Path(__file__).parents[2] / "recipes" / "blocks_pre_norm.yaml")
+
+    def compare(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["compare_recipes", *arguments, "--runs", "runs", "--out", "out.json"])
+        try:
+            return compare_recipes()
+        except SystemExit as stopped:
+            return int(stopped.code or 0)
+
+    faster = ("--overrides", "optimizer.learning_rate=0.01")
+    assert compare(recipe, *faster) == compare(recipe, *faster) == 0
+    assert len(trained) == 1 and "optimizer.learning_rate=0.01" in trained[0]
+    assert capsys.readouterr().out.count("| 3.250 |") == 2
+    assert compare(recipe) == 2
+    said = capsys.readouterr()
+    assert said.err == "error: out.json: holds runs with overrides ['optimizer.learning_rate=0.01'], not []: name another --out\n"
+    assert said.out == "" and len(trained) == 1
+    header = json.loads((tmp_path / "out.json").read_text())
+    del header["overrides"]
+    (tmp_path / "out.json").write_text(json.dumps(header))
+    assert (compare(recipe), compare(recipe, *faster)) == (0, 2)
+    assert compare(recipe, "typo.yaml") == 2 and "typo.yaml" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_failure_is_told_and_one_that_is_a_result_is_not(tmp_path: Path) -> None:
