@@ -87,7 +87,9 @@ class LossSpikesSection(Section):
     threshold: float = Field(default=10.0, gt=0, description="How far above the median is a spike, in robust standard deviations.")
     window: int = Field(default=128, ge=8, description="Steps whose losses are compared with.")
     warmup: int = Field(default=32, ge=4, description="Losses needed before any is called a spike; at most `window`.")
-    rewind_steps: int = Field(default=100, ge=1, description="rewind: to the newest checkpoint at least so many steps back; without one: as skip.")
+    rewind_steps: int = Field(
+        default=100, ge=1, description="rewind: to the newest checkpoint at least so many steps back; where there is none: as skip."
+    )
     limit: int = Field(default=10, ge=1, description="Stop with exit code 1 after more spikes than this within `window` steps.")
 
 
