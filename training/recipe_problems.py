@@ -189,8 +189,11 @@ def _sharpness_problems(recipe: Recipe) -> list[str]:
             "python -m analysis curvature"
         )
     if optimizer.sharpness_aware == "none":
-        if given := _given(options):
-            problems.append(f"optimizer.sharpness.{given[0]}: nothing is sharpness-aware here (optimizer.sharpness_aware is none)")
+        # said to be none, it is switched off on purpose, to compare with; not said, it was forgotten
+        if "sharpness_aware" not in optimizer.model_fields_set and (given := _given(options)):
+            problems.append(
+                f"optimizer.sharpness.{given[0]}: does nothing without optimizer.sharpness_aware; say sam, functional_sam or none"
+            )
         return problems
     if options.precondition and optimizer.kind not in _WITH_SECOND_MOMENT:
         problems.append(

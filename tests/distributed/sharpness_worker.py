@@ -37,7 +37,7 @@ VOCAB, LENGTH, STEPS = 53, 12, 3
 BASE = [
     "model.width=20", "model.heads=2", "model.mlp_width=33", "model.init_std=0.2", "training.sequence_length=12",
     "training.micro_batch_size=2", "training.gradient_clipping=0.5", "optimizer.learning_rate=1e-2", "optimizer.epsilon=1e-4",
-    "optimizer.sharpness.radius=0.3",
+    "optimizer.sharpness.radius=0.3", "optimizer.sharpness_aware=none",
 ]  # fmt: skip
 SAM = "optimizer.sharpness_aware=sam"
 FUNCTIONAL = "optimizer.sharpness_aware=functional_sam"

@@ -99,7 +99,7 @@ def test_deepspeeds_zero_section_is_checked_too(recipe: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("optimizer.sharpness.radius=0.3", "optimizer.sharpness.radius: nothing is sharpness-aware here"),
+        ("optimizer.sharpness.radius=0.3", "optimizer.sharpness.radius: does nothing without optimizer.sharpness_aware"),
         ("deepspeed.sequence_parallel_size=2", "deepspeed.sequence_parallel_size: sequences are not spread over ranks"),
         ("deepspeed.tensor_parallel={autotp_size: 2}", "deepspeed.tensor_parallel: matrices are not spread"),
         ("deepspeed.checkpoint={load_universal: true}", "deepspeed.checkpoint: checkpoints of any ranks"),
@@ -110,6 +110,10 @@ def test_deepspeeds_zero_section_is_checked_too(recipe: Path) -> None:
 )
 def test_what_would_do_nothing_or_fail_inside_is_refused(recipe: Path, override: str, expected: str) -> None:
     assert expected in problems(recipe, override)
+
+
+def test_sharpness_aware_steps_can_be_switched_off_in_their_recipe() -> None:
+    load_recipe(ROOT / "recipes" / "functional_sam_nano.yaml", ["optimizer.sharpness_aware=none"])
 
 
 def test_a_missing_section_is_named(tmp_path: Path) -> None:
