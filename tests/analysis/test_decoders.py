@@ -163,7 +163,7 @@ def test_a_folder_is_read_with_its_own_tokenizer(tmp_path, capsys):
 
 
 def test_an_exported_run_has_the_figures_of_the_run(tmp_path):
-    """The three verbs that run a model, on the folder in a process that has not imported model.huggingface."""
+    """The three verbs that run a model, on the folder first, in a process that has not imported model.huggingface, then on the run."""
     from training.tokenizer import train_sentencepiece
 
     text = tmp_path / "text.txt"
@@ -179,12 +179,12 @@ def test_an_exported_run_has_the_figures_of_the_run(tmp_path):
     recipes = ["--recipes", "w8a8_static", "w8a8_per_token", "--calibration", str(text), "--seeds", "1", "--calibration-batches", "1"]
     verbs = {"outliers": data, "quantization": [*data, *recipes], "signal": data}
     code = "import sys; from analysis.__main__ import main\nfor line in sys.argv[1:]: assert main(line.split(chr(10))) == 0, line"
-    lines = ["\n".join([verb, str(folder), *options, "--out", str(tmp_path / "of_folder")]) for verb, options in verbs.items()]
+    places = {"of_folder": folder, "of_run": run}
+    lines = ["\n".join([verb, str(path), *verbs[verb], "--out", str(tmp_path / place)]) for place, path in places.items() for verb in verbs]
     done = subprocess.run([sys.executable, "-c", code, *lines], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
-    for verb, options in verbs.items():
-        assert main([verb, str(run), *options, "--out", str(tmp_path / "of_run")]) == 0
-        of_folder, of_run = (json.loads((tmp_path / place / f"{verb}.json").read_text()) for place in ("of_folder", "of_run"))
+    for verb in verbs:
+        of_folder, of_run = (json.loads((tmp_path / place / f"{verb}.json").read_text()) for place in places)
         for found in (of_folder, of_run):
             for entry in [found, *found.get("checkpoints", []), *found.get("networks", [])]:
                 for key in ("run", "name", "path", "state", "step", "steps"):
