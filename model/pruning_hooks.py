@@ -137,7 +137,7 @@ def _before_model(longest: int | None, module: Any, arguments: tuple[Any, ...], 
     settings.kept_hard.clear()
     settings.need_losses.clear()
     tokens = kwargs.get("input_ids", arguments[0] if arguments else None)
-    if longest is None or not isinstance(tokens, torch.Tensor):
+    if longest is None or not isinstance(tokens, Tensor):
         return
     cache, positions = kwargs.get("past_key_values"), kwargs.get("position_ids")
     length = tokens.shape[1] + (cache.get_seq_length() if cache is not None else 0)

@@ -25,7 +25,6 @@ from analysis.curvature import Surface, lanczos
 from analysis.decoders import build_model
 from analysis.pictures import RUN_COLOURS
 from analysis.runs import Run, find_run, read_metrics
-from analysis.shards import open_checkpoint
 from analysis.tokens import encoder, validation_tokens
 from scripts.many_runs import Results, common_corpus, environment_of, run_python
 
@@ -179,7 +178,7 @@ def sharpness(run: Run) -> dict[str, float]:
     """Largest eigenvalue of the Hessian and of its Gauss-Newton part at a run's last checkpoint, by 10 products each."""
     torch.set_num_threads(1)
     sequences, _ = validation_tokens(run, 2048, 128)
-    surface = Surface(build_model(open_checkpoint(run.checkpoints[-1])), sequences)
+    surface = Surface(build_model(run.last(verify=False)), sequences)
     start = torch.randn(sum(surface.sizes), generator=torch.Generator().manual_seed(0))
     found = {}
     for name, product in (("hessian_top", surface.hessian), ("gauss_newton_top", surface.gauss_newton)):
@@ -191,7 +190,7 @@ def sharpness(run: Run) -> dict[str, float]:
 def fine_tune(run: Run) -> dict[str, float]:
     """Plain AdamW on C++ headers from a run's last checkpoint: what it learns of them, and what it forgets of Python."""
     torch.set_num_threads(1)
-    model = build_model(open_checkpoint(run.checkpoints[-1]))
+    model = build_model(run.last(verify=False))
     python, _ = validation_tokens(run, 65536, 128)
     tokens = torch.tensor(encoder(run)(cpp_text()), dtype=torch.int64)
     training = tokens[: FINE_TUNE_STEPS * 8 * 129].view(FINE_TUNE_STEPS, 8, 129)

@@ -24,6 +24,7 @@ _SET_ELSEWHERE = {
 _NOT_HERE = {
     "checkpoint": "checkpoints of any ranks and stage are read by Burnish itself; leave it out",
     "dataloader_drop_last": "Burnish feeds its own batches; leave it out",
+    "fp16": "Burnish trains in fp32 or bf16; say it as training.precision",
     "sequence_parallel_size": "sequences are not spread over ranks; leave it out",
     "seq_parallel_communication_data_type": "sequences are not spread over ranks; leave it out",
     "tensor_parallel": "matrices are not spread over ranks but by ZeRO; leave it out",
@@ -231,8 +232,6 @@ def _deepspeed_problems(recipe: Recipe) -> list[str]:
             problems.append(f"deepspeed.{key}: set by Burnish; say it as {_SET_ELSEWHERE[key]}")
         elif key in _NOT_HERE:
             problems.append(f"deepspeed.{key}: {_NOT_HERE[key]}")
-        elif key == "fp16":
-            problems.append("deepspeed.fp16: Burnish trains in fp32 or bf16; say it as training.precision")
         elif key not in _DEEPSPEED_KEYS:
             near = difflib.get_close_matches(key, _DEEPSPEED_KEYS, n=1)
             problems.append(
@@ -246,19 +245,20 @@ def _deepspeed_problems(recipe: Recipe) -> list[str]:
     zero = recipe.deepspeed.get("zero_optimization", {})
     if not isinstance(zero, dict):
         return problems
-    if zero.get("stage", 0) not in (0, 1, 2, 3):
-        problems.append(f"deepspeed.zero_optimization.stage: expected 0, 1, 2 or 3, found {zero['stage']!r}")
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        problems.append(f"deepspeed.zero_optimization.stage: expected 0, 1, 2 or 3, found {stage!r}")
     bf16 = recipe.deepspeed.get("bf16", {})
     if isinstance(bf16, dict) and bf16.get("enabled", recipe.training.precision == "bf16") != (recipe.training.precision == "bf16"):
         problems.append("deepspeed.bf16.enabled: contradicts training.precision; leave it out")
-    if zero.get("offload_param") and zero.get("stage", 0) != 3:
+    if zero.get("offload_param") and stage != 3:
         problems.append(
-            f"deepspeed.zero_optimization.offload_param: stage {zero.get('stage', 0)} keeps weights on the device; needs stage 3, or "
+            f"deepspeed.zero_optimization.offload_param: stage {stage} keeps weights on the device; needs stage 3, or "
             "offload_optimizer alone"
         )
     types = recipe.deepspeed.get("data_types", {})
     accumulated = types.get("grad_accum_dtype") if isinstance(types, dict) else None
-    if recipe.training.precision == "bf16" and zero.get("stage", 0) == 0 and accumulated not in (None, "bf16"):
+    if recipe.training.precision == "bf16" and stage == 0 and accumulated not in (None, "bf16"):
         problems.append(
             f"deepspeed.data_types.grad_accum_dtype: {accumulated} with bf16 needs ZeRO stage 1 to 3; at stage 0 leave it out, or use "
             "training.precision fp32"
