@@ -55,8 +55,8 @@ NAMES = {
     "functional_sam": "Functional-SAM",
     "functional_sam_preconditioned": "Functional-SAM, preconditioned",
 }
-LEARNING_RATES = {"0.5m": [2e-3, 4e-3, 8e-3, 1.6e-2], "1m": [2e-3, 4e-3, 8e-3], "4m": [1e-3, 2e-3, 4e-3]}
-RADII = [0.02, 0.05, 0.1, 0.2, 0.4]
+LEARNING_RATES = {"0.5m": [2e-3, 4e-3, 8e-3], "1m": [2e-3, 4e-3, 8e-3], "4m": [1e-3, 2e-3, 4e-3]}
+RADII = [0.005, 0.01, 0.02, 0.05, 0.1]
 FINE_TUNE_STEPS, FINE_TUNE_RATE = 64, 1e-3
 FIGURES = ("validation_loss", "hessian_top", "gauss_newton_top", "w4a8_loss", "forgotten", "learned")
 DEFINITIONS = {
