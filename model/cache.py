@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass
 class LayerCache:
-    """Of one layer. keys and values: (batch, kv_heads, tokens, head_dim); value_sum: (batch, kv_heads, head_dim), at least float32."""
+    """Of one layer. keys and values: (batch, kv_heads, tokens, head_dim); value_sum: (batch, kv_heads x head_dim), at least float32."""
 
     keys: Tensor | None = None
     values: Tensor | None = None
@@ -25,11 +25,11 @@ class LayerCache:
         return self.keys, self.values
 
     def running_sum(self, values: Tensor) -> Tensor:
-        """Sum of the values up to each of the new tokens, (batch, kv_heads, tokens, head_dim), at least float32; kept for the next call."""
-        sums = values.cumsum(2, dtype=torch.promote_types(values.dtype, torch.float32))
+        """Sum of the values (batch, tokens, kv_heads x head_dim) up to each of the new tokens, at least float32; kept for the next call."""
+        sums = values.cumsum(1, dtype=torch.promote_types(values.dtype, torch.float32))
         if self.value_sum is not None:
-            sums += self.value_sum[:, :, None]
-        self.value_sum = sums[:, :, -1].clone()
+            sums += self.value_sum[:, None]
+        self.value_sum = sums[:, -1].clone()
         return sums
 
     def reorder(self, rows: Tensor) -> None:

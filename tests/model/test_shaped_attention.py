@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.attention import Attention, Context, causal_mean
+from model.attention import Attention, Context, causal_mean, running_sums
 from model.blocks import shaped_relu
 from model.cache import Cache
 from model.config import ModelConfig
@@ -119,17 +119,30 @@ def test_temperature_gives_scores_of_variance_v_squared_over_tau0_squared_n() ->
 
 
 def test_mean_of_bf16_values_is_accumulated_in_float32() -> None:
-    value = torch.ones(1, 1, 4096, 2, dtype=torch.bfloat16)  # bf16 would stop at 256
+    value = torch.ones(1, 4096, 2, dtype=torch.bfloat16)  # bf16 would stop at 256
     assert causal_mean(value, None, 4096).dtype == torch.float32
     assert (causal_mean(value, None, 4096) == 1).all()
 
 
 def test_documents_far_into_a_sequence_keep_their_mean() -> None:
     """Sums over all that came before are large; their difference must not lose the small document at the end."""
-    value = torch.full((1, 1, 20000, 1), 1000.1)
-    value[:, :, -3:] = 1e-3
+    value = torch.full((1, 20000, 1), 1000.1)
+    value[:, -3:] = 1e-3
     starts = torch.full((1, 3), 19997)
-    torch.testing.assert_close(causal_mean(value, starts, 3), torch.full((1, 1, 3, 1), 1e-3), rtol=1e-3, atol=0)
+    torch.testing.assert_close(causal_mean(value, starts, 3), torch.full((1, 3, 1), 1e-3), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 128, 150, 200])
+def test_running_sums_by_blocks_are_running_sums(tokens: int) -> None:
+    """And their gradient is the sum from each token on."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, tokens, 3, dtype=torch.float64, generator=generator).requires_grad_()
+    toward = torch.randn(2, tokens, 3, dtype=torch.float64, generator=generator)
+    sums = running_sums(x)
+    assert sums.shape == x.shape
+    torch.testing.assert_close(sums, torch.stack([x[:, : i + 1].sum(1) for i in range(tokens)], 1), rtol=0, atol=1e-12)
+    (gradient,) = torch.autograd.grad((toward * sums).sum(), x)
+    torch.testing.assert_close(gradient, torch.stack([toward[:, i:].sum(1) for i in range(tokens)], 1), rtol=0, atol=1e-12)
 
 
 BLOCKS: list[dict[str, Any]] = [
