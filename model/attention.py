@@ -15,7 +15,6 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from model.cache import LayerCache
 from model.config import ModelConfig
 
-
 SUM_BLOCK = 64  # tokens; see `running_sums`
 
 

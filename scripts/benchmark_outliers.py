@@ -69,6 +69,11 @@ def training_step(fields: dict[str, Any], arguments: argparse.Namespace, tokens:
     if arguments.compile:
         for layer in model.blocks:
             layer.compile()
+    return model, adamw_step(model, tokens)
+
+
+def adamw_step(model: Transformer, tokens: torch.Tensor) -> Callable[[], None]:
+    """What takes one AdamW step with a network on these tokens, (batch, length)."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
@@ -76,7 +81,7 @@ def training_step(fields: dict[str, Any], arguments: argparse.Namespace, tokens:
         optimizer.step()
         optimizer.zero_grad()
 
-    return model, step
+    return step
 
 
 @torch.no_grad()

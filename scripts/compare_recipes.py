@@ -1,8 +1,9 @@
 """Recipes side by side, by what they reach: `python -m scripts.compare_recipes recipes/blocks_*.yaml [--seeds 0 1] [--out FILE.json]`.
 
-Every recipe is trained once for each seed, in turn, all on one prepared corpus; a run whose result --out already has is not trained
-again, and an --out of runs under other --overrides is refused. Validation loss, tokens a second and the largest kurtosis of a layer,
-with their spread over seeds; curves beside the JSON.
+Every recipe is trained once for each seed, in turn, all on one prepared corpus. With --learning-rates each is trained at all of them
+first, on a seed of its own, and then at its best. A run whose result --out already has is not trained again, and an --out of runs under
+other --overrides is refused. Validation loss and the largest kurtosis of a layer, with their spread over seeds; tokens a second of training
+steps that take turns in one process, on a CPU of one thread's processor time; curves beside the JSON.
 """
 
 from __future__ import annotations
@@ -10,22 +11,35 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from analysis.pictures import RUN_COLOURS
 from analysis.runs import find_run, read_metrics
+from model.config import ModelConfig
+from model.errors import InputError
+from model.parametrization import initialize
+from model.transformer import Transformer
+from scripts.benchmark_outliers import adamw_step, take_turns
 from scripts.many_runs import Results, common_corpus, environment_of, run_python
 from training.distributed import one_clear_line
+from training.recipe import model_config
 from training.recipe_file import load_recipe
+
+TUNING_SEED = 100
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="+", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--learning-rates", type=float, nargs="+", help="tune each recipe's among these (default: its own)")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="section.key=value", help="for all of them")
     parser.add_argument("--runs", type=Path, default=Path("runs/compared"), help="folder of the runs")
+    parser.add_argument("--rounds", type=int, default=9, help="turns that the training steps take to be timed (default: 9)")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     with one_clear_line():
@@ -41,18 +55,53 @@ def compare(arguments: argparse.Namespace) -> None:
     for recipe in arguments.recipes:  # every one is checked first, so that nothing is refused after hours
         load_recipe(recipe, arguments.overrides)
     corpus = common_corpus(arguments.runs, results, arguments.recipes[0], arguments.overrides)
+    study = Study(arguments, results, corpus)
+    rates = {recipe.stem: study.best_rate(recipe) for recipe in arguments.recipes}
     for seed in arguments.seeds:
         for recipe in arguments.recipes:
-            name = f"{recipe.stem}_seed{seed}"
-            if name in results.runs:
-                continue
-            places = [f"run.name={name}", f"run.folder={arguments.runs.resolve()}", f"run.seed={seed}", f"data.prepared={corpus}"]
-            run_python(name, ["train.py", str(recipe.resolve()), *arguments.overrides, *places])
-            results.header["environment"] = environment_of(arguments.runs / name)
-            results.header["command"] = "python -m scripts.compare_recipes " + " ".join(sys.argv[1:])
-            results.set(name, recipe=recipe.stem, seed=seed, **figures(arguments.runs / name))
-    draw(results.runs, arguments.out.with_suffix(".png"))
-    print(table(results.runs))
+            study.train(recipe, rates[recipe.stem], seed)
+    header = {
+        **results.header,
+        "learning_rates": rates,
+        "tokens_per_second": tokens_per_second(arguments.recipes, arguments.overrides, arguments.rounds),
+    }
+    results.write(**header)
+    shown = {
+        name: run
+        for name, run in results.runs.items()
+        if run["seed"] in arguments.seeds and run.get("learning_rate") == rates.get(run["recipe"])
+    }
+    draw(shown, arguments.out.with_suffix(".png"))
+    print(table(shown, header))
+
+
+@dataclass
+class Study:
+    """The runs of one call."""
+
+    arguments: argparse.Namespace
+    results: Results
+    corpus: Path
+
+    def best_rate(self, recipe: Path) -> float:
+        """The learning rate of the least validation loss on the tuning seed, of those to try; else the recipe's own."""
+        if self.arguments.learning_rates is None:
+            return load_recipe(recipe, self.arguments.overrides).recipe.optimizer.learning_rate
+        runs = {rate: self.train(recipe, rate, TUNING_SEED) for rate in self.arguments.learning_rates}
+        return min(runs, key=lambda rate: runs[rate]["validation_loss"])
+
+    def train(self, recipe: Path, rate: float, seed: int) -> dict[str, Any]:
+        """What is known of a run, which is trained if nothing is."""
+        name = f"{recipe.stem}_lr{rate:g}_seed{seed}"
+        if name not in self.results.runs:
+            arguments = self.arguments
+            own = [f"run.name={name}", f"run.folder={arguments.runs.resolve()}", f"run.seed={seed}", f"data.prepared={self.corpus}"]
+            own.append(f"optimizer.learning_rate={rate!r}")
+            run_python(name, ["train.py", str(recipe.resolve()), *arguments.overrides, *own])
+            self.results.header["environment"] = environment_of(arguments.runs / name)
+            self.results.header["command"] = "python -m scripts.compare_recipes " + " ".join(sys.argv[1:])
+            self.results.set(name, recipe=recipe.stem, learning_rate=rate, seed=seed, **figures(arguments.runs / name))
+        return self.results.runs[name]
 
 
 def figures(run: Path) -> dict[str, Any]:
@@ -61,30 +110,47 @@ def figures(run: Path) -> dict[str, Any]:
     places = [m for r in records if "activations" in r for place, m in r["activations"].items() if place != "unembedding"]
     return {
         "validation_loss": validation[-1][1],
-        "tokens_per_second": statistics.median(r["tokens_per_second"] for r in records if "tokens_per_second" in r),
         "peak_kurtosis": max(m["kurtosis"] for m in places),
         "validation": validation,
     }
+
+
+def tokens_per_second(recipes: list[Path], overrides: list[str], rounds: int) -> dict[str, float]:
+    """Of a training step of each recipe's network on one micro-batch, AdamW, float32; median over rounds in which they take turns."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    steps, sizes = {}, {}
+    for path in recipes:
+        recipe = load_recipe(path, overrides).recipe
+        config = model_config(recipe, recipe.data.tokenizer.vocab_size)
+        if not isinstance(config, ModelConfig):
+            raise InputError(f"{path}: a pretrained model; expected recipes that train networks of their own")
+        model = Transformer(config)
+        initialize(model, 0)
+        tokens = torch.randint(config.vocab_size, (recipe.training.micro_batch_size, recipe.training.sequence_length), device=device)
+        steps[path.stem], sizes[path.stem] = adamw_step(model.to(device), tokens), tokens.numel()
+    return {name: sizes[name] / statistics.median(seconds) for name, seconds in take_turns(steps, rounds, device).items()}
 
 
 def over_seeds(runs: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
     """recipe -> figure -> its value for each seed."""
     found: dict[str, dict[str, list[float]]] = {}
     for run in runs.values():
-        for key in ("validation_loss", "tokens_per_second", "peak_kurtosis"):
+        for key in ("validation_loss", "peak_kurtosis"):
             found.setdefault(run["recipe"], {}).setdefault(key, []).append(run[key])
     return found
 
 
-def table(runs: dict[str, Any]) -> str:
+def table(runs: dict[str, Any], header: dict[str, Any]) -> str:
     """For the terminal and the docs."""
-    lines = ["| recipe | seeds | validation loss | tokens a second | kurtosis, peak |", "|---|---|---|---|---|"]
+    lines = ["| recipe | learning rate | seeds | validation loss | kurtosis, peak | tokens a second |", "|---|---|---|---|---|---|"]
     for recipe, found in over_seeds(runs).items():
-        cells = []
-        for key, form in (("validation_loss", ".3f"), ("tokens_per_second", ",.0f"), ("peak_kurtosis", ".2f")):
+        cells = [f"`{recipe}`", f"{header['learning_rates'][recipe]:g}", str(len(found["validation_loss"]))]
+        for key, form in (("validation_loss", ".3f"), ("peak_kurtosis", ".2f")):
             spread = f" ± {format(statistics.stdev(found[key]), form)}" if len(found[key]) > 1 else ""
             cells.append(format(statistics.mean(found[key]), form) + spread)
-        lines.append(f"| `{recipe}` | {len(found['validation_loss'])} | " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join([*cells, format(header["tokens_per_second"][recipe], ",.0f")]) + " |")
     return "\n".join(lines)
 
 

@@ -69,7 +69,8 @@ def test_recipes_are_compared_under_the_overrides_of_the_results(
         write_checkpoint(folder / "checkpoints" / "step-00000001", Transformer(CONFIG), 1)
         (folder / "environment.json").write_text("{}")
         places = {"layer 0": {"kurtosis": 2.0}}
-        record = {"step": 1, "validation_loss": 3.25, "tokens_per_second": 10.0, "activations": places}
+        rate = float(next(a for a in reversed(arguments) if a.startswith("optimizer.learning_rate=")).partition("=")[2])
+        record = {"step": 1, "validation_loss": 3.25 if rate == 0.01 else 4.0, "activations": places}
         (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
         return True
 
@@ -79,7 +80,7 @@ def test_recipes_are_compared_under_the_overrides_of_the_results(
     recipe = str(Path(__file__).parents[2] / "recipes" / "blocks_pre_norm.yaml")
 
     def compare(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["compare_recipes", *arguments, "--runs", "runs", "--out", "out.json"])
+        monkeypatch.setattr(sys, "argv", ["compare_recipes", *arguments, "--runs", "runs", "--out", "out.json", "--rounds", "1"])
         try:
             return compare_recipes()
         except SystemExit as stopped:
@@ -98,6 +99,18 @@ def test_recipes_are_compared_under_the_overrides_of_the_results(
     (tmp_path / "out.json").write_text(json.dumps(header))
     assert (compare(recipe), compare(recipe, *faster)) == (0, 2)
     assert compare(recipe, "typo.yaml") == 2 and "typo.yaml" in capsys.readouterr().err.splitlines()[-1]
+    (tmp_path / "out.json").unlink()
+    trained.clear()
+    capsys.readouterr()
+    assert compare(recipe, "--learning-rates", "0.1", "0.01", "--seeds", "2", "3") == 0
+    assert [[a for a in one if a.startswith(("run.seed", "optimizer"))] for one in trained] == [
+        ["run.seed=100", "optimizer.learning_rate=0.1"],
+        ["run.seed=100", "optimizer.learning_rate=0.01"],
+        ["run.seed=2", "optimizer.learning_rate=0.01"],
+        ["run.seed=3", "optimizer.learning_rate=0.01"],
+    ]
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "blocks_pre_norm" in line and "|" in line]
+    assert row.startswith("| `blocks_pre_norm` | 0.01 | 2 | 3.250 ± 0.000 | 2.00 ± 0.00 | ")
 
 
 def test_a_failure_is_told_and_one_that_is_a_result_is_not(tmp_path: Path) -> None:
