@@ -1,4 +1,4 @@
-"""AdamW, SAM and Functional-SAM side by side: `python -m scripts.compare_sharpness_aware [--sizes 0.5m 1m 4m] [--seeds 0 1 2] [--jobs 1]`.
+"""AdamW, SAM and Functional-SAM side by side: `python -m scripts.compare_sharpness_aware [--sizes 0.5m 1m 2m] [--seeds 0 1 2] [--jobs 1]`.
 
 At each size the learning rate is tuned for AdamW; at the smallest the radius is tuned for each method. Then every method is trained once
 a seed at equal steps, and AdamW for twice the steps as well, which is equal compute. Of every last checkpoint: validation loss,
@@ -38,7 +38,7 @@ COMMON = [
 SIZES = {
     "0.5m": ["model.size=null", "model.width=96", "model.depth=3", "model.heads=3"],
     "1m": [],  # nano: width 128, depth 4, heads 4
-    "4m": ["model.size=null", "model.width=256", "model.depth=5", "model.heads=8"],
+    "2m": ["model.size=null", "model.width=192", "model.depth=4", "model.heads=6"],
 }
 # method: its recipe, steps over AdamW's, and passes a step
 METHODS = {
@@ -55,7 +55,7 @@ NAMES = {
     "functional_sam": "Functional-SAM",
     "functional_sam_preconditioned": "Functional-SAM, preconditioned",
 }
-LEARNING_RATES = {"0.5m": [2e-3, 4e-3, 8e-3], "1m": [2e-3, 4e-3, 8e-3], "4m": [1e-3, 2e-3, 4e-3]}
+LEARNING_RATES = {"0.5m": [2e-3, 4e-3, 8e-3], "1m": [2e-3, 4e-3, 8e-3], "2m": [1e-3, 2e-3, 4e-3]}
 RADII = [0.005, 0.01, 0.02, 0.05, 0.1]
 FINE_TUNE_STEPS, FINE_TUNE_RATE = 64, 1e-3
 FIGURES = ("validation_loss", "hessian_top", "gauss_newton_top", "w4a8_loss", "forgotten", "learned")
