@@ -96,11 +96,20 @@ def test_wrong_input_is_one_line(
 
 def test_the_benchmark_counts_a_smaller_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     options = "--lengths 600 --batches 2 --layers 2 --width 36 --heads 6 --kv-heads 2 --rank 4 --decode 20 --rounds 1"
-    monkeypatch.setattr("sys.argv", ["benchmark", *options.split(), "--out", str(tmp_path / "b.json")])
-    assert benchmark_generation.main() == 0
-    (row,) = json.loads((tmp_path / "b.json").read_text())["results"]
+    rows = []
+    for more in ([], ["--bytes"], ["--bytes", "--chunk", "100"]):
+        monkeypatch.setattr("sys.argv", ["benchmark", *options.split(), *more, "--out", str(tmp_path / "b.json")])
+        assert benchmark_generation.main() == 0
+        rows += json.loads((tmp_path / "b.json").read_text())["results"]
+    row, alone, in_chunks = rows
     dense = 2 * 2 * 2 * 6 * 4 * 2 * 620  # batch, keys and values, kv_heads, head_dim, bytes, layers, tokens
     assert abs(row["largest_cache_bytes"]["dense"] - dense) < 0.01 * dense
     assert 0.1 < row["kept share"] < 0.35
     assert row["largest cache, pruned / dense"] < 0.75
+    # the formula of --bytes is what the dense cache measured
+    assert (
+        alone["largest_cache_bytes"]["dense"] == in_chunks["largest_cache_bytes"]["dense"] == row["largest_cache_bytes"]["dense"] == dense
+    )
+    ratios = [r["largest cache, pruned / dense"] for r in (row, alone, in_chunks)]
+    assert abs(ratios[0] - ratios[1]) < 0.1 and ratios[2] < ratios[1] - 0.05
     assert torch.isfinite(torch.tensor(list(row["tokens_per_second"].values()))).all()
