@@ -622,6 +622,16 @@ def test_another_attention_implementation_is_no_silently_unpruned_model() -> Non
         whole(model, tokens_of())
 
 
+def test_after_a_pass_that_was_broken_off_dense_is_dense() -> None:
+    model, tokens = make("llama"), tokens_of()
+    with dense(model):
+        expected = whole(model, tokens)
+    with pytest.raises(InputError, match="4 masks, one a head"):
+        whole(model, tokens, attention_mask=torch.ones(2, 4, LENGTH, LENGTH).tril().bool())
+    with dense(model):
+        assert torch.equal(whole(model, tokens), expected)
+
+
 def test_other_caches_are_refused() -> None:
     model, tokens = make("llama"), tokens_of()
     with pytest.raises(InputError, match="holds every token"):

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, Lfm2Config
 
 from model.config import ModelConfig, PruningConfig
+from model.context_pruning import dense
 from model.huggingface import BurnishForCausalLM, transformers_config
 from model.pruning_files import save
 from model.pruning_hooks import attach
@@ -79,6 +80,7 @@ def test_our_own_networks(tmp_path: Path, pruned: bool, monkeypatch: pytest.Monk
         (["ADAPTERS", "--max-new-tokens", "200"], "go beyond the 128 of the model"),
         (["ADAPTERS", "--prompt-file", "gone.txt"], "gone.txt: cannot be read"),
         (["BASE", "--threshold", "1"], "has no context pruning"),
+        (["ADAPTERS", "--threshold", "nan"], "--threshold: nan"),
     ],
 )
 def test_wrong_input_is_one_line(
@@ -92,6 +94,31 @@ def test_wrong_input_is_one_line(
     assert call(monkeypatch, *(places.get(argument, argument) for argument in arguments)) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: ") and message in last
+
+
+def test_a_network_with_convolutions_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Their state is in the cache as well, and has no keys."""
+    tokenizer = tiny_tokenizer()
+    config = Lfm2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+        conv_L_cache=3,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    attach(model, PruningConfig(rank=4, bias=-100.0, sinks=1, window=5))
+    save(model, tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert call(monkeypatch, tmp_path, "--prompt", "the quick brown fox", "--max-new-tokens", 3, "--compare") == 0
+    assert re.findall(r"(pruned|dense): ", capsys.readouterr().err) == ["pruned", "dense"]
+    cache = DynamicCache(config=model.config)
+    with dense(model), torch.no_grad():
+        model(torch.ones(1, 50, dtype=torch.int64), past_key_values=cache)
+    assert generate.cache_bytes(cache) == 32 * 3 * 4 + 2 * 2 * 8 * 50 * 4  # what the convolution looks back on; keys and values
 
 
 def test_the_benchmark_counts_a_smaller_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
