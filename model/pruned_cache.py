@@ -1,7 +1,7 @@
 """The cache of a layer that drops its own context: what no later token will need is taken out of memory, layer by layer.
 
 A layer keeps its live tokens in the first `used` slots of buffers; which slot a token has says nothing, since its place in the text is kept
-beside it. Dropped tokens leave holes, which are closed when a twelfth of the slots is dead, and the buffers then shrink. transformers
+beside it. Dropped tokens leave holes, which the tokens of the last slots are moved into, and the buffers then shrink. transformers
 sees the length of the text, as if nothing had been dropped, so that positions and masks stay right.
 """
 
@@ -14,8 +14,14 @@ from transformers.cache_utils import DynamicLayer
 from model.errors import InputError
 
 CHECK_EVERY = 16  # tokens between looks at how many slots are dead: each look waits for the device
-DEAD_SHARE = 1 / 12
-HEADROOM = 1 / 16  # slots allocated beyond those in use, as a share, so that not every token allocates
+DEAD_SHARE = 1 / 32  # of the slots in use, from which on holes are filled
+HEADROOM = 1 / 32  # slots allocated beyond those in use and CHECK_EVERY, as a share, so that not every token allocates
+BUFFERS = {"keys": 2, "values": 2, "interaction_keys": 1, "positions": 1, "log_keep": 1}  # name -> dimension of the slots
+
+
+def room(tokens: int) -> int:
+    """Slots to allocate beyond those that so many tokens take."""
+    return CHECK_EVERY + int(HEADROOM * tokens)
 
 
 class PrunedLayer(DynamicLayer):
@@ -48,7 +54,10 @@ class PrunedLayer(DynamicLayer):
         if not self.is_initialized:
             self._allocate(key_states, value_states, new)
         elif self.used + new > self.keys.shape[2]:
-            self._resize(None, self.used + new + int(HEADROOM * (self.used + new)))
+            self._fill_holes(self._most_live())
+            if self.used + new + CHECK_EVERY // 2 > self.keys.shape[2]:
+                # of a prompt not a slot more than it takes, since `release` looks at the buffers right after
+                self._resize(self.used + new + (0 if new >= CHECK_EVERY else room(self.used)))
         slots = slice(self.used, self.used + new)
         self.keys[:, :, slots], self.values[:, :, slots] = key_states, value_states
         self.interaction_keys[:, slots] = self.staged
@@ -65,19 +74,18 @@ class PrunedLayer(DynamicLayer):
         self._since_check += new
         if self._since_check < CHECK_EVERY:
             return
-        self._since_check = 0
-        live = self.log_keep[:, : self.used] > -torch.inf
-        most = max(1, int(live.sum(1).max()))
-        if most <= (1 - DEAD_SHARE) * self.used or most + CHECK_EVERY + 2 * HEADROOM * most < self.keys.shape[2]:
-            # the live first, in their order
-            order = torch.sort(live, dim=1, descending=True, stable=True).indices[:, :most]
-            self._resize(order, most + CHECK_EVERY + int(HEADROOM * most))
+        most = self._most_live()
+        shrinks = most + room(most) * (1 if new >= CHECK_EVERY else 2) < self.keys.shape[2]
+        if shrinks or most <= (1 - DEAD_SHARE) * self.used:
+            self._fill_holes(most)
+        if shrinks:
+            self._resize(most + room(most))
 
     def bytes(self) -> int:
         """Of all buffers as they are allocated."""
         if not self.is_initialized:
             return 0
-        buffers = (self.keys, self.values, self.interaction_keys, self.positions, self.log_keep)
+        buffers = (getattr(self, name) for name in BUFFERS)
         return sum(buffer.numel() * buffer.element_size() for buffer in buffers)
 
     def live(self) -> Tensor:
@@ -94,31 +102,40 @@ class PrunedLayer(DynamicLayer):
         self.positions = torch.zeros(batch, slots, dtype=torch.int64, device=keys.device)
         self.log_keep = torch.full((batch, slots), -torch.inf, device=keys.device)
 
-    def _resize(self, order: Tensor | None, slots: int) -> None:
-        """New buffers of so many slots, which hold the slots `order` (batch, kept) of the old, or all in use; one buffer at a time."""
-        kept = self.used if order is None else order.shape[1]
+    def _most_live(self) -> int:
+        """Live tokens of the fullest row; waits for the device."""
+        self._since_check = 0
+        return max(1, int(self.live().max()))
 
-        def moved(old: Tensor, dim: int) -> Tensor:
+    def _fill_holes(self, most: int) -> None:
+        """Have each row's live tokens, of which the fullest row has `most`, in the first so many slots: those behind move into holes."""
+        moves = min(most, self.used - most)  # at most
+        if moves == 0:
+            return
+        live = (self.log_keep[:, : self.used] > -torch.inf).to(torch.uint8)
+        holes = live[:, :most].topk(moves, dim=1, largest=False).indices
+        found, behind = live[:, most:].topk(moves, dim=1)
+        source = torch.where(found > 0, behind + most, holes)  # a row with fewer to move copies slots onto themselves
+        for name, dim in BUFFERS.items():
+            buffer = getattr(self, name)
+            slots = buffer.view(-1, buffer.shape[-1] if buffer.ndim > 2 else 1)  # of all rows, and heads: copied whole, not by number
+            texts = slots.shape[0] // buffer.shape[dim]
+            begin = torch.arange(texts, device=buffer.device)[:, None] * buffer.shape[dim]
+            to, origin = ((begin + part.repeat_interleave(texts // len(part), dim=0)).flatten() for part in (holes, source))
+            # for a gradient to come, what is in the buffer now may have been saved
+            copy = Tensor.index_copy if torch.is_grad_enabled() else Tensor.index_copy_
+            setattr(self, name, copy(slots, 0, to, slots.index_select(0, origin)).view(buffer.shape))
+        self.used = most
+
+    def _resize(self, slots: int) -> None:
+        """New buffers of so many slots, which begin with those in use; one buffer at a time."""
+        for name, dim in BUFFERS.items():
+            old = getattr(self, name)
             shape = list(old.shape)
             shape[dim] = slots
             new = old.new_empty(shape)
-            if order is None:
-                source = old.narrow(dim, 0, kept)
-            elif dim == 2:
-                source = old.gather(2, order[:, None, :, None].expand(-1, old.shape[1], -1, old.shape[3]))
-            elif old.ndim == 3:
-                source = old.gather(1, order[:, :, None].expand(-1, -1, old.shape[2]))
-            else:
-                source = old.gather(1, order)
-            new.narrow(dim, 0, kept).copy_(source)
-            return new
-
-        self.keys = moved(self.keys, 2)
-        self.values = moved(self.values, 2)
-        self.interaction_keys = moved(self.interaction_keys, 1)
-        self.positions = moved(self.positions, 1)
-        self.log_keep = moved(self.log_keep, 1)
-        self.used = kept
+            new.narrow(dim, 0, self.used).copy_(old.narrow(dim, 0, self.used))
+            setattr(self, name, new)
 
     # What transformers asks of a layer's cache.
 
@@ -133,7 +150,7 @@ class PrunedLayer(DynamicLayer):
 
     def _rows(self, take) -> None:
         if self.is_initialized:
-            for name in ("keys", "values", "interaction_keys", "positions", "log_keep"):
+            for name in BUFFERS:
                 setattr(self, name, take(getattr(self, name)))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

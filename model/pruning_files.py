@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -45,13 +46,16 @@ def save(model: Any, folder: str | Path, base: str | None = None, lora: LoraShap
         alone: the adapters alone; else the whole model, LoRA added to its weights.
 
     Raises:
-        InputError: the model has no pruning, or adapters that the files have no place for, or the folder cannot be written.
+        InputError: the model has no pruning, a threshold that is no number, or adapters that the files have no place for, or the folder
+            cannot be written.
     """
     if not isinstance(model, PreTrainedModel):
         raise InputError(
             f"{type(model).__name__}: expected the model of transformers that attach() was given; of a peft model, model.get_base_model()"
         )
     folder, settings = Path(folder), settings_of(model)
+    if not math.isfinite(settings.threshold):
+        raise InputError(f"threshold: {settings.threshold}, expected a finite number: settings_of(model).threshold is saved too")
     if alone and base is None:
         raise InputError("adapters alone need `base`: the name of the model that they go with")
     if base is not None and Path(base).expanduser().exists():
@@ -102,8 +106,10 @@ def switch_on(model: Any, folder: str | Path | None = None) -> None:
     """Give a model as transformers loaded it the pruning of a folder; default: the folder that it was loaded from.
 
     Raises:
-        InputError: no such files there, damaged ones, or adapters that were trained on another model.
+        InputError: no such files there, damaged ones, adapters that were trained on another model, or a model that prunes already.
     """
+    if getattr(model, "context_pruning_settings", None) is not None:
+        raise InputError("the model has context pruning already: load() has switched it on")
     folder = Path(folder or model.config.name_or_path)
     description = read_description(folder)
     check_base(folder, weights_of(model))

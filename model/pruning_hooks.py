@@ -99,6 +99,7 @@ def _before_attention(module: Any, arguments: tuple[Any, ...], kwargs: dict[str,
     """Make the interaction queries and keys of what an attention module is about to read, and have its cache be one that shrinks."""
     interaction: Interaction = module.context_pruning
     if not interaction.settings.enabled:
+        interaction.current = None  # which a pass that was broken off may have left
         return
     x = kwargs["hidden_states"] if "hidden_states" in kwargs else arguments[0]
     cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
@@ -209,6 +210,7 @@ def _before_our_attention(module: Any, arguments: tuple[Any, ...]) -> None:
     """As `_before_attention`, for model/attention.py: x, x_value, context, cache."""
     interaction: Interaction = module.context_pruning
     if not interaction.settings.enabled:
+        interaction.current = None
         return
     x, _, _, layer = arguments
     if layer is not None and not isinstance(layer, PrunedLayer):

@@ -96,6 +96,8 @@ def generate(arguments: argparse.Namespace) -> None:
         raise InputError(f"--max-new-tokens: {arguments.max_new_tokens}, expected at least 1")
     if arguments.sample and not 0 < arguments.temperature < math.inf:
         raise InputError(f"--temperature: {arguments.temperature}, expected a number above 0; without --sample decoding is greedy")
+    if arguments.threshold is not None and math.isnan(arguments.threshold):
+        raise InputError("--threshold: nan, expected a number")
     if not 0 <= arguments.seed < 1 << 64:
         raise InputError(f"--seed: {arguments.seed}, expected 0 to 2^64 - 1")
     model, tokenizer = open_model(arguments.model, torch.bfloat16 if arguments.precision == "bf16" else torch.float32)
@@ -175,8 +177,11 @@ def cache_bytes(cache: Any) -> int:
     for layer in cache.layers:
         if isinstance(layer, PrunedLayer):
             total += layer.bytes()
-        elif layer.keys is not None:
-            total += sum(buffer.numel() * buffer.element_size() for buffer in (layer.keys, layer.values))
+            continue
+        buffers = [getattr(layer, name, None) for name in ("keys", "values")]
+        for states in ("conv_states", "recurrent_states"):  # of layers without keys, in networks that have both kinds
+            buffers += getattr(layer, states, {}).values()
+        total += sum(buffer.numel() * buffer.element_size() for buffer in buffers if buffer is not None)
     return total
 
 

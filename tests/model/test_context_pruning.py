@@ -513,6 +513,18 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
+def test_a_cache_that_nobody_reads_changes_no_gradient() -> None:
+    """transformers makes one in training as well, unless it is told not to."""
+    for config in (DROPS, PruningConfig(rank=8, bias=1.6, propagate_in_depth=True)):
+        model, tokens, found = make("llama", config), tokens_of(), []
+        for use_cache in (False, True):
+            model.zero_grad()
+            model(tokens, labels=tokens, use_cache=use_cache).loss.backward()
+            found.append([p.grad for p in model.parameters() if p.grad is not None])
+        for ours, expected in zip(*found, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-7)
+
+
 def test_a_teachers_pass_in_between_changes_no_gradient() -> None:
     """Activation checkpointing runs the layers again after it, and propagation in depth needs what the layers before had left."""
     config = FAMILIES["llama"]()
@@ -608,6 +620,16 @@ def test_another_attention_implementation_is_no_silently_unpruned_model() -> Non
     model.set_attn_implementation("eager")
     with pytest.raises(InputError, match="acted in 0 of 3 layers"):
         whole(model, tokens_of())
+
+
+def test_after_a_pass_that_was_broken_off_dense_is_dense() -> None:
+    model, tokens = make("llama"), tokens_of()
+    with dense(model):
+        expected = whole(model, tokens)
+    with pytest.raises(InputError, match="4 masks, one a head"):
+        whole(model, tokens, attention_mask=torch.ones(2, 4, LENGTH, LENGTH).tril().bool())
+    with dense(model):
+        assert torch.equal(whole(model, tokens), expected)
 
 
 def test_other_caches_are_refused() -> None:

@@ -87,6 +87,8 @@ def test_a_whole_folder_is_an_ordinary_model_that_one_call_switches_to_pruning(b
         torch.testing.assert_close(logits(model), logits(trained), rtol=0, atol=1e-5)
     switch_on(model)
     torch.testing.assert_close(logits(model), logits(trained), rtol=0, atol=1e-5)
+    with pytest.raises(InputError, match="the model has context pruning already"):
+        switch_on(model)
 
 
 def test_adapters_are_small_and_load_in_bf16(base: Path, trained: Any, tmp_path: Path) -> None:
@@ -318,6 +320,9 @@ def test_what_cannot_be_saved_is_refused(base: Path, trained: Any, tmp_path: Pat
         save(other, tmp_path / "x", base=str(base), alone=True, lora=LORA)
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["c_fc"], use_dora=True, fan_in_fan_out=True), other)
     with pytest.raises(InputError, match=r"lora_magnitude_vector.* an adapter other than LoRA on a linear map"):
+        save(other, tmp_path / "x")
+    settings_of(other).threshold = float("inf")
+    with pytest.raises(InputError, match="threshold: inf, expected a finite number"):
         save(other, tmp_path / "x")
     assert not (tmp_path / "x").exists()
     (tmp_path / "file").write_text("")

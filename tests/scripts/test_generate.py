@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, Lfm2Config
 
 from model.config import ModelConfig, PruningConfig
+from model.context_pruning import dense
 from model.huggingface import BurnishForCausalLM, transformers_config
 from model.pruning_files import save
 from model.pruning_hooks import attach
@@ -79,6 +80,7 @@ def test_our_own_networks(tmp_path: Path, pruned: bool, monkeypatch: pytest.Monk
         (["ADAPTERS", "--max-new-tokens", "200"], "go beyond the 128 of the model"),
         (["ADAPTERS", "--prompt-file", "gone.txt"], "gone.txt: cannot be read"),
         (["BASE", "--threshold", "1"], "has no context pruning"),
+        (["ADAPTERS", "--threshold", "nan"], "--threshold: nan"),
     ],
 )
 def test_wrong_input_is_one_line(
@@ -94,13 +96,47 @@ def test_wrong_input_is_one_line(
     assert last.startswith("error: ") and message in last
 
 
+def test_a_network_with_convolutions_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Their state is in the cache as well, and has no keys."""
+    tokenizer = tiny_tokenizer()
+    config = Lfm2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+        conv_L_cache=3,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    attach(model, PruningConfig(rank=4, bias=-100.0, sinks=1, window=5))
+    save(model, tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert call(monkeypatch, tmp_path, "--prompt", "the quick brown fox", "--max-new-tokens", 3, "--compare") == 0
+    assert re.findall(r"(pruned|dense): ", capsys.readouterr().err) == ["pruned", "dense"]
+    cache = DynamicCache(config=model.config)
+    with dense(model), torch.no_grad():
+        model(torch.ones(1, 50, dtype=torch.int64), past_key_values=cache)
+    assert generate.cache_bytes(cache) == 32 * 3 * 4 + 2 * 2 * 8 * 50 * 4  # what the convolution looks back on; keys and values
+
+
 def test_the_benchmark_counts_a_smaller_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     options = "--lengths 600 --batches 2 --layers 2 --width 36 --heads 6 --kv-heads 2 --rank 4 --decode 20 --rounds 1"
-    monkeypatch.setattr("sys.argv", ["benchmark", *options.split(), "--out", str(tmp_path / "b.json")])
-    assert benchmark_generation.main() == 0
-    (row,) = json.loads((tmp_path / "b.json").read_text())["results"]
+    rows = []
+    for more in ([], ["--bytes"], ["--bytes", "--chunk", "100"]):
+        monkeypatch.setattr("sys.argv", ["benchmark", *options.split(), *more, "--out", str(tmp_path / "b.json")])
+        assert benchmark_generation.main() == 0
+        rows += json.loads((tmp_path / "b.json").read_text())["results"]
+    row, alone, in_chunks = rows
     dense = 2 * 2 * 2 * 6 * 4 * 2 * 620  # batch, keys and values, kv_heads, head_dim, bytes, layers, tokens
     assert abs(row["largest_cache_bytes"]["dense"] - dense) < 0.01 * dense
     assert 0.1 < row["kept share"] < 0.35
     assert row["largest cache, pruned / dense"] < 0.75
+    # the formula of --bytes is what the dense cache measured
+    assert (
+        alone["largest_cache_bytes"]["dense"] == in_chunks["largest_cache_bytes"]["dense"] == row["largest_cache_bytes"]["dense"] == dense
+    )
+    ratios = [r["largest cache, pruned / dense"] for r in (row, alone, in_chunks)]
+    assert abs(ratios[0] - ratios[1]) < 0.1 and ratios[2] < ratios[1] - 0.05
     assert torch.isfinite(torch.tensor(list(row["tokens_per_second"].values()))).all()
