@@ -3,7 +3,7 @@
 With hidden states h (rows, width), the unembedding W (vocabulary, width), logits z = h W^T, targets y and counted rows:
 
     loss   = sum over counted rows of  logsumexp(z) - z_y             `linear_cross_entropy`, with its gradients
-    g      = d loss / d z = softmax(z) - onehot(y)                    `logit_derivative`
+    g      = d loss / d z = softmax(z) - onehot(y)                    `logit_derivative_`
     VJP    = d <z, g> / d h = g W,   d <z, g> / d W = g^T h           `linear_product`, for any g, held fixed
 
 The last is what Functional-SAM needs (training/sharpness_aware.py): g from one set of weights, the products from another.
@@ -43,18 +43,45 @@ class FrozenHead:
     logits: Tensor | None = None
     measured: bool = False
 
-    def derivative(self, rows: slice) -> Tensor:
-        """d loss / d logits of some of the batch x length rows: (rows, vocabulary), float32."""
+    def derivative(self, rows: slice, room: _Room) -> Tensor:
+        """d loss / d logits of some of the batch x length rows: (rows, vocabulary), at least float32, in the room's wide part."""
         if self.logits is not None:
-            return logit_derivative(self.logits.flatten(0, 1)[rows], self.targets.flatten()[rows])
-        assert self.hidden is not None and self.weight is not None
-        return logit_derivative(F.linear(self.hidden.flatten(0, 1)[rows], self.weight), self.targets.flatten()[rows])
+            wide = room.wide[: rows.stop - rows.start].copy_(self.logits.flatten(0, 1)[rows])
+        else:
+            assert self.hidden is not None and self.weight is not None
+            wide = room.widened(room.product(self.hidden.flatten(0, 1)[rows], self.weight))
+        return logit_derivative_(wide, self.targets.flatten()[rows])
 
 
-def logit_derivative(logits: Tensor, targets: Tensor) -> Tensor:
-    """d (summed cross-entropy) / d logits (rows, vocabulary) for targets (rows,): at least float32, 0 in rows not counted."""
+class _Room:
+    """Memory for the logits of a chunk, in their own dtype and at least in float32, that one chunk after another is written to.
+
+    New memory of this size comes to a CPU page by page, and takes as long as what is done in it. Where both dtypes are one there is one
+    tensor: what is made of logits takes their place.
+    """
+
+    def __init__(self, rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> None:
+        wide = torch.promote_types(dtype, torch.float32)
+        self.narrow = torch.empty(rows, vocabulary, dtype=dtype, device=device)
+        self.wide = self.narrow if dtype == wide else torch.empty(rows, vocabulary, dtype=wide, device=device)
+
+    def product(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """The logits of a chunk's rows, hidden W^T."""
+        return torch.mm(hidden, weight.T, out=self.narrow[: len(hidden)])
+
+    def widened(self, logits: Tensor) -> Tensor:
+        """What `product` returned, at least in float32; it may be overwritten."""
+        return logits if self.wide is self.narrow else self.wide[: len(logits)].copy_(logits)
+
+    def narrowed(self, wide: Tensor, dtype: torch.dtype) -> Tensor:
+        """Something in the wide part, in the dtype of the products to come: there, or in the narrow part."""
+        return wide if wide.dtype == dtype else self.narrow[: len(wide)].copy_(wide)
+
+
+def logit_derivative_(logits: Tensor, targets: Tensor) -> Tensor:
+    """d (summed cross-entropy) / d logits (rows, vocabulary) for targets (rows,), put in the place of the logits; 0 in rows not counted."""
     counted = targets != IGNORED_TARGET
-    derivative = torch.softmax(logits.to(_wide(logits)), dim=-1)
+    derivative = torch.softmax(logits, dim=-1, out=logits)  # a row is read to its end before it is written
     # one is taken off at the target; a row that is not counted has its target at 0 for the moment, and is then emptied
     derivative.scatter_add_(-1, targets.clamp_min(0)[:, None], -torch.ones_like(derivative[:, :1]))
     return derivative.mul_(counted[:, None])
@@ -92,28 +119,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
             to_hidden = torch.empty_like(hidden) if to_hidden_wanted else None
             to_weight = torch.zeros(weight.shape, dtype=_wide(weight), device=weight.device) if to_weight_wanted else None
+            room = _Room(min(len(hidden), chunk_rows(len(weight), kind)), len(weight), weight.dtype, weight.device)
             for rows in _chunks(hidden, weight):
-                logits = F.linear(hidden[rows], weight)
+                logits = room.product(hidden[rows], weight)
                 if kept is not None:
                     kept.flatten(0, 1)[rows] = logits
-                if not logits.is_cuda:  # whose kernel widens by itself
-                    logits = logits.to(_wide(logits))
-                log_probabilities = torch.log_softmax(logits, dim=-1, dtype=_wide(logits))
-                del logits
+                wide = room.widened(logits)
+                log_probabilities = torch.log_softmax(wide, dim=-1, out=wide)  # a row is read to its end before it is written
                 loss += F.nll_loss(log_probabilities, targets[rows], ignore_index=IGNORED_TARGET, reduction="sum")
                 if to_hidden is None and to_weight is None:
                     continue
                 derivative = log_probabilities.exp_()
-                del log_probabilities
                 # one is taken off at the target; what a row that is not counted gives is emptied where it is narrow
                 derivative.scatter_add_(-1, targets[rows].clamp_min(0)[:, None], -torch.ones_like(derivative[:, :1]))
-                derivative = derivative.to(weight.dtype)
+                derivative = room.narrowed(derivative, weight.dtype)
                 if to_hidden is not None:
                     torch.mm(derivative, weight, out=to_hidden[rows])
                     to_hidden[rows] *= counted[rows]
                 if to_weight is not None:
                     _add_product(to_weight, derivative, hidden[rows] * counted[rows])
-                del derivative  # or the next chunk's logits would be made beside it
         ctx.save_for_backward(None if to_hidden is None else to_hidden.view(shape).to(types[0]), to_weight)
         ctx.weight_dtype = types[1]
         return loss
@@ -163,8 +187,11 @@ class _LinearProduct(torch.autograd.Function):
         rows_of_hidden = hidden.flatten(0, 1)
         to_hidden = torch.empty_like(rows_of_hidden)
         to_weight = torch.zeros(weight.shape, dtype=_wide(weight), device=weight.device)
+        rows_at_once, frozen = min(len(rows_of_hidden), chunk_rows(len(weight), weight.device.type)), ctx.frozen
+        # the frozen weight may be narrower than the one here, which is float32 with `float32_second_pass`
+        room = _Room(rows_at_once, len(weight), (weight if frozen.weight is None else frozen.weight).dtype, weight.device)
         for rows in _chunks(rows_of_hidden, weight):
-            g = ctx.frozen.derivative(rows).mul_(scale).to(weight.dtype)
+            g = room.narrowed(frozen.derivative(rows, room).mul_(scale), weight.dtype)
             torch.mm(g, weight, out=to_hidden[rows])
             _add_product(to_weight, g, rows_of_hidden[rows])
         return to_hidden.view_as(hidden), to_weight.to(weight.dtype), None

@@ -105,11 +105,11 @@ def predict(
     # The backward pass of a block: what it kept, the gradient that came in, and that of the MLP's hidden layer.
     assert config.mlp_width is not None
     inside = tokens * (block + compute * (config.width + config.mlp_width))
-    # The loss goes by chunks (model/linear_cross_entropy.py): a chunk's logits and their log-probabilities in float32; then their gradient
-    # and, in bf16, the chunk's part of the unembedding's, whose sum in float32 waits for the backward pass.
+    # The loss goes by chunks (model/linear_cross_entropy.py), all in the same place: a chunk's logits, which in bf16 stand there in float32
+    # as well, and then its part of the unembedding's gradient, whose sum in float32 waits for the backward pass.
     chunk, matrix = min(tokens, chunk_rows(config.vocab_size, device)) * config.vocab_size, config.vocab_size * config.width
     low = compute == 2
-    logits = 4 * matrix + max((4 + compute if device == "cuda" else 8) * chunk, compute * (chunk + matrix) if low else 0)
+    logits = 4 * matrix + (6 * chunk + 2 * matrix if low else 4 * chunk)
     # That sum, in bf16 a second time; or the unembedding's gradient and the last block's backward pass, when the head's part is gone
     last_block = inside if recomputed == config.depth else inside - tokens * block
     behind = max((6 if low else 4) * matrix, compute * matrix + last_block - tokens * head)
@@ -206,8 +206,8 @@ def _two_passes(
         stored = options.store_logits
         heads = accumulation * tokens * compute * (config.vocab_size if stored else config.width)
         head = 0 if stored or weights else compute * matrix  # the unperturbed unembedding, where the masters do not hold it
-        # a chunk's logits twice in float32, and in bf16; or once and its part of the unembedding's gradient; that gradient's sum so far
-        products = 4 * matrix + max((10 if low else 8) * chunk, 4 * chunk + compute * matrix)
+        # a chunk's logits in float32, and in bf16 as well, with its part of the unembedding's gradient; that gradient's sum so far
+        products = 4 * matrix + (6 * chunk + 2 * matrix if low else 4 * chunk)
         second = {
             "the second loss": fixed + weights + states.at_loss + second_kept + heads + head + products + beside,
             "the second last gradients": fixed + weights + states.at_last_gradients + inside + heads + head + beside,
