@@ -11,7 +11,8 @@ The last is what Functional-SAM needs (training/sharpness_aware.py): g from one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -60,10 +61,11 @@ class _Room:
     tensor: what is made of logits takes their place.
     """
 
-    def __init__(self, rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> None:
-        wide = torch.promote_types(dtype, torch.float32)
-        self.narrow = torch.empty(rows, vocabulary, dtype=dtype, device=device)
-        self.wide = self.narrow if dtype == wide else torch.empty(rows, vocabulary, dtype=wide, device=device)
+    def __init__(self, hidden: Tensor, weight: Tensor, wide: torch.dtype) -> None:
+        """For the chunks of hidden (rows, width) and weight (vocabulary, width); `wide`: the dtype that logits are widened to."""
+        shape = min(len(hidden), chunk_rows(len(weight), weight.device.type)), len(weight)
+        self.narrow = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        self.wide = self.narrow if weight.dtype == wide else torch.empty(shape, dtype=wide, device=weight.device)
 
     def product(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """The logits of a chunk's rows, hidden W^T."""
@@ -87,7 +89,27 @@ def logit_derivative_(logits: Tensor, targets: Tensor) -> Tensor:
     return derivative.mul_(counted[:, None])
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, logits: Tensor | None = None) -> Tensor:
+def loss_and_derivative_(logits: Tensor, targets: Tensor) -> Tensor:
+    """The summed cross-entropy of logits (rows, vocabulary), whose derivative takes their place.
+
+    Written to be compiled: two passes over the logits and nothing of their size beside them, where operation by operation it is a dozen
+    passes, most of them in float32.
+    """
+    wide, at = logits.to(_wide(logits)), targets.clamp_min(0)[:, None]
+    counted = (targets != IGNORED_TARGET)[:, None]
+    normalizer = torch.logsumexp(wide, dim=-1, keepdim=True)
+    loss = torch.where(counted, normalizer - wide.gather(-1, at), 0.0).sum()
+    hit = torch.arange(logits.shape[1], device=logits.device) == at
+    logits.copy_(((wide - normalizer).exp() - hit.to(wide.dtype)) * counted)
+    return loss
+
+
+@functools.cache
+def compiled_loss_and_derivative() -> Callable[[Tensor, Tensor], Tensor]:
+    return torch.compile(loss_and_derivative_)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, logits: Tensor | None = None, compiled: bool = False) -> Tensor:
     """Summed cross-entropy in nats of logits hidden W^T, a float32 scalar whose gradient flows to hidden and weight.
 
     Where a gradient will be asked for it is made here, chunk by chunk, while the chunk's logits are at hand, and only multiplied by
@@ -99,16 +121,17 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, logits
         weight: (vocabulary, width).
         targets: (batch, length); `IGNORED_TARGET` where nothing counts.
         logits: (batch, length, vocabulary), to be filled with the logits.
+        compiled: where there are gradients, a chunk's loss and derivative are one kernel of torch.compile's.
     """
     if not torch.is_grad_enabled():  # which autograd's functions are not told: they would make gradients that nobody takes
         hidden, weight = hidden.detach(), weight.detach()
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, logits)  # pyright: ignore[reportAssignmentType]
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, logits, compiled)  # pyright: ignore[reportAssignmentType]
     return loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, kept: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, kept: Tensor | None, compiled: bool) -> Tensor:  # type: ignore[override]
         to_hidden_wanted, to_weight_wanted = ctx.needs_input_grad[:2]
         kind, types = hidden.device.type, (hidden.dtype, weight.dtype)
         if torch.is_autocast_enabled(kind):
@@ -119,20 +142,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
             to_hidden = torch.empty_like(hidden) if to_hidden_wanted else None
             to_weight = torch.zeros(weight.shape, dtype=_wide(weight), device=weight.device) if to_weight_wanted else None
-            room = _Room(min(len(hidden), chunk_rows(len(weight), kind)), len(weight), weight.dtype, weight.device)
+            compiled &= to_hidden_wanted or to_weight_wanted
+            room = _Room(hidden, weight, weight.dtype if compiled else _wide(weight))
             for rows in _chunks(hidden, weight):
                 logits = room.product(hidden[rows], weight)
                 if kept is not None:
                     kept.flatten(0, 1)[rows] = logits
-                wide = room.widened(logits)
-                log_probabilities = torch.log_softmax(wide, dim=-1, out=wide)  # a row is read to its end before it is written
-                loss += F.nll_loss(log_probabilities, targets[rows], ignore_index=IGNORED_TARGET, reduction="sum")
-                if to_hidden is None and to_weight is None:
-                    continue
-                derivative = log_probabilities.exp_()
-                # one is taken off at the target; what a row that is not counted gives is emptied where it is narrow
-                derivative.scatter_add_(-1, targets[rows].clamp_min(0)[:, None], -torch.ones_like(derivative[:, :1]))
-                derivative = room.narrowed(derivative, weight.dtype)
+                if compiled:
+                    loss += compiled_loss_and_derivative()(logits, targets[rows])
+                    derivative = logits
+                else:
+                    wide = room.widened(logits)
+                    log_probabilities = torch.log_softmax(wide, dim=-1, out=wide)  # a row is read to its end before it is written
+                    loss += F.nll_loss(log_probabilities, targets[rows], ignore_index=IGNORED_TARGET, reduction="sum")
+                    if to_hidden is None and to_weight is None:
+                        continue
+                    derivative = log_probabilities.exp_()
+                    # one is taken off at the target; what a row that is not counted gives is emptied where it is narrow
+                    derivative.scatter_add_(-1, targets[rows].clamp_min(0)[:, None], -torch.ones_like(derivative[:, :1]))
+                    derivative = room.narrowed(derivative, weight.dtype)
                 if to_hidden is not None:
                     torch.mm(derivative, weight, out=to_hidden[rows])
                     to_hidden[rows] *= counted[rows]
@@ -144,10 +172,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
         # in place, so autograd itself refuses a second backward pass
         to_hidden, to_weight = (None if gradient is None else gradient.mul_(scale) for gradient in ctx.saved_tensors)
-        return to_hidden, None if to_weight is None else to_weight.to(ctx.weight_dtype), None, None
+        return to_hidden, None if to_weight is None else to_weight.to(ctx.weight_dtype), None, None, None
 
 
 def _add_product(total: Tensor, derivative: Tensor, hidden: Tensor) -> None:
@@ -187,9 +215,9 @@ class _LinearProduct(torch.autograd.Function):
         rows_of_hidden = hidden.flatten(0, 1)
         to_hidden = torch.empty_like(rows_of_hidden)
         to_weight = torch.zeros(weight.shape, dtype=_wide(weight), device=weight.device)
-        rows_at_once, frozen = min(len(rows_of_hidden), chunk_rows(len(weight), weight.device.type)), ctx.frozen
-        # the frozen weight may be narrower than the one here, which is float32 with `float32_second_pass`
-        room = _Room(rows_at_once, len(weight), (weight if frozen.weight is None else frozen.weight).dtype, weight.device)
+        frozen: FrozenHead = ctx.frozen
+        # logits come from the frozen weight, which is narrower than the one here with `float32_second_pass`
+        room = _Room(rows_of_hidden, weight if frozen.weight is None else frozen.weight, _wide(weight))
         for rows in _chunks(rows_of_hidden, weight):
             g = room.narrowed(frozen.derivative(rows, room).mul_(scale), weight.dtype)
             torch.mm(g, weight, out=to_hidden[rows])

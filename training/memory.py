@@ -106,10 +106,10 @@ def predict(
     assert config.mlp_width is not None
     inside = tokens * (block + compute * (config.width + config.mlp_width))
     # The loss goes by chunks (model/linear_cross_entropy.py), all in the same place: a chunk's logits, which in bf16 stand there in float32
-    # as well, and then its part of the unembedding's gradient, whose sum in float32 waits for the backward pass.
+    # as well unless compiled, and then its part of the unembedding's gradient, whose sum in float32 waits for the backward pass.
     chunk, matrix = min(tokens, chunk_rows(config.vocab_size, device)) * config.vocab_size, config.vocab_size * config.width
     low = compute == 2
-    logits = 4 * matrix + (6 * chunk + 2 * matrix if low else 4 * chunk)
+    logits = 4 * matrix + ((2 if training.compile else 6) * chunk + 2 * matrix if low else 4 * chunk)
     # That sum, in bf16 a second time; or the unembedding's gradient and the last block's backward pass, when the head's part is gone
     last_block = inside if recomputed == config.depth else inside - tokens * block
     behind = max((6 if low else 4) * matrix, compute * matrix + last_block - tokens * head)
