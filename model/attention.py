@@ -61,21 +61,25 @@ class Context(NamedTuple):
 
 
 def rotary_tables(first: int, length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of RoPE (arXiv 2104.09864) at positions from `first` on, each (length, 1, head_dim / 2), float32.
+    """Cosines and sines of RoPE (arXiv 2104.09864) at positions from `first` on, each (length, 1, head_dim), float32.
 
-    Made anew in each forward pass rather than kept as buffers: a buffer would be cast to bf16 with the model, and positions
-    above 256 are not representable there.
+    As `rotate` takes them: both for either half of a head, and the first half's sines negative. Made anew in each forward pass rather
+    than kept as buffers: a buffer would be cast to bf16 with the model, and positions above 256 are not representable there.
     """
     frequencies = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     angles = torch.outer(torch.arange(first, first + length, device=device, dtype=torch.float32), frequencies)[:, None]
-    return angles.cos(), angles.sin()
+    cosines, sines = angles.cos(), angles.sin()
+    return torch.cat((cosines, cosines), dim=-1), torch.cat((-sines, sines), dim=-1)
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate x (batch, length, heads, head_dim) by its positions; pairs are (i, i + head_dim / 2), the Hugging Face convention."""
+    """Rotate x (batch, length, heads, head_dim) by its positions; pairs are (i, i + head_dim / 2), the Hugging Face convention.
+
+    Each number by its cosine, and its partner by its sine: three passes over memory whose rows are whole heads, not halves of them.
+    """
     cosines, sines = rotary
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1).type_as(x)
+    wide = x.float()
+    return torch.addcmul(wide * cosines, wide.roll(x.shape[-1] // 2, dims=-1), sines).type_as(x)
 
 
 @functools.cache

@@ -25,9 +25,11 @@ class Unembedding(Linear):
 
     Attributes:
         kept_logits: where the logits behind a loss are to be put, (batch, length, vocabulary) each; None: nowhere.
+        compiled: the loss of a chunk of them is compiled; set by training.
     """
 
     kept_logits: list[Tensor] | None = None
+    compiled = False
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None, frozen: FrozenHead | None = None) -> Tensor:
         """hidden (batch, length, width) -> logits (batch, length, vocabulary); with targets the summed loss, with `frozen` the scalar of
@@ -43,7 +45,7 @@ class Unembedding(Linear):
         if self.kept_logits is not None:
             logits = hidden.new_empty(*hidden.shape[:-1], self.out_features)
             self.kept_logits.append(logits)
-        return linear_cross_entropy(hidden, self.weight, targets, logits)
+        return linear_cross_entropy(hidden, self.weight, targets, logits, self.compiled)
 
 
 class Transformer(nn.Module):

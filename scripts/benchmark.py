@@ -9,6 +9,7 @@ AdamW, and reads no value but the last loss. All ours are `training.engine` and 
     pre_norm, outlier_protected, shaped, simplified     blocks of one size; pre_norm is what the peers train
     sam, functional_sam                                 pre_norm with two passes a step: tokens count once
     loop                                                `training.loop.train` itself, data, logging and TensorBoard included (small sizes)
+    products_and_attention                              nothing but the matrix products and the attention of a step: what its shape allows
 Peers:
     bare_pytorch        our network in a bare loop: whole logits, autocast for bf16, DistributedDataParallel if there are ranks
     bare_deepspeed      the same in a bare DeepSpeed loop
@@ -18,8 +19,8 @@ Peers:
                         python -m venv runs/litgpt && runs/litgpt/bin/pip install litgpt
 Rounds are interleaved, each begins with another subject, and figures are medians of ratios within a round, so that a machine whose speed
 drifts treats all alike. The ceiling is the fastest of a few large matrix products in that precision, measured in every round; a share
-of it counts 6 N_matmul + 12 depth width length FLOPs a token. With --clock processor times are those of the process on its cores:
-what other programs do disturbs that less.
+of it counts 6 N_matmul + 12 depth width length FLOPs a token. On a GPU the table has MFU and peak memory; --minutes ends it after a whole
+round. With --clock processor times are those of the process on its cores: what other programs do disturbs that less.
 """
 
 from __future__ import annotations
@@ -49,10 +50,11 @@ from torch import Tensor, nn
 from analysis.pictures import benchmark_picture
 from model.config import ModelConfig
 from model.errors import InputError
+from model.linear_cross_entropy import chunk_rows
 from model.parametrization import initialize
 from model.transformer import Transformer
 from training.data import Batch
-from training.distributed import Ranks, discover, leave, one_clear_line
+from training.distributed import Ranks, discover, largest_over_ranks, leave, one_clear_line
 from training.engine import Engine, deepspeed_config, start_distributed
 from training.loop import train
 from training.metrics import peak_flops
@@ -82,6 +84,7 @@ OURS: dict[str, dict[str, Any]] = {
     "sam": {"optimizer": {"sharpness_aware": "sam"}},
     "functional_sam": {"optimizer": {"sharpness_aware": "functional_sam"}},
 }
+BOUND = "products_and_attention"
 PEERS = ("bare_pytorch", "bare_deepspeed", "hf_trainer", "litgpt")
 LARGEST_LOOP = 50_000_000  # parameters: the loop ends by saving a checkpoint
 WARM_UP = 2
@@ -94,7 +97,8 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help=f"optimizer steps of a turn after {WARM_UP} that are not counted")
-    parser.add_argument("--subjects", nargs="+", choices=[*OURS, "loop", *PEERS], help="default: all that can run here")
+    parser.add_argument("--subjects", nargs="+", choices=[*OURS, "loop", BOUND, *PEERS], help="default: all that can run here")
+    parser.add_argument("--minutes", type=float, help="begin no further round that would, as long as the longest, end after this")
     parser.add_argument("--clock", choices=("wall", "processor"), default="wall")
     parser.add_argument("--litgpt", type=Path, default=Path("runs/litgpt/bin/python"), help="python of an environment that has litgpt")
     parser.add_argument("--out", type=Path, help="where to write the result as JSON, and a picture beside it")
@@ -111,6 +115,7 @@ class Bench:
         self.arguments, self.ranks, self.device, self.scratch = arguments, ranks, device, scratch
         self.steps = arguments.steps or steps
         self.tokens_per_step = self.micro_batch * self.length * ranks.world_size
+        self.memory: dict[str, int] = {}  # peak bytes on the GPU, by subject
         self.base = scratch / "recipe.yaml"
         tree = {
             "run": {"folder": str(scratch)},
@@ -136,7 +141,8 @@ class Bench:
 
     def batch(self) -> tuple[Tensor, Tensor]:
         tokens = torch.randint(self.vocabulary, (self.micro_batch, self.length + 1))
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        return (inputs.pin_memory(), targets.pin_memory()) if self.device.type == "cuda" else (inputs, targets)  # as the loop's are
 
     def timed(self, step: Callable[[int], Tensor]) -> list[float]:
         """Seconds of each step after the first ones; on a GPU of all of them together, since only the end waits for it."""
@@ -170,10 +176,11 @@ def benchmark(arguments: argparse.Namespace) -> None:
         if not subjects:
             raise InputError(f"--subjects: none of them can run here: {absent}")
         seconds: dict[str, list[float]] = {name: [] for name in subjects}
-        memory: dict[str, int] = {}
         ceilings: list[float] = []
+        began, longest = time.perf_counter(), 0.0
         result: dict[str, Any] = {}
         for turn in range(arguments.rounds):
+            turn_began = time.perf_counter()
             names, offset = list(subjects), turn * max(1, len(subjects) // arguments.rounds)
             ceilings.append(ceiling(bench))
             for name in names[offset % len(names) :] + names[: offset % len(names)]:
@@ -181,7 +188,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
                     torch.cuda.reset_peak_memory_stats(device)
                 seconds[name].append(statistics.median(subjects[name]()))
                 if device.type == "cuda":
-                    memory[name] = torch.cuda.max_memory_allocated(device)
+                    bench.memory[name] = max(bench.memory.get(name, 0), torch.cuda.max_memory_allocated(device))
                 clear(device)
                 dist.barrier()
                 if ranks.is_first:
@@ -190,19 +197,28 @@ def benchmark(arguments: argparse.Namespace) -> None:
                         flush=True,
                     )
             if ranks.is_first:
-                result = summarise(bench, seconds, ceilings, flops, parameters.total, memory, absent)
+                result = summarise(bench, seconds, ceilings, flops, parameters.total, absent)
                 if arguments.out:  # after every round, should the machine be needed for something else
                     arguments.out.parent.mkdir(parents=True, exist_ok=True)
                     arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+            now = time.perf_counter()
+            longest = max(longest, now - turn_began)
+            if is_time_up(now - began + longest, arguments.minutes, device):
+                break
         if ranks.is_first:
             report(result, arguments.out)
+
+
+def is_time_up(seconds: float, minutes: float | None, device: torch.device) -> bool:
+    """Whether one more round would end after `minutes`, as the slowest rank sees it, on every rank alike."""
+    return minutes is not None and largest_over_ranks(round(seconds), device) > 60 * minutes
 
 
 def choose(bench: Bench, parameters: int) -> tuple[dict[str, Callable[[], list[float]]], dict[str, str]]:
     """What runs here, in order, and of the others why they do not."""
     absent = {}
     found: dict[str, Callable[[], list[float]]] = {name: lambda name=name: ours(bench, name) for name in OURS}
-    found["loop"] = lambda: loop(bench)
+    found |= {"loop": lambda: loop(bench), BOUND: lambda: products_and_attention(bench)}
     found |= {"bare_pytorch": lambda: bare_pytorch(bench), "bare_deepspeed": lambda: bare_deepspeed(bench)}
     found |= {
         "hf_trainer": lambda: peer(bench, "hf_trainer", sys.executable),
@@ -330,6 +346,42 @@ def bare_deepspeed(bench: Bench) -> list[float]:
     return seconds
 
 
+def products_and_attention(bench: Bench) -> list[float]:
+    """The products of a step, forward and backward, and its attention, by the same kernels as the network's, in memory that is there."""
+    config, dtype = bench.config, torch.bfloat16 if bench.arguments.precision == "bf16" else torch.float32
+    assert config.head_dim is not None and config.kv_heads is not None and config.mlp_width is not None
+    width, queries, keys = config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    tokens, ups = bench.micro_batch * bench.length, 2 if config.activation == "swiglu" else 1
+    rows = min(tokens, chunk_rows(bench.vocabulary, bench.device.type))
+    products = [  # (rows, in, out), and how many
+        ((tokens, width, queries), config.depth), ((tokens, width, keys), 2 * config.depth), ((tokens, queries, width), config.depth),
+        ((tokens, width, config.mlp_width), ups * config.depth), ((tokens, config.mlp_width, width), config.depth),
+        ((rows, width, bench.vocabulary), -(-tokens // rows)),
+    ]  # fmt: skip
+
+    def made(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=bench.device)
+
+    buffers = [(made(m, k), made(n, k), made(m, n), made(m, k), made(n, k)) for (m, k, n), _ in products]
+    query, incoming = (made(bench.micro_batch, bench.length, config.heads, config.head_dim).transpose(1, 2) for _ in range(2))
+    key, value = (made(bench.micro_batch, bench.length, config.kv_heads, config.head_dim).transpose(1, 2) for _ in range(2))
+    for tensor in (query, key, value):
+        tensor.requires_grad_()
+
+    def step(number: int) -> Tensor:
+        for (x, weight, y, to_x, to_weight), (_, count) in zip(buffers, products, strict=True):
+            for _ in range(count):
+                torch.mm(x, weight.T, out=y)
+                torch.mm(y, weight, out=to_x)
+                torch.mm(y.T, x, out=to_weight)
+        for _ in range(config.depth):
+            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=keys != queries)
+            torch.autograd.grad(mixed, (query, key, value), incoming)
+        return buffers[-1][-1][0, 0]
+
+    return bench.timed(step)
+
+
 def peer(bench: Bench, name: str, python: str) -> list[float]:
     """A peer in a process of its own, for which this one waits."""
     config = bench.config
@@ -340,11 +392,21 @@ def peer(bench: Bench, name: str, python: str) -> list[float]:
     }  # fmt: skip
     launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
     environment = {key: value for key, value in os.environ.items() if key not in launched}
+    if bench.device.type == "cuda":  # of several GPUs the Trainer would take all
+        environment["CUDA_VISIBLE_DEVICES"] = visible_alone(bench.device.index, environment.get("CUDA_VISIBLE_DEVICES"))
     command = [python, str(Path(__file__).with_name("benchmark_peer.py")), name, json.dumps(shape)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise InputError(f"{name}: its process ended with exit code {done.returncode}: {done.stderr.strip()[-1000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    if found["peak_memory_bytes"] is not None:
+        bench.memory[name] = found["peak_memory_bytes"]
+    return found["seconds"]
+
+
+def visible_alone(index: int, visible: str | None) -> str:
+    """CUDA_VISIBLE_DEVICES that leaves GPU number `index` of those that it leaves now."""
+    return visible.split(",")[index].strip() if visible else str(index)
 
 
 def ceiling(bench: Bench) -> float:
@@ -378,7 +440,6 @@ def summarise(
     ceilings: list[float],
     flops: int,
     parameters: int,
-    memory: dict[str, int],
     absent: dict[str, str],
 ) -> dict[str, Any]:
     """What is written; `seconds` are those of the rounds so far."""
@@ -399,8 +460,10 @@ def summarise(
             row["share_of_matmul_ceiling"] = per_rank / statistics.median(ceilings)
             if peak:
                 row["mfu"] = per_rank / peak
-        if name in memory:
-            row["peak_memory_bytes"] = memory[name]
+        if BOUND in seconds:
+            row[f"over_{BOUND}"] = ratio(name, BOUND)
+        if name in bench.memory:
+            row["peak_memory_bytes"] = bench.memory[name]
         rows[name] = row
     return {
         "what": "medians over rounds; over_PEER: tokens per second over that peer's, the median of the ratios within a round",
@@ -422,11 +485,23 @@ def summarise(
     }
 
 
+def table_line(name: str, row: dict[str, Any], best_peer: str | None) -> str:
+    cells = [f"{name:<24}{row['tokens_per_second']:>12,.0f} tokens/s"]
+    if best_peer:
+        cells.append(f"{row['over_' + best_peer]:.3f} of {best_peer}")
+    if f"over_{BOUND}" in row and name != BOUND:
+        cells.append(f"{row['over_' + BOUND]:.3f} of products and attention alone")
+    if "mfu" in row:
+        cells.append(f"MFU {row['mfu']:.1%}")
+    if "peak_memory_bytes" in row:
+        cells.append(f"{row['peak_memory_bytes'] / 1e9:.1f} GB")
+    return "   ".join(cells)
+
+
 def report(result: dict[str, Any], out: Path | None) -> None:
     """For the terminal, and as a picture beside the JSON."""
     for name, row in result["subjects"].items():
-        beside = f"   {row['over_' + result['best_peer']]:.3f} of {result['best_peer']}" if result["best_peer"] else ""
-        print(f"{name:<20}{row['tokens_per_second']:>12,.0f} tokens/s{beside}")
+        print(table_line(name, row, result["best_peer"]))
     for name, why in result["absent"].items():
         print(f"{name}: not run: {why}")
     if out:

@@ -2,7 +2,8 @@
 
     python scripts/benchmark_peer.py hf_trainer|litgpt SHAPE       SHAPE: the network, batch and steps, in JSON
 
-The last line of the output is the seconds of each step after the warm-up; on a GPU of all of them together, since only the end waits.
+The last line of the output is JSON: the seconds of each step after the warm-up, on a GPU of all of them together, since only the end
+waits; and the peak of the GPU's memory.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ def main() -> None:
     shape = json.loads(sys.argv[2])
     if not CUDA:
         torch.set_num_threads(shape["threads"])
-    print(json.dumps({"hf_trainer": hf_trainer, "litgpt": litgpt}[sys.argv[1]](shape)))
+    seconds = {"hf_trainer": hf_trainer, "litgpt": litgpt}[sys.argv[1]](shape)
+    print(json.dumps({"seconds": seconds, "peak_memory_bytes": torch.cuda.max_memory_allocated() if CUDA else None}))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""The planned peak of memory beside the measured one, over sizes, ZeRO stages, checkpointing and methods, on this CPU.
+"""The planned peak of memory beside the measured one, over sizes, ZeRO stages, checkpointing and methods.
 
     python -m scripts.measure_memory [--out FILE.json] [--only WORD]
 
-Every case is an engine of its own that takes three steps of two micro-batches. Measured are the bytes of tensors that PyTorch's
-allocator gave out since before the engine was built, at their most after the first step; planned is `training.memory.predict`'s total.
+Every case is an engine of its own that takes three steps of two micro-batches, on the GPU if there is one. Measured are the bytes of
+tensors that PyTorch's allocator gave out since before the engine was built, at their most after the first step; planned is
+`training.memory.predict`'s total.
 What --out holds of earlier calls is kept, and not measured again; without it, or with a new file, everything is measured.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -112,23 +114,36 @@ def measure_all(arguments: argparse.Namespace) -> None:
 
 
 def measure(recipe: Recipe, ranks: Ranks, device: torch.device) -> tuple[int, Any]:
+    """(peak of a case in bytes, its planned memory)."""
     config = model_config(recipe, recipe.data.tokenizer.vocab_size)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    cuda = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if cuda else 0
+    # a CPU's allocator keeps no peak: the profiler has every allocation
+    with nullcontext() if cuda else profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         engine = Engine(recipe, config, 2, ranks, device)
         tokens = torch.randint(config.vocab_size, (4, 256))
         batches = [Batch(tokens, tokens, None)] * 2
         for step in range(3):
             gc.collect()
+            if cuda and step == 1:
+                torch.cuda.reset_peak_memory_stats(device)
             with torch.profiler.record_function("counted" if step else "first"):
                 take_step(engine, batches, 2048.0, step, 1000, logged=False)
-    events: list[Any] = recorded.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+    planned = plan(recipe, config, ranks.world_size, device=device.type).memory
+    peak = torch.cuda.max_memory_allocated(device) - before if cuda else recorded_peak(recorded)
+    engine.deepspeed.destroy()
+    return peak, planned
+
+
+def recorded_peak(recorded: Any) -> int:
+    """The most bytes that a profile's allocations had given out since its begin, from the first step that is counted on."""
+    events: list[Any] = recorded.profiler.kineto_results.events()
     begin = min(event.start_ns() for event in events if event.name() == "counted")
     now = peak = 0
     for when, change in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
         now += change
         peak = max(peak, now) if when >= begin else 0
-    engine.deepspeed.destroy()
-    return peak, plan(recipe, config, ranks.world_size, device="cpu").memory
+    return peak
 
 
 if __name__ == "__main__":

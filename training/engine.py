@@ -47,6 +47,7 @@ from model.linear_cross_entropy import FrozenHead
 from model.parametrization import initialize, owned_parameters
 from model.pretrained import PretrainedDecoder, PretrainedModel, pretrained_weights
 from model.pretrained import load as load_pretrained
+from model.transformer import Transformer
 from training.data import Batch
 from training.distributed import Ranks, largest_over_ranks, raise_together
 from training.network import make_network, mend_rotary
@@ -261,6 +262,8 @@ class Engine:
         if recipe.training.compile:
             for block in model.blocks:
                 block.compile()
+            if isinstance(model, Transformer):
+                model.unembedding.compiled = True
         max_norm = recipe.training.gradient_clipping if _unguarded(recipe) else None
         base = make_optimizer(model, recipe.optimizer, sharded=self.stage > 0, max_norm=max_norm)
         if isinstance(base, JointOptimizer):

@@ -105,11 +105,11 @@ def predict(
     # The backward pass of a block: what it kept, the gradient that came in, and that of the MLP's hidden layer.
     assert config.mlp_width is not None
     inside = tokens * (block + compute * (config.width + config.mlp_width))
-    # The loss goes by chunks (model/linear_cross_entropy.py): a chunk's logits and their log-probabilities in float32; then their gradient
-    # and, in bf16, the chunk's part of the unembedding's, whose sum in float32 waits for the backward pass.
+    # The loss goes by chunks (model/linear_cross_entropy.py), all in the same place: a chunk's logits, which in bf16 stand there in float32
+    # as well unless compiled, and then its part of the unembedding's gradient, whose sum in float32 waits for the backward pass.
     chunk, matrix = min(tokens, chunk_rows(config.vocab_size, device)) * config.vocab_size, config.vocab_size * config.width
     low = compute == 2
-    logits = 4 * matrix + max((4 + compute if device == "cuda" else 8) * chunk, compute * (chunk + matrix) if low else 0)
+    logits = 4 * matrix + _chunk_bytes(chunk, matrix, low, training.compile, device)
     # That sum, in bf16 a second time; or the unembedding's gradient and the last block's backward pass, when the head's part is gone
     last_block = inside if recomputed == config.depth else inside - tokens * block
     behind = max((6 if low else 4) * matrix, compute * matrix + last_block - tokens * head)
@@ -146,7 +146,7 @@ def predict(
                 2 * inputs + tokens * ((config.depth - recomputed) * wide + wide_head),
                 inside + tokens * (wide - block + (4 - compute) * (config.width + config.mlp_width)),
             )
-        phases = _two_passes(recipe, config, phases, tensor_sizes, world_size, accumulation, fixed, kept, second, states, chunk)
+        phases = _two_passes(recipe, config, phases, tensor_sizes, world_size, accumulation, fixed, kept, second, states, chunk, device)
     return Memory(
         weights=states.weights,
         gradients=states.gradients,
@@ -160,6 +160,15 @@ def predict(
         checkpoint=checkpoint,
         phases=phases,
     )
+
+
+def _chunk_bytes(chunk: int, matrix: int, low: bool, compiled: bool, device: str) -> int:
+    """The logits of a chunk, of so many elements, and in bf16 what its part of the unembedding's gradient takes, of `matrix` elements."""
+    if not low:
+        return 4 * chunk
+    wide = 0 if compiled else 4
+    turned = 2 if device == "cpu" else 0  # bf16 products on a CPU copy a matrix that stands transposed
+    return (2 + wide + turned) * chunk + 2 * matrix
 
 
 def _checkpoint_copy(states: _States, tensor_sizes: list[int], stage: int, compute: int, world_size: int) -> int:
@@ -181,6 +190,7 @@ def _two_passes(
     second_activations: tuple[int, int],
     states: _States,
     chunk: int,
+    device: str,
 ) -> dict[str, int]:
     """The moments of a sharpness-aware step (training/sharpness_aware.py), from those of a plain one: `phases`.
 
@@ -206,9 +216,10 @@ def _two_passes(
         stored = options.store_logits
         heads = accumulation * tokens * compute * (config.vocab_size if stored else config.width)
         head = 0 if stored or weights else compute * matrix  # the unperturbed unembedding, where the masters do not hold it
-        # a chunk's logits twice in float32, and in bf16; or once and its part of the unembedding's gradient; that gradient's sum so far
-        products = 4 * matrix + max((10 if low else 8) * chunk, 4 * chunk + compute * matrix)
+        # a chunk's logits in float32, and in bf16 as well, with its part of the unembedding's gradient; that gradient's sum so far
+        products = 4 * matrix + _chunk_bytes(chunk, matrix, low, False, device)
         second = {
+            "the second first gradients": phases["the first gradients"] + weights + second_kept - kept + heads + head + beside,
             "the second loss": fixed + weights + states.at_loss + second_kept + heads + head + products + beside,
             "the second last gradients": fixed + weights + states.at_last_gradients + inside + heads + head + beside,
         }

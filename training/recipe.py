@@ -114,7 +114,7 @@ class TrainingSection(Section):
         gt=0,
         description="activation_checkpointing auto: what a rank may take, in 10^9 bytes; default: nine tenths of the device.",
     )
-    compile: bool = Field(default=False, description="torch.compile each block.")
+    compile: bool = Field(default=False, description="torch.compile each block, and the loss behind the logits.")
     profile: list[int] = Field(
         default_factory=list, description="Steps whose work is recorded by torch's profiler, into the run's folder profile/ (first rank)."
     )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import model.linear_cross_entropy
 from training.data import Batch
 from training.distributed import Ranks, discover, leave
 from training.engine import Engine, start_distributed
@@ -63,6 +64,8 @@ def main() -> None:
     compile_with = torch.nn.Module.compile
     # what is compiled again is Dynamo's choice, whatever compiles its graphs: this needs no C++ compiler
     torch.nn.Module.compile = lambda self: compile_with(self, backend="aot_eager")  # pyright: ignore[reportAttributeAccessIssue]
+    loss = torch.compile(model.linear_cross_entropy.loss_and_derivative_, backend="aot_eager")
+    model.linear_cross_entropy.compiled_loss_and_derivative = lambda: loss  # pyright: ignore[reportAttributeAccessIssue]
     for stage, checkpointing in ((0, "false"), (2, "1"), (3, "true")):
         torch._dynamo.reset()
         options = (

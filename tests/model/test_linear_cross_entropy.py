@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model.linear_cross_entropy
 from model.config import ModelConfig
-from model.linear_cross_entropy import FrozenHead, linear_cross_entropy, linear_product, logit_derivative
+from model.linear_cross_entropy import FrozenHead, linear_cross_entropy, linear_product, logit_derivative_, loss_and_derivative_
 from model.parametrization import initialize
 from model.transformer import Transformer
 
@@ -39,7 +39,7 @@ def test_the_derivative_is_autograds() -> None:
     logits = F.linear(hidden, weight).requires_grad_()
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
     (expected,) = torch.autograd.grad(loss, logits)
-    derivative = logit_derivative(logits.detach().flatten(0, 1), targets.flatten())
+    derivative = logit_derivative_(logits.detach().flatten(0, 1).clone(), targets.flatten())
     torch.testing.assert_close(derivative, expected.flatten(0, 1))
     assert (derivative.view(*ROWS, VOCAB)[targets == -100] == 0).all()
 
@@ -116,6 +116,47 @@ def test_in_bf16_and_under_autocast_it_is_as_near_to_float64_as_whole_logits_are
         assert all(ours < 1.3 * whole + 1e-4 for ours, whole in zip(errors(form), errors("whole"), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_all_chunks_share_one_place(dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a chunk's size there is one tensor for all chunks, and in bf16 a float32 one unless compiled."""
+    monkeypatch.setitem(model.linear_cross_entropy.CHUNK_ELEMENTS, "cpu", 8 * 300)
+    monkeypatch.setattr(model.linear_cross_entropy, "compiled_loss_and_derivative", lambda: lambda logits, targets: logits.new_zeros(()))
+    made: dict[int, Tensor] = {}
+
+    class Making(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.numel() == 8 * 300:
+                made[out.untyped_storage().data_ptr()] = out  # kept, so that no other storage takes the place of this one
+            return out
+
+    hidden, weight = torch.randn(1, 64, 16, dtype=dtype, requires_grad=True), torch.randn(300, 16, dtype=dtype, requires_grad=True)
+    with Making():
+        linear_cross_entropy(hidden, weight, torch.zeros(1, 64, dtype=torch.long), compiled=compiled)
+    expected = [dtype] if dtype == torch.float32 or compiled else [dtype, torch.float32]
+    assert sorted(map(str, (tensor.dtype for tensor in made.values()))) == sorted(map(str, expected))
+
+
+def test_compiled_it_is_the_same_and_compiles_once_for_each_size_of_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(model.linear_cross_entropy.CHUNK_ELEMENTS, "cpu", 4 * VOCAB)
+    torch._dynamo.reset()
+    graphs: list[int] = []
+    compiled = torch.compile(loss_and_derivative_, backend=lambda graph, inputs: graphs.append(1) or graph.forward)
+    monkeypatch.setattr(model.linear_cross_entropy, "compiled_loss_and_derivative", lambda: compiled)
+    for seed in range(3):
+        hidden, weight, targets = head(seed)
+        hidden.requires_grad_()
+        weight.requires_grad_()
+        expected = F.cross_entropy(F.linear(hidden, weight).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+        loss = linear_cross_entropy(hidden, weight, targets, compiled=True)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+        torch.testing.assert_close(torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)))
+        assert 1 <= len(graphs) <= 2  # chunks of 4, 4 and 2 rows
+    with torch.no_grad():
+        assert linear_cross_entropy(hidden, weight, targets, compiled=True).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
 def test_a_second_backward_pass_is_refused() -> None:
     hidden, weight, targets = head()
     loss = linear_cross_entropy(hidden.requires_grad_(), weight, targets)
@@ -154,7 +195,7 @@ def test_the_product_with_a_frozen_derivative(stored: bool) -> None:
     hidden0, weight0, _ = head(2)
     logits = F.linear(hidden0, weight0)
     frozen = FrozenHead(targets, logits=logits) if stored else FrozenHead(targets, hidden=hidden0, weight=weight0)
-    g = logit_derivative(logits.flatten(0, 1), targets.flatten()).view_as(logits)
+    g = logit_derivative_(logits.flatten(0, 1).clone(), targets.flatten()).view_as(logits)
     hidden.requires_grad_()
     weight.requires_grad_()
     expected = torch.autograd.grad(0.7 * (F.linear(hidden, weight) * g).sum(), (hidden, weight))

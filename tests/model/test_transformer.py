@@ -186,6 +186,21 @@ def test_softcap_is_its_formula_and_vanishes_when_large() -> None:
             torch.testing.assert_close(mixed[0, head, t], weights @ value[0, head // 2, : t + 1], rtol=0, atol=1e-6)
 
 
+def test_rotating_is_a_product_of_complex_numbers_and_its_gradient_turns_back() -> None:
+    """(x_i + j x_{i + d/2}) exp(j position base^(-2i/d)), in complex128; the gradient of a rotation is the inverse rotation."""
+    x, incoming = (torch.randn(2, 7, 3, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    positions, pairs = torch.arange(5, 12, dtype=torch.float64), torch.arange(4, dtype=torch.float64)
+    turn = torch.polar(torch.ones(7, 4, dtype=torch.float64), torch.outer(positions, 100.0 ** (-pairs / 4)))[:, None]
+
+    def turned(y: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+        z = torch.complex(*y.double().chunk(2, -1)) * by
+        return torch.cat((z.real, z.imag), -1).float()
+
+    rotated = rotate(x.requires_grad_(), rotary_tables(5, 7, 8, 100.0, x.device))
+    torch.testing.assert_close(rotated, turned(x, turn), rtol=0, atol=2e-6)
+    torch.testing.assert_close(torch.autograd.grad(rotated, x, incoming)[0], turned(incoming, turn.conj()), rtol=0, atol=2e-6)
+
+
 def test_qk_norm_comes_before_rope() -> None:
     """The order shows once the scales differ between the two halves that RoPE mixes: Norm, then rotate, in float64."""
     attention = make(block="outlier_protected").double().blocks[0].attention
