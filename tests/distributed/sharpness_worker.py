@@ -330,7 +330,7 @@ def in_float32(path: str, ranks: Ranks, device: torch.device, *options: str) -> 
     before = [weight.detach().clone() for weight in masters.forward]
     for name, wide in (("bf16", False), ("float32", True)):
         with engine.perturbed(vector, wide):
-            seen[f"{name}_cosine"] = compare(masters, engine.realised(before, vector), vector)["perturbation_cosine"]
+            seen[f"{name}_cosine"] = compare(masters, masters.moved(before), vector)["perturbation_cosine"]
             moved, _ = engine.gradient(mine, scale)
         seen[f"{name}_clean"] = clean(engine) and engine.model.unembedding.weight is engine.model.embedding.weight
         difference = masters.zeros()
