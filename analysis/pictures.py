@@ -336,7 +336,14 @@ def curvature_picture(result: dict[str, Any], path: Path) -> Path:
         axes[1].grid(axis="y", visible=False)
         strips = np.stack([smoothed(result["parts"][name]["density"]) for name in reversed(names)])
         strips = np.log10(np.maximum(strips, strips.max() * 1e-6))
-        axes[2].imshow(strips, aspect="auto", origin="lower", extent=(grid[0], grid[-1], -0.5, len(names) - 0.5), cmap=MAP_COLOURS)
+        axes[2].imshow(
+            strips,
+            aspect="auto",
+            origin="lower",
+            extent=(grid[0], grid[-1], -0.5, len(names) - 0.5),
+            cmap=MAP_COLOURS,
+            interpolation="nearest",
+        )
         axes[2].set_yticks(places, names)
         axes[2].set(title="Density of each part's eigenvalues (Hessian, log)", xlabel="eigenvalue")
         axes[2].grid(visible=False)
