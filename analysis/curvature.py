@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from analysis.checkpoint import Checkpoint
 from analysis.decoders import build_model
-from analysis.runs import Run
+from analysis.runs import Run, read_metrics
 from analysis.tokens import check_vocabulary, held_out_tokens
 from model.errors import InputError
 from model.linear_cross_entropy import FrozenHead
@@ -36,10 +38,13 @@ DEFINITIONS = {
     "trace": "sum of eigenvalues, by Hutchinson's method: weights x mean of v^T H v over random unit v; standard_error over the probes",
     "density": "stochastic Lanczos quadrature: nodes (eigenvalues) and weights that sum to 1, over all probes",
     "gradient_direction": "e^T H e and e^T G e along the unit gradient e: the loss's curvature where SAM perturbs",
-    "parts": "top eigenvalue of H and G with all weights outside the part held fixed (a diagonal block)",
+    "parts": "top eigenvalue of H and G with all weights outside the part held fixed (a diagonal block), and the density of that of H",
+    "preconditioned": "of P^-1/2 H P^-1/2, P = (sqrt(v) + epsilon) / f, v AdamW's bias-corrected second moment, f a group's factor on the "
+    "learning rate; stability_line: (2 + 2 beta1) / ((1 - beta1) learning rate), above which full-batch Adam is unstable (2207.14484)",
 }
 STEP = 1e-3  # h: small beside what curves the loss, large beside float32's rounding
 PART_STEPS = 8
+BESIDE = 10  # copies of the weights, at their most, beside Lanczos's: as they were, gradients at two places, their parts and their sum
 
 Product = Callable[[Tensor], Tensor]
 
@@ -153,7 +158,8 @@ def analyze_curvature(
     """What curvature.json holds, of the run's last checkpoint.
 
     Raises:
-        InputError: a damaged checkpoint, no model_config.json, no data, weights that are not finite, or numbers that make no sense.
+        InputError: a damaged checkpoint, no model_config.json, no data, weights that are not finite, numbers that make no sense, or
+            more memory than is free.
     """
     for name, value, least in (("--tokens", tokens, 1), ("--steps", steps, 2), ("--probes", probes, 1)):
         if value < least:
@@ -161,12 +167,15 @@ def analyze_curvature(
     checkpoint = run.last(verify)
     model = build_model(checkpoint)
     config = model.config
+    require_memory(sum(p.numel() for p in model.parameters()), steps, next(model.parameters()).device)
     sequences, source = held_out_tokens(run, data, tokens, config.sequence_length)
     check_vocabulary(sequences, config.vocab_size, source)
     try:
-        measured = measure(model, sequences, steps, probes, progress)
+        measured = measure(model, sequences, steps, probes, progress, preconditioner(checkpoint, model))
     except InputError as error:
         raise InputError(f"{checkpoint.path}: {error}") from None
+    if "preconditioned" in measured:
+        measured["preconditioned"]["stability_line"] = stability_line(run, checkpoint)
     return {
         "format": 1,
         "verb": "curvature",
@@ -179,8 +188,58 @@ def analyze_curvature(
     }
 
 
-def measure(model: Transformer, sequences: Tensor, steps: int, probes: int, progress: bool = False) -> dict[str, Any]:
+def require_memory(weights: int, steps: int, device: torch.device) -> None:
+    """Raises InputError where Lanczos over so many weights would need more than is free on the device."""
+    needed, free = 4 * weights * (steps + BESIDE), free_memory(device)
+    if free is not None and needed > free:
+        fit = free // (4 * weights) - BESIDE
+        raise InputError(
+            f"--steps {steps}: Lanczos holds that many copies of {weights:,} weights, {needed / 1e9:.1f} GB with what is beside them, and "
+            f"{free / 1e9:.1f} GB are free; " + (f"--steps {fit} would do" if fit >= 2 else "it needs a larger machine")
+        )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that may still be taken on a device; None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def preconditioner(checkpoint: Checkpoint, model: Transformer) -> Tensor | None:
+    """P^-1/2 of `DEFINITIONS` over the flat weights, on the model's device; None where the files hold no AdamW state or no step."""
+    roots = []
+    try:
+        for name, _, parameter in owned_parameters(model):
+            settings, moment = checkpoint.adam_settings(name), checkpoint.tensor(name, "exp_avg_sq").float().flatten()
+            if settings.step == 0:
+                return None
+            root = (moment / (1 - settings.betas[1] ** settings.step)).sqrt_().add_(settings.epsilon)
+            roots.append(root.div_(settings.learning_rate_factor).rsqrt_().to(parameter.device))
+    except InputError:
+        return None
+    return torch.cat(roots)
+
+
+def stability_line(run: Run, checkpoint: Checkpoint) -> float | None:
+    """(2 + 2 beta1) / ((1 - beta1) learning rate) of the checkpoint's step; None at a learning rate of 0, where nothing is unstable."""
+    settings = checkpoint.adam_settings(next(iter(checkpoint.shapes)))
+    recorded = next((r["learning_rate"] for r in read_metrics(run) if r.get("step") == checkpoint.step and "learning_rate" in r), None)
+    rate = float(recorded) if recorded is not None else settings.learning_rate / settings.learning_rate_factor
+    return (2 + 2 * settings.betas[0]) / ((1 - settings.betas[0]) * rate) if rate > 0 else None
+
+
+def measure(
+    model: Transformer, sequences: Tensor, steps: int, probes: int, progress: bool = False, roots: Tensor | None = None
+) -> dict[str, Any]:
     """The measures of `DEFINITIONS` for one model over sequences (sequences, length + 1) of tokens.
+
+    Args:
+        roots: P^-1/2 over the flat weights; None: nothing is preconditioned.
 
     Raises:
         InputError: the loss, or a product, is not finite; the gradient is 0.
@@ -195,14 +254,22 @@ def measure(model: Transformer, sequences: Tensor, steps: int, probes: int, prog
     count = sum(surface.sizes)
     steps = min(steps, count)
     parts = parts_of(surface.names)
-    total = (2 + probes) * steps + 2 + 2 * PART_STEPS * len(parts)
+    total = (2 + probes + (roots is not None)) * steps + 2 + 2 * PART_STEPS * len(parts)
     with tqdm(total=total, desc="curvature", unit="product", disable=not progress) as bar:
-        spectra = _spectra(surface, gradient / gradient.norm(), parts, steps, probes, bar)
+        spectra = _spectra(surface, gradient / gradient.norm(), parts, steps, probes, roots, bar)
     counts = {"weights": count, "tokens": surface.tokens, "steps": steps, "probes": probes}
     return {"loss": loss, **counts, "gradient_norm": float(gradient.norm()), **spectra}
 
 
-def _spectra(surface: Surface, e: Tensor, parts: dict[str, Callable[[str], bool]], steps: int, probes: int, bar: tqdm) -> dict[str, Any]:
+def _spectra(
+    surface: Surface,
+    e: Tensor,
+    parts: dict[str, Callable[[str], bool]],
+    steps: int,
+    probes: int,
+    roots: Tensor | None,
+    bar: tqdm,
+) -> dict[str, Any]:
     """What `measure` finds by products with H and G, which it counts on the bar; e is the unit gradient."""
     count = len(e)
 
@@ -219,7 +286,10 @@ def _spectra(surface: Surface, e: Tensor, parts: dict[str, Callable[[str], bool]
 
     result: dict[str, Any] = {}
     matrices = {"hessian": counted(surface.hessian), "gauss_newton": counted(surface.gauss_newton)}
-    for name, product in matrices.items():
+    wanted = dict(matrices)
+    if roots is not None:
+        wanted["preconditioned"] = lambda v: roots * matrices["hessian"](roots * v)
+    for name, product in wanted.items():
         values, _, residuals = lanczos(product, start(0), steps)
         result[name] = {"top": values.flip(0)[:5].tolist(), "bottom": float(values[0]), "residual": float(residuals[-1])}
     nodes, weights, traces = [], [], []
@@ -236,23 +306,33 @@ def _spectra(surface: Surface, e: Tensor, parts: dict[str, Callable[[str], bool]
     result["parts"] = {}
     for part, chosen in parts.items():
         mask = surface.mask(chosen)
-        tops = {}
+        found: dict[str, Any] = {"weights": int(mask.sum())}
         for name, product in matrices.items():
-            values, _, _ = lanczos(lambda v, product=product, mask=mask: mask * product(v), mask * start(0), PART_STEPS)
-            tops[name] = float(values[-1])
-        result["parts"][part] = tops
+            values, weight, _ = lanczos(lambda v, product=product, mask=mask: mask * product(v), mask * start(0), PART_STEPS)
+            found[name] = float(values[-1])
+            if name == "hessian":
+                found["density"] = {"nodes": values.tolist(), "weights": weight.tolist()}
+        result["parts"][part] = found
     return result
 
 
 def describe(result: dict[str, Any]) -> str:
     """A few lines for a person."""
     hessian, gauss_newton, trace = result["hessian"], result["gauss_newton"], result["trace"]
+    lines = []
+    if "preconditioned" in result:
+        line = result["preconditioned"]["stability_line"]
+        lines.append(
+            f"  preconditioned by AdamW: {result['preconditioned']['top'][0]:.4g}"
+            + (f", of {line:.4g} where full-batch Adam becomes unstable" if line is not None else "; the learning rate is 0")
+        )
     error = "" if trace["standard_error"] is None else f" +- {trace['standard_error']:.3g}"
     return "\n".join(
         [
             f"{result['run']}: curvature at step {result['step']}, loss {result['loss']:.4f} over {result['tokens']:,} tokens",
             f"  largest eigenvalue: Hessian {hessian['top'][0]:.4g}, Gauss-Newton {gauss_newton['top'][0]:.4g}; "
             f"smallest {hessian['bottom']:.4g}; trace {trace['value']:.4g}{error}",
+            *lines,
             f"  along the gradient: Hessian {result['gradient_direction']['hessian']:.4g}, "
             f"Gauss-Newton {result['gradient_direction']['gauss_newton']:.4g}",
         ]

@@ -309,15 +309,19 @@ def _save(figure: Figure, path: Path) -> Path:
 
 
 def curvature_picture(result: dict[str, Any], path: Path) -> Path:
-    """The density of the Hessian's eigenvalues, and the largest eigenvalue of each part."""
+    """The density of the Hessian's eigenvalues, of the whole and of each part, and the largest eigenvalue of each part."""
     with mpl.rc_context(_STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+        figure, axes = plt.subplots(1, 3, figsize=(15.5, 4.2), layout="constrained")
         figure.suptitle(f"{result['run']}: curvature at step {result['step']}, {result['tokens']:,} tokens", x=0.01, ha="left", fontsize=12)
-        nodes, weights = np.asarray(result["density"]["nodes"]), np.asarray(result["density"]["weights"])
+        nodes = np.asarray(result["density"]["nodes"])
         low, high = nodes.min(), max(nodes.max(), result["hessian"]["top"][0])
         grid, width = np.linspace(low - 0.05 * (high - low), high + 0.05 * (high - low), 600), 0.01 * (high - low) or 1.0
-        bumps = np.exp(-0.5 * ((grid[:, None] - nodes) / width) ** 2) / (width * np.sqrt(2 * np.pi))
-        density = bumps @ weights
+
+        def smoothed(found: dict[str, Any]) -> np.ndarray:
+            bumps = np.exp(-0.5 * ((grid[:, None] - np.asarray(found["nodes"])) / width) ** 2) / (width * np.sqrt(2 * np.pi))
+            return bumps @ np.asarray(found["weights"])
+
+        density = smoothed(result["density"])
         axes[0].semilogy(grid, np.maximum(density, density.max() * 1e-9), color=RUN_COLOURS[0])
         axes[0].axvline(result["gauss_newton"]["top"][0], color=RUN_COLOURS[1], lw=1, ls=":")
         axes[0].set(title="Density of the Hessian's eigenvalues", xlabel="eigenvalue   (dotted: largest of Gauss-Newton)")
@@ -330,6 +334,19 @@ def curvature_picture(result: dict[str, Any], path: Path) -> Path:
         axes[1].set(title="Largest eigenvalue of each part alone")
         axes[1].legend(fontsize=8)
         axes[1].grid(axis="y", visible=False)
+        strips = np.stack([smoothed(result["parts"][name]["density"]) for name in reversed(names)])
+        strips = np.log10(np.maximum(strips, strips.max() * 1e-6))
+        axes[2].imshow(
+            strips,
+            aspect="auto",
+            origin="lower",
+            extent=(grid[0], grid[-1], -0.5, len(names) - 0.5),
+            cmap=MAP_COLOURS,
+            interpolation="nearest",
+        )
+        axes[2].set_yticks(places, names)
+        axes[2].set(title="Density of each part's eigenvalues (Hessian, log)", xlabel="eigenvalue")
+        axes[2].grid(visible=False)
         return _save(figure, path)
 
 

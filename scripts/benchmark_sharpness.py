@@ -73,7 +73,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
         tokens = torch.randint(config.vocab_size, shape)
         batches.append(Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None))
 
-    kinds = {**KINDS, **(FLOAT32 if recipe.training.precision == "bf16" and engine.stage < 3 and not recipe.training.compile else {})}
+    kinds = {**KINDS, **(FLOAT32 if recipe.training.precision == "bf16" else {})}
     recipes = {name: of_kind(recipe, dict(options)) for name, options in kinds.items()}
     held = plan(recipes["adamw"], config, ranks.world_size).memory
     times: dict[str, list[float]] = {name: [] for name in kinds}

@@ -56,6 +56,9 @@ class Curvature:
             parameter group's factor on the learning rate; stability_line: (2 + 2 beta1) / ((1 - beta1) learning_rate), where full-batch
             Adam becomes unstable (arXiv 2207.14484), at every size of a parametrization; left out at a learning rate of 0, where it never
             does.
+
+        Raises:
+            ArithmeticError: a gradient near the weights is not finite.
         """
         masters, optimizer = self.engine.masters, self.engine.recipe.optimizer
         values: dict[str, float] = {}
@@ -120,7 +123,7 @@ class Curvature:
         with self.engine.perturbed(at):
             gradient, _ = self.engine.gradient([self.batch], self.scale, None if frozen is None else [frozen])
         if gradient is None:
-            raise RuntimeError("curvature: a gradient near the weights is not finite")
+            raise ArithmeticError("a gradient near the weights is not finite")
         return gradient
 
     def _top(self, name: str, product: Callable[[Vector], Vector]) -> tuple[float, float | None]:

@@ -197,27 +197,6 @@ def _first_non_finite_output(model: torch.nn.Module) -> Iterator[list[str]]:
             handle.remove()
 
 
-@contextmanager
-def _added_in_float32(model: torch.nn.Module, added: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Parameters give way to float32 tensors, parameter + added, through which their gradients flow; until the backward pass is
-    over, since activation checkpointing looks for them there again."""
-    sums: dict[int, torch.Tensor] = {id(p): p.float() + added[name] for name, p in model.named_parameters() if name in added}
-    replaced = []
-    for module in model.modules():
-        for leaf, parameter in list(module._parameters.items()):
-            if parameter is not None and id(parameter) in sums:
-                replaced.append((module, leaf))
-                # under another name DeepSpeed still finds the parameter, whose gradient it sums over ranks without ZeRO
-                module._parameters[f"{leaf} in bf16"] = module._parameters.pop(leaf)
-                setattr(module, leaf, sums[id(parameter)])
-    try:
-        yield
-    finally:
-        for module, leaf in replaced:
-            delattr(module, leaf)
-            module._parameters[leaf] = module._parameters.pop(f"{leaf} in bf16")
-
-
 class _Collected(CheckpointEngine):
     """Takes what DeepSpeed would write, so that we write it: with an error that every rank hears of, and beside training if asked to."""
 
@@ -276,7 +255,7 @@ class Engine:
         self._base = base
         self.interactions_alone = False  # the next step leaves every weight but those that decide about the context as it is
         self._perturbed = False
-        self._added: dict[str, torch.Tensor] | None = None  # the perturbation where it is not in the forward weights
+        self._wide = False  # perturbed, and in float32
 
     def _gather(self, parameter: torch.nn.Parameter) -> AbstractContextManager:
         """A context in which a ZeRO-3 parameter is whole; what rank 0 writes there is kept."""
@@ -296,10 +275,9 @@ class Engine:
         return loss
 
     def _forward_backward(self, batch: Batch, scale: float, frozen: FrozenHead | None) -> torch.Tensor:
-        with _added_in_float32(self.model, self._added) if self._added else nullcontext():
-            loss = self.deepspeed(*self._on_device(batch), **({"frozen": frozen} if frozen else {}))
-            # DeepSpeed averages over ranks and over micro-batches; undo both to get the sum
-            self.deepspeed.backward(loss * (scale * self.ranks.world_size * self.accumulation))
+        loss = self.deepspeed(*self._on_device(batch), **({"frozen": frozen} if frozen else {}))
+        # DeepSpeed averages over ranks and over micro-batches; undo both to get the sum
+        self.deepspeed.backward(loss * (scale * self.ranks.world_size * self.accumulation))
         return loss.detach()
 
     def step(self, learning_rate: float, gradient: Vector | None = None) -> StepResult:
@@ -311,8 +289,7 @@ class Engine:
         for group in self.optimizer.param_groups:
             still = self.interactions_alone and not group.get("interactions", False)
             group["lr"] = 0.0 if still else learning_rate * group["lr_factor"]
-        if self._perturbed and self.masters.aliased:
-            self._restore()
+        self._restore_what_steps()
         skipped_before = self.deepspeed.skipped_steps
         if gradient is None:
             self.deepspeed.step()
@@ -320,7 +297,7 @@ class Engine:
             self._step_with_a_copy(gradient)
         applied = self.deepspeed.skipped_steps == skipped_before
         if applied:
-            self._perturbed, self._added = False, None  # DeepSpeed has written the new masters to the forward weights
+            self._perturbed = False  # DeepSpeed has written the new masters to the forward weights
         return StepResult(self.deepspeed.get_global_grad_norm(), applied)
 
     def discard(self) -> StepResult:
@@ -379,6 +356,7 @@ class Engine:
 
     def _take_gradient(self) -> Vector | None:
         """The gradient that DeepSpeed's optimizer would apply now; its buffers are then empty, as after a step."""
+        self._restore_what_steps()
         optimizer, gradient = self.optimizer, self.masters.zeros()
         meanwhile = {"overflow": False, "clip_grad": 0.0, "_hp_optimizer_states_linked": True}
         kept = {name: getattr(optimizer, name) for name in meanwhile if hasattr(optimizer, name)}
@@ -393,28 +371,26 @@ class Engine:
             optimizer.zero_grad()
         if self.masters.aliased:  # DeepSpeed has no optimizer of its own here that would look
             finite = math.isfinite(self.masters.norm(gradient))
-        if self._perturbed and self.masters.aliased:
-            self._restore()
-        elif finite:
-            self._perturbed, self._added = False, None  # DeepSpeed has written the masters to the forward weights
+        if finite:
+            self._perturbed = False  # DeepSpeed has written the masters to the forward weights
         return gradient if finite else None
 
     @contextmanager
     def perturbed(self, vector: Vector, in_float32: bool = False) -> Iterator[None]:
         """Within, the forward pass runs on master weights + vector; masters, optimizer and counters are as they were.
 
-        In bf16 the sum is rounded. With `in_float32` the forward weights stay, and every forward and backward pass within is taken
-        in float32, on forward weights + vector, of which every rank then holds a whole copy in bf16; not at ZeRO-3, nor compiled.
+        In bf16 the sum is rounded. With `in_float32` every forward and backward pass within is taken in float32, on the weights that
+        the forward pass had + vector: see `MasterWeights.widen`.
 
         It lasts until a gradient is taken, a step is applied, or the end, however that is reached: from then on the forward
         weights are the masters. Every rank enters and leaves together.
         """
         if self._perturbed:
             raise RuntimeError("the weights are perturbed already")
-        self._perturbed = True
+        self._perturbed, self._wide = True, in_float32
         try:
             if in_float32:
-                self._added = self.masters.whole(vector)
+                self.masters.widen(vector)
             else:
                 self.masters.push(vector)
             del vector  # a caller that does not keep it gets its memory back
@@ -424,22 +400,16 @@ class Engine:
                 self._restore()
 
     def _restore(self) -> None:
-        if self._added is None:
+        if self._wide:
+            self.masters.narrow()
+        else:
             self.masters.push()
-        self._perturbed, self._added = False, None
+        self._perturbed = self._wide = False
 
-    def realised(self, before: list[torch.Tensor], like: Vector) -> Vector:
-        """By how much the weights that the forward pass now has differ from `before`, copies of `masters.forward`."""
-        if self._added is not None:
-            moved = self.masters.zeros()
-            for segment in self.masters.segments:
-                flat = self._added[self.masters.names[segment.tensor]].flatten()
-                self.masters.part(moved, segment).copy_(flat[segment.offset : segment.offset + segment.length])
-            return moved
-        return [
-            weight.detach().to(part.device, torch.float32).view_as(part).sub(old.to(part.device).view_as(part))
-            for weight, old, part in zip(self.masters.forward, before, like, strict=True)
-        ]
+    def _restore_what_steps(self) -> None:
+        """Perturbed weights that the optimizer's step is about to write to: the masters themselves, or float32 data in bf16's place."""
+        if self._perturbed and (self.masters.aliased or self._wide):
+            self._restore()
 
     @contextmanager
     def kept_heads(self, logits: bool) -> Iterator[list[torch.Tensor]]:

@@ -32,7 +32,7 @@ from training.recipe import Recipe, model_config
 from training.recipe_file import LoadedRecipe
 from training.run_folder import check_run_folder, describe_environment, open_run_folder, write_json
 from training.saver import Saver
-from training.sharpness_aware import Outcome, take_step
+from training.sharpness_aware import Outcome, is_split, take_step
 from training.stop_request import StopRequest
 from training.watchdog import Watchdog
 
@@ -155,7 +155,9 @@ def _train(
             and (step % recipe.logging.outliers_every == 0 or step + 1 == last_step)
         )
         done, tokens = step + 1, (step + 1) * training.tokens_per_step
-        logged = done % recipe.logging.every == 0 or done == last_step or step == start_step
+        logged = (
+            done % recipe.logging.every == 0 or done == last_step or step == start_step or is_split(recipe.optimizer, step, total_steps)
+        )
         watch = watch_residuals(engine.model) if measured else nullcontext()
         if faults.asked_for("nan", done, ranks.rank):
             valid_tokens = math.nan
@@ -228,7 +230,10 @@ def _train(
             )
         if curvature is not None and done % (recipe.evaluation.curvature_every or 1) == 0:
             rate = learning_rate(recipe.optimizer, step, total_steps)
-            metrics.record({"step": done, "tokens": tokens, **curvature.measure(rate)})
+            try:
+                metrics.record({"step": done, "tokens": tokens, **curvature.measure(rate)})
+            except ArithmeticError as error:  # on every rank alike
+                metrics.say(f"step {done}: no curvature: {error}")
         if done % recipe.checkpoint.every == 0 or done == last_step or stopped:
             watchdog.progress(f"saving step {done}")
             state: dict[str, Any] = {"skipped_in_a_row": skipped_in_a_row, "loss_spikes": spikes.state()}

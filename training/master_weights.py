@@ -61,10 +61,13 @@ class MasterWeights:
         self._number = {id(parameter): number for number, parameter in enumerate(self._parameters)}
         self.sharded, self.aliased = True, False
         self._kept: Vector | None = None  # the masters' own storages while others stand in for them
+        self._wide: Vector | None = None  # between `widen` and `narrow`: float32 shards at ZeRO-3, else the parameters' own data
+        self._shards: list[list[Tensor]] | None = None  # ZeRO-3: each parameter's piece of `forward`, from which it is gathered
         self.masters: list[Tensor]
         if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
             self.masters, self.forward = optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat
             self.segments, self._push = self._segments_of_stage_3(), self._push_at_stage_3
+            self._shards = optimizer.fp16_partitioned_groups
         elif isinstance(optimizer, DeepSpeedZeroOptimizer | BF16_Optimizer):
             if isinstance(optimizer, BF16_Optimizer):
                 self.masters, whole = optimizer.fp32_groups_flat_partition, optimizer.bf16_partitioned_groups
@@ -223,13 +226,58 @@ class MasterWeights:
                 self._kept = None
 
     @torch.no_grad()
-    def whole(self, vector: Vector) -> dict[str, Tensor]:
-        """A vector as whole parameters by name, on every rank, in the precision of training. Not at ZeRO-3; every rank calls it."""
+    def widen(self, vector: Vector) -> None:
+        """Make the forward pass run in float32, on its own weights + vector, until `narrow`; weights and masters keep their bits.
+
+        Parameters hold float32 data for the time: below ZeRO-3 whole, from a vector that came in the precision of training; at ZeRO-3
+        each rank's shards, from which DeepSpeed gathers whole ones as it does others. Every rank calls it.
+        """
+        if self._shards is not None:
+            self.optimizer._partition_all_parameters()
+            self._wide = [weight.float().add_(part.to(weight.device)) for weight, part in zip(self.forward, vector, strict=True)]
+            for shards, wide in zip(self._shards, self._wide, strict=True):
+                for shard, piece in zip(shards, self.optimizer.unflatten(wide, shards), strict=True):
+                    shard.data = piece
+            self._gather_what_stays_whole()
+            return
+        added = self._whole(vector)
+        self._wide = [parameter.data for parameter in self._parameters]
+        for number, parameter in enumerate(self._parameters):
+            parameter.data = parameter.data.float().add_(added[number])
+            added[number] = torch.empty(0)
+
+    @torch.no_grad()
+    def narrow(self) -> None:
+        """Back from `widen`: the forward pass runs in the precision of training, on the masters. Every rank calls it."""
+        kept, self._wide = self._wide, None
+        if self._shards is None:
+            for parameter, data in zip(self._parameters, kept or [], strict=True):
+                parameter.data = data
+            return
+        self.optimizer._partition_all_parameters()
+        for parameter in self._parameters:  # empty now, and of the precision in which it was last whole
+            parameter.data = parameter.data.to(self.forward[0].dtype)
+        self.push()
+
+    def moved(self, before: Vector) -> Vector:
+        """By how much the weights that the forward pass now has differ from `before`, copies of `forward`."""
+        moved = self.zeros()
+        for segment in self.segments:
+            if self._wide is None or self._shards is not None:
+                now = self.part(self._wide or self.forward, segment)
+            else:
+                now = self._parameters[segment.tensor].detach().view(-1).narrow(0, segment.offset, segment.length)
+            part = self.part(moved, segment)
+            part.copy_(now).sub_(self.part(before, segment).to(part.device))
+        return moved
+
+    def _whole(self, vector: Vector) -> list[Tensor]:
+        """A vector as whole parameters, on every rank, in the precision of training. Not at ZeRO-3."""
         self._kept = [master.data for master in self.masters]
         try:
             self._put(vector)
             self._push()
-            return {name: parameter.detach().clone() for name, parameter in zip(self.names, self._parameters, strict=True)}
+            return [parameter.detach().clone() for parameter in self._parameters]
         finally:
             self.push()
 
@@ -247,6 +295,10 @@ class MasterWeights:
         optimizer._partition_all_parameters()
         for group in range(len(self.masters)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        self._gather_what_stays_whole()
+
+    def _gather_what_stays_whole(self) -> None:
+        optimizer = self.optimizer
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
         optimizer.invalidate_secondary_tensor()

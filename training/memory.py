@@ -201,15 +201,18 @@ def _two_passes(
     stage, low = zero_stage(recipe), recipe.training.precision == "bf16"
     count, compute = sum(tensor_sizes), 2 if low else 4
     share = count if stage == 0 else math.ceil(count / world_size)
-    offloaded = _offloaded(recipe.deepspeed.get("zero_optimization", {}), "offload_optimizer")
+    zero = recipe.deepspeed.get("zero_optimization", {})
+    offloaded = _offloaded(zero, "offload_optimizer")
     vectors = 0 if offloaded else (8 + compute) * share  # the perturbation, masters + perturbation, forward weights as they were
     weights = 4 * count if stage == 0 and not low else 0  # there the masters wait beside the perturbed weights
     tokens = recipe.training.micro_batch_size * recipe.training.sequence_length
     matrix = config.vocab_size * config.width
     heads = head = products = 0
     beside = 0  # what only the second pass has
-    if options.float32_second_pass:  # the perturbation whole, and its sum with the weights
-        beside += (compute + 4) * count
+    if options.float32_second_pass and stage == 3:  # this rank's perturbed shards, and what is gathered twice as wide
+        beside += 4 * share + compute * min(count, _elements(zero, "max_live_parameters", MAX_LIVE_PARAMETERS))
+    elif options.float32_second_pass:  # whole perturbed weights, and without ZeRO their gradients
+        beside += 4 * count + (compute * count if stage == 0 else 0)
     if options.split_every is not None and not offloaded:  # three gradients and the perturbation, at the steps that compare them
         beside += 16 * share
     if recipe.optimizer.sharpness_aware == "functional_sam":

@@ -150,7 +150,7 @@ class SharpnessSection(Section):
         default=False, description="functional_sam: keep the first pass's logits instead of rebuilding them from the hidden states."
     )
     float32_second_pass: bool = Field(
-        default=False, description="precision bf16, ZeRO 0 to 2: the perturbed pass in float32, since bf16 rounds the perturbation away."
+        default=False, description="precision bf16: the perturbed pass in float32, since bf16 rounds the perturbation away."
     )
     split_every: int | None = Field(
         default=None, ge=1, description="Steps between measurements of what acts through the logits and what through the function."

@@ -7,7 +7,7 @@ import difflib
 from model.config import SIZES, SMALLEST_ALPHA
 from model.errors import InputError
 from model.section import Section
-from training.recipe import Recipe, model_config, zero_stage
+from training.recipe import Recipe, model_config
 
 # What Burnish writes into DeepSpeed's configuration itself, and where a recipe says it.
 _SET_ELSEWHERE = {
@@ -203,16 +203,19 @@ def _sharpness_problems(recipe: Recipe) -> list[str]:
         )
     if options.split_every is not None and options.ascent_fraction < 1:
         problems.append("optimizer.sharpness.split_every: compares gradients of the same tokens, so ascent_fraction has to be 1")
+    if options.split_every is not None and options.split_every % options.every:
+        problems.append(
+            f"optimizer.sharpness.split_every: {options.split_every} is no multiple of optimizer.sharpness.every {options.every}, and the "
+            "steps between have no perturbation to split"
+        )
     if options.store_logits and optimizer.sharpness_aware != "functional_sam" and options.split_every is None:
         problems.append("optimizer.sharpness.store_logits: only functional_sam needs the first pass's logits")
     if options.float32_second_pass:
         key, training = "optimizer.sharpness.float32_second_pass", recipe.training
         if training.precision == "fp32":
             problems.append(f"{key}: training.precision is fp32 already; leave it out")
-        elif training.compile:
-            problems.append(f"{key}: compiled blocks (training.compile) run in bf16 alone; switch one of the two off")
-        elif zero_stage(recipe) == 3:
-            problems.append(f"{key}: needs whole weights, which ZeRO stage 3 does not hold; use a lower stage, or training.precision fp32")
+        elif recipe.context_pruning is not None and recipe.context_pruning.trainable != "all":
+            problems.append(f"{key}: weights that context_pruning.trainable keeps still stay in bf16; use training.precision fp32")
     if recipe.deepspeed.get("torch_autocast"):
         problems.append("deepspeed.torch_autocast: its weights cannot be perturbed (optimizer.sharpness_aware); use training.precision")
     zero = recipe.deepspeed.get("zero_optimization")

@@ -71,14 +71,15 @@ def take_step(
     Args:
         valid_tokens: counted targets of the step over all ranks.
         step: 0-based, of `total_steps`: the schedules are functions of it.
-        logged: measure what is written to the metrics as well.
+        logged: measure what is written to the metrics as well; where `is_split`, that is always done.
         watch: open while the forward passes at the unperturbed weights run, and then no more.
         accept: is given this rank's summed loss and its tokens, and says whether the update may be made, on every rank alike.
     """
     optimizer = engine.recipe.optimizer
     rate, radius = learning_rate(optimizer, step, total_steps), radius_at(optimizer, step, total_steps)
     if radius > 0:
-        outcome = _sharpness_aware_step(engine, batches, 1.0 / valid_tokens, rate, radius, step, logged, watch, accept)
+        split = is_split(optimizer, step, total_steps)
+        outcome = _sharpness_aware_step(engine, batches, 1.0 / valid_tokens, rate, radius, split, logged, watch, accept)
         if outcome is not None:
             return outcome
         watch = nullcontext()
@@ -97,7 +98,7 @@ def radius_at(optimizer: OptimizerSection, step: int, total_steps: int) -> float
     """Radius of the perturbation at step `step` (0-based) of `total_steps`; 0: a plain step."""
     options = optimizer.sharpness
     first = round(options.start_fraction * total_steps)
-    if optimizer.sharpness_aware == "none" or step < first or (step - first) % options.every:
+    if optimizer.sharpness_aware == "none" or step < first or (step + 1) % options.every:  # counted as the loop counts what it logs
         return 0.0
     if options.schedule == "learning_rate":
         return options.radius * learning_rate(optimizer, step, total_steps) / optimizer.learning_rate
@@ -106,13 +107,19 @@ def radius_at(optimizer: OptimizerSection, step: int, total_steps: int) -> float
     return options.radius
 
 
+def is_split(optimizer: OptimizerSection, step: int, total_steps: int) -> bool:
+    """Whether step `step` (0-based) of `total_steps` tells what acts through the logits from what acts through the function."""
+    every = optimizer.sharpness.split_every
+    return every is not None and (step + 1) % every == 0 and radius_at(optimizer, step, total_steps) > 0
+
+
 def _sharpness_aware_step(
     engine: Engine,
     batches: list[Batch],
     scale: float,
     rate: float,
     radius: float,
-    step: int,
+    split: bool,
     logged: bool,
     watch: AbstractContextManager,
     accept: Callable[[Tensor, int], bool],
@@ -120,7 +127,7 @@ def _sharpness_aware_step(
     """Two passes and an update; None, with nothing changed, where the first pass's gradient is not finite or its loss not accepted."""
     optimizer, options, masters = engine.recipe.optimizer, engine.recipe.optimizer.sharpness, engine.masters
     functional = optimizer.sharpness_aware == "functional_sam"
-    split = options.split_every is not None and (step + 1) % options.split_every == 0
+    logged = logged or split
     count = round(options.ascent_fraction * len(batches))
     ascent, rest = batches[:count], batches[count:]
 
@@ -159,7 +166,7 @@ def _sharpness_aware_step(
     _set_random_state(random_state, engine.device)
     with engine.perturbed(perturbation, options.float32_second_pass):
         if logged:
-            values.update(compare(masters, engine.realised(before, perturbation), perturbation))
+            values.update(compare(masters, masters.moved(before), perturbation, by_tensor=split))
         del perturbation, before
         if logged and functional:
             heads = [replace(head, measured=True) for head in heads]
@@ -238,7 +245,7 @@ def _precondition(masters: MasterWeights, gradient: Vector, optimizer: Optimizer
         part.div_((moment / (1 - decay**taken)).pow_(options.precondition_exponent).add_(options.precondition_epsilon))
 
 
-def compare(masters: MasterWeights, moved: Vector, perturbation: Vector) -> dict[str, float | dict[str, float]]:
+def compare(masters: MasterWeights, moved: Vector, perturbation: Vector, by_tensor: bool = False) -> dict[str, float | dict[str, float]]:
     """How far the forward weights have really moved along the perturbation that was asked for. Every rank calls it.
 
     In bf16 a perturbation is finer than the weights' spacing: what arrives is right on average, and mostly rounding.
@@ -246,12 +253,15 @@ def compare(masters: MasterWeights, moved: Vector, perturbation: Vector) -> dict
     Returns:
         perturbation_norm: of what was asked for. perturbation_cosine: of the realised and the intended, over all weights, and
         perturbation_cosine_worst: over one tensor, the least. perturbation_projection: of the realised on the intended, in its
-        lengths: 1 where all of it arrives.
+        lengths: 1 where all of it arrives. With `by_tensor` also perturbation_cosine_by_tensor, of each parameter that is to move.
     """
     along, asked, real = (masters.dot_by_tensor(*pair) for pair in ((moved, perturbation), (perturbation, perturbation), (moved, moved)))
     whole, there = float(asked.sum()), asked > 0
     cosines = along[there] / (asked[there] * real[there]).sqrt().clamp_min(1e-300)
+    names = [name for name, moves in zip(masters.names, there.tolist(), strict=True) if moves]
+    every = {"perturbation_cosine_by_tensor": dict(zip(names, cosines.tolist(), strict=True))} if by_tensor else {}
     return {
+        **every,
         "perturbation_norm": math.sqrt(whole),
         "perturbation_cosine": float(along.sum()) / max(math.sqrt(whole * float(real.sum())), 1e-300),
         "perturbation_cosine_worst": float(cosines.min()) if len(cosines) else 0.0,

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacrev
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import analysis.curvature
 from analysis.__main__ import main
-from analysis.curvature import PART_STEPS, Surface, lanczos, measure, parts_of
+from analysis.curvature import PART_STEPS, Surface, free_memory, lanczos, measure, parts_of
 from model.config import ModelConfig
 from model.errors import InputError
 from model.parametrization import initialize
@@ -124,7 +125,32 @@ def test_parts_are_diagonal_blocks(network: tuple[Transformer, Tensor], result: 
             top = float(torch.linalg.eigvalsh(exact[name][there][:, there])[-1])
             assert result["parts"][part][name] == pytest.approx(top, rel=0.1), (part, name)  # eight products
             assert result["parts"][part][name] < top * 1.003
+        density, n = result["parts"][part]["density"], int(there.sum())
+        assert sum(density["weights"]) == pytest.approx(1, abs=1e-6) and result["parts"][part]["weights"] == n
+        block = exact["hessian"][there][:, there]
+        mean = n * sum(node * weight for node, weight in zip(density["nodes"], density["weights"], strict=True))
+        assert abs(mean - float(block.trace())) < 4 * math.sqrt(2 * float(block.square().sum())), part  # one random direction
     assert PART_STEPS == 8
+
+
+def test_preconditioned_eigenvalues_are_the_matrices(network: tuple[Transformer, Tensor], exact: dict[str, Tensor]) -> None:
+    """P^-1/2 H P^-1/2 for a diagonal P over four orders of magnitude."""
+    roots = 10 ** (2 * torch.rand(len(exact["hessian"]), generator=torch.Generator().manual_seed(5), dtype=torch.float64) - 1)
+    values = torch.linalg.eigvalsh(roots[:, None] * exact["hessian"] * roots)
+    found = measure(*network, steps=40, probes=1, roots=roots.float())["preconditioned"]
+    assert found["top"][0] == pytest.approx(float(values[-1]), rel=5e-3)
+    assert found["bottom"] == pytest.approx(float(values[0]), rel=2e-2)
+
+
+def test_more_vectors_than_fit_are_refused(run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is measured, with the number of steps that fits, or none."""
+    count = sum(p.numel() for p in Transformer(CONFIG).parameters())
+    for copies, said in ((100, "--steps 90 would do"), (9, "it needs a larger machine")):
+        monkeypatch.setattr(analysis.curvature, "free_memory", lambda device, copies=copies: 4 * count * copies)
+        assert main(["curvature", str(run_folder), "--steps", "91", "--tokens", "64"]) == 2
+        error = capsys.readouterr().err
+        assert f"--steps 91: Lanczos holds that many copies of {count:,} weights" in error and said in error
+    assert (free_memory(torch.device("cpu")) or 0) > 2**20
 
 
 def test_along_the_gradient(network: tuple[Transformer, Tensor], result: dict[str, Any], exact: dict[str, Tensor]) -> None:

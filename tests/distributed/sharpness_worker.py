@@ -28,6 +28,7 @@ from training.curvature import Curvature, lanczos
 from training.data import Batch
 from training.distributed import Ranks, discover, leave
 from training.engine import Engine, deepspeed, start_distributed
+from training.optimizers import parameter_groups
 from training.plan import plan
 from training.recipe import Recipe, model_config
 from training.recipe_file import load_recipe
@@ -51,10 +52,15 @@ def sequences(step: int, count: int) -> tuple[Tensor, Tensor]:
     return tokens[:, :-1], targets
 
 
-def batches(step: int, ranks: Ranks, accumulation: int) -> list[Batch]:
+def documents_of(tokens: Tensor) -> Tensor:
+    """Documents that begin at every seventh token of the vocabulary."""
+    return (tokens % 7 == 0).cumsum(1)
+
+
+def batches(step: int, ranks: Ranks, accumulation: int, masked: bool = False) -> list[Batch]:
     tokens, targets = sequences(step, 2 * ranks.world_size * accumulation)
     starts = [(m * ranks.world_size + ranks.rank) * 2 for m in range(accumulation)]
-    return [Batch(tokens[s : s + 2], targets[s : s + 2], None) for s in starts]
+    return [Batch(tokens[s : s + 2], targets[s : s + 2], documents_of(tokens[s : s + 2]) if masked else None) for s in starts]
 
 
 class Reference:
@@ -66,13 +72,16 @@ class Reference:
         initialize(self.model, recipe.run.seed)
         self.model.double()
         self.decayed = {name: is_decayed(name, module) for name, module, _ in owned_parameters(self.model)}
+        self.masked = recipe.data.document_masks
+        groups = {id(p): group for group in parameter_groups(self.model, recipe.optimizer).values() for p in group["params"]}
+        self.groups = {name: groups[id(p)] for name, _, p in owned_parameters(self.model)}  # a parametrization's factors
         self.weights = {name: p.detach().clone() for name, _, p in owned_parameters(self.model)}
         self.first = {name: torch.zeros_like(w) for name, w in self.weights.items()}
         self.second = {name: torch.zeros_like(w) for name, w in self.weights.items()}
         self.taken = 0
 
     def logits(self, weights: dict[str, Tensor], tokens: Tensor) -> Tensor:
-        return functional_call(self.model, weights, (tokens,), tie_weights=True)
+        return functional_call(self.model, weights, (tokens, None, documents_of(tokens) if self.masked else None), tie_weights=True)
 
     def gradient(self, weights: dict[str, Tensor], tokens: Tensor, targets: Tensor, frozen: Tensor | None) -> tuple[dict, Tensor]:
         """Gradient of the mean loss at these weights, or with the derivative at the logits given; and that derivative."""
@@ -96,6 +105,10 @@ class Reference:
                 u = {n: g / (corrected[n] ** options.precondition_exponent + options.precondition_epsilon) for n, g in gradient.items()}
         if options.norm_scope == "tensor":
             return {n: radius / math.sqrt(len(u)) * t / t.norm() for n, t in u.items()}
+        if options.norm_scope == "tensor_width":  # sqrt(fan_out / fan_in); a look-up has fan_in 1
+            fans = {n: (t.shape[1], 1) if n.endswith("embedding.weight") and "un" not in n else (*t.shape, 1, 1)[:2] for n, t in u.items()}
+            fans = {n: fan if u[n].ndim == 2 else (1, 1) for n, fan in fans.items()}
+            return {n: radius * math.sqrt(fans[n][0] / fans[n][1]) * t / t.norm() for n, t in u.items()}
         norm = math.sqrt(sum(float(t.pow(2).sum()) for t in u.values()))
         return {n: radius * t / norm for n, t in u.items()}
 
@@ -126,9 +139,10 @@ class Reference:
             g = g * factor
             self.first[name] = beta1 * self.first[name] + (1 - beta1) * g
             self.second[name] = beta2 * self.second[name] + (1 - beta2) * g * g
-            update = self.first[name] / (1 - beta1**self.taken) / ((self.second[name] / (1 - beta2**self.taken)).sqrt() + section.epsilon)
-            decay = section.weight_decay if self.decayed[name] else 0.0
-            self.weights[name] = self.weights[name] * (1 - rate * decay) - rate * update
+            epsilon, own_rate = self.groups[name]["eps"], rate * self.groups[name]["lr_factor"]
+            update = self.first[name] / (1 - beta1**self.taken) / ((self.second[name] / (1 - beta2**self.taken)).sqrt() + epsilon)
+            decay = self.groups[name]["weight_decay"] if self.decayed[name] else 0.0
+            self.weights[name] = self.weights[name] * (1 - own_rate * decay) - own_rate * update
         return norm
 
 
@@ -167,7 +181,8 @@ def against_reference(path: str, ranks: Ranks, device: torch.device, accumulatio
     norms, split = [], None
     for step in range(STEPS):
         tokens, targets = sequences(step, 2 * ranks.world_size * accumulation)
-        outcome = take_step(engine, batches(step, ranks, accumulation), float((targets != -100).sum()), step, 100, step == 1)
+        mine = batches(step, ranks, accumulation, engine.recipe.data.document_masks)
+        outcome = take_step(engine, mine, float((targets != -100).sum()), step, 100, step == 1)
         if outcome.values.get("split_logit_norm"):
             exact = exact_split(reference, tokens, targets)
             split = max(abs(outcome.values[key] / value - 1) for key, value in exact.items())  # pyright: ignore[reportOperatorIssue]
@@ -181,8 +196,11 @@ def against_reference(path: str, ranks: Ranks, device: torch.device, accumulatio
 
 def clean(engine: Engine) -> bool:
     """The whole forward weights are the masters, rounded, to the bit, as far as this rank has masters of them."""
-    masters, whole = engine.masters, weights_of(engine)
+    masters = engine.masters
     dtype = masters.forward[0].dtype
+    if any(parameter.dtype != dtype for parameter in engine.model.parameters()):
+        return False
+    whole = weights_of(engine)
     vector = [master.detach() for master in masters.masters]
     return all(
         torch.equal(
@@ -330,7 +348,7 @@ def in_float32(path: str, ranks: Ranks, device: torch.device, *options: str) -> 
     before = [weight.detach().clone() for weight in masters.forward]
     for name, wide in (("bf16", False), ("float32", True)):
         with engine.perturbed(vector, wide):
-            seen[f"{name}_cosine"] = compare(masters, engine.realised(before, vector), vector)["perturbation_cosine"]
+            seen[f"{name}_cosine"] = compare(masters, masters.moved(before), vector)["perturbation_cosine"]
             moved, _ = engine.gradient(mine, scale)
         seen[f"{name}_clean"] = clean(engine) and engine.model.unembedding.weight is engine.model.embedding.weight
         difference = masters.zeros()
@@ -343,6 +361,42 @@ def in_float32(path: str, ranks: Ranks, device: torch.device, *options: str) -> 
     return seen
 
 
+def curvature_of(engine: Engine, ranks: Ranks, lanczos_steps: int | None) -> Curvature:
+    """Of the loss over the sequences of step 0."""
+    measure = Curvature.__new__(Curvature)
+    (measure.batch,) = batches(0, ranks, 1)
+    measure.engine, measure.scale = engine, 1.0 / float((sequences(0, 2 * ranks.world_size)[1] != -100).sum())
+    measure.iterations, measure.lanczos_steps, measure.found = 40, lanczos_steps, {}
+    return measure
+
+
+def measured_between_steps(path: str, ranks: Ranks, device: torch.device, *options: str) -> dict[str, Any]:
+    """What is measured between two steps, and whether weights, moments and random state are those of a run without."""
+    ends, seen = [], {}
+    for measured in (False, True):
+        engine = make(path, ranks, device, 1, "optimizer.sharpness_aware=none", *options)
+        for step in range(2):
+            take_step(engine, batches(step, ranks, 1), float((sequences(step, 2 * ranks.world_size)[1] != -100).sum()), step, 100, False)
+            if not measured or step:
+                continue
+            random_state, measure = torch.get_rng_state(), curvature_of(engine, ranks, 6)
+            seen = measure.measure(1e-2)
+            hook = engine.model.blocks[1].register_forward_hook(lambda module, inputs, output: output * math.nan)
+            try:
+                measure.measure(1e-2)
+            except ArithmeticError as error:
+                seen["not_finite"] = str(error)
+            hook.remove()
+            seen["random"] = torch.equal(random_state, torch.get_rng_state())
+        masters = engine.masters
+        ends.append([t.detach().clone() for v in (masters.masters, *map(masters.state, ("exp_avg", "exp_avg_sq"))) for t in v or []])
+        ends[-1] += weights_of(engine).values()
+        seen["clean"] = clean(engine)
+        engine.deepspeed.destroy()
+    seen["same"] = all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    return seen
+
+
 def curvature(path: str, ranks: Ranks, device: torch.device, *options: str) -> dict[str, Any]:
     """Products and top eigenvalues by differences of gradients beside exact ones in float64, for a network of 1500 weights."""
     shape = ["model.width=8", "model.depth=1", "model.mlp_width=16", "model.block=pre_norm", "model.init_std=0.4"]
@@ -351,10 +405,7 @@ def curvature(path: str, ranks: Ranks, device: torch.device, *options: str) -> d
     masters, reference = engine.masters, Reference(engine.recipe, engine.model.config)
     reference.weights = weights_of(engine)
     tokens, targets = sequences(0, 2 * ranks.world_size)
-    (mine,) = batches(0, ranks, 1)
-    measure = Curvature.__new__(Curvature)
-    measure.engine, measure.batch, measure.scale = engine, mine, 1.0 / float((targets != -100).sum())
-    measure.iterations, measure.lanczos_steps, measure.found = 40, None, {}
+    measure = curvature_of(engine, ranks, None)
 
     sizes = {name: w.numel() for name, w in reference.weights.items()}
     flat = torch.cat([w.flatten() for w in reference.weights.values()])
@@ -432,6 +483,19 @@ SHARDINGS = {
         "deepspeed={zero_optimization: {stage: 3, offload_optimizer: {device: cpu}, offload_param: {device: cpu}}}",
     ],
 }
+WIDE = "optimizer.sharpness.float32_second_pass=true"
+SHARDINGS |= {f"{name}-wide": [*SHARDINGS[name], WIDE] for name in ("bf16-0", "bf16-2-fp32", "bf16-3-fp32")}
+MASKED = ["data.document_masks=true", "model.block=pre_norm", "training.activation_checkpointing=1"]
+EVERYTHING = {  # what the network may have beside, together
+    "functional-3-mup": (
+        3, FUNCTIONAL, *MASKED, "model.positions=learned", "model.parametrization=mup", "model.base_width=10", "model.base_head_dim=5",
+        "optimizer.sharpness.norm_scope=tensor_width", "optimizer.sharpness.radius=0.02",
+    ),
+    "functional-3-untied": (
+        3, FUNCTIONAL, *MASKED, "model.tied_embeddings=false", "model.attention_softcap=5", "model.kv_heads=1", "model.attention_window=5",
+        "optimizer.sharpness.ascent_fraction=0.33333333", "optimizer.sharpness.store_logits=true",
+    ),
+}  # fmt: skip
 
 
 def main() -> None:
@@ -457,7 +521,9 @@ def main() -> None:
                 "functional-3-plain-rest": (3, FUNCTIONAL, "optimizer.sharpness={ascent_fraction: 0.33333333, rest: plain, radius: 0.3}"),
             }
         if ranks.world_size == 1:
-            cases["sam-1"] = (1, SAM, "optimizer.sharpness.split_every=2")
+            cases |= {"sam-1": (1, SAM, "optimizer.sharpness.split_every=2"), **EVERYTHING}
+        if ranks.world_size == 3:
+            cases |= {"sam-3": (3, SAM), "preconditioned-1": (1, FUNCTIONAL, *PRECONDITIONED)}
         for name, (accumulation, *options) in cases.items():
             options = ["training.precision=fp32", zero, *persist, *options]
             results[f"{name}-{stage}"] = against_reference(path, ranks, device, accumulation, *options)
@@ -476,9 +542,16 @@ def main() -> None:
         for name, options in SHARDINGS.items():
             results[name] = invariants(path, ranks, device, *options)
             gc.collect()
-        for name in ("bf16-0", "bf16-1-fp32", "bf16-2-fp32"):
+        for name in [name for name in SHARDINGS if name.startswith("bf16") and not name.endswith("wide")]:
             checkpointing = "training.activation_checkpointing=true"
             results[f"{name}-float32"] = in_float32(path, ranks, device, *SHARDINGS[name], checkpointing)
+        compile_with = torch.nn.Module.compile  # without a C++ compiler: what is compiled again for another precision is Dynamo's choice
+        torch.nn.Module.compile = lambda self: compile_with(self, backend="aot_eager")  # pyright: ignore[reportAttributeAccessIssue]
+        for name in ("bf16-0", "bf16-2-fp32"):
+            results[f"{name}-compiled-float32"] = in_float32(path, ranks, device, *SHARDINGS[name], "training.compile=true")
+        for stage in range(4):
+            options = ["training.precision=fp32", f"deepspeed.zero_optimization.stage={stage}"]
+            results[f"measured-{stage}"] = measured_between_steps(path, ranks, device, *options)
         results["curvature"] = curvature(path, ranks, device, *SHARDINGS["fp32-3"])
         for name in ("fp32-0", "fp32-3", "bf16-2-fp32"):
             results[f"{name}-plain"] = plain_is_plain(path, ranks, device, *SHARDINGS[name])

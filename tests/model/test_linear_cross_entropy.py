@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -185,6 +188,32 @@ def test_the_logits_of_all_rows_never_exist(monkeypatch: pytest.MonkeyPatch) -> 
     with Largest():
         network(tokens, tokens).backward()
     assert Largest.elements == max(8 * 300, 300 * 16, 4 * 64 * 64)  # chunk, unembedding, the MLP's hidden layer
+
+
+@pytest.mark.parametrize("form", ["loss", "frozen"])
+def test_one_chunk_is_gone_before_the_next_is_made(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tensors with a chunk's rows of logits there are at most two at once: logits, and what the softmax makes of them."""
+
+    class Alive(TorchDispatchMode):
+        seen: ClassVar[list[weakref.ref]] = []
+        most = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.shape == (8, 300):
+                Alive.seen.append(weakref.ref(out))
+            places = {tensor.data_ptr() for reference in Alive.seen if (tensor := reference()) is not None}
+            Alive.most = max(Alive.most, len(places))
+            return out
+
+    monkeypatch.setitem(model.linear_cross_entropy.CHUNK_ELEMENTS, "cpu", 8 * 300)
+    hidden, weight = torch.randn(4, 16, 24, requires_grad=True), torch.randn(300, 24, requires_grad=True)
+    targets = torch.randint(300, (4, 16))
+    frozen = FrozenHead(targets, hidden=torch.randn(4, 16, 24), weight=torch.randn(300, 24))
+    with Alive():
+        value = linear_cross_entropy(hidden, weight, targets) if form == "loss" else linear_product(hidden, weight, frozen)
+        value.backward()
+    assert len(Alive.seen) >= 8 and Alive.most == 2
 
 
 @pytest.mark.usefixtures("chunked")

@@ -21,7 +21,7 @@ from training.master_weights import MasterWeights
 from training.plan import accumulation_steps, format_plan, passes, plan
 from training.recipe import OptimizerSection, Recipe
 from training.recipe_file import load_recipe
-from training.sharpness_aware import perturb_along, radius_at, split_of, unit_norm
+from training.sharpness_aware import is_split, perturb_along, radius_at, split_of, unit_norm
 
 MINIMAL = """
 model: {size: nano}
@@ -64,9 +64,13 @@ def test_options_out_of_range_are_named(path: Path, override: str, expected: str
         ),
         (["optimizer.sharpness.split_every=2", "optimizer.sharpness.ascent_fraction=0.5"], "optimizer.sharpness.split_every: compares"),
         (["optimizer.sharpness_aware=sam", "optimizer.sharpness.store_logits=true"], "store_logits: only functional_sam"),
+        (["optimizer.sharpness.every=3", "optimizer.sharpness.split_every=4"], "4 is no multiple of optimizer.sharpness.every 3"),
+        (
+            ["optimizer.sharpness_aware=sam", "context_pruning.trainable=interactions", "context_pruning.target_kept=0.5",
+             "optimizer.sharpness.float32_second_pass=true"],
+            "float32_second_pass: weights that context_pruning.trainable keeps still stay in bf16",
+        ),
         (["training.precision=fp32", "optimizer.sharpness.float32_second_pass=true"], "precision is fp32 already"),
-        (["training.compile=true", "optimizer.sharpness.float32_second_pass=true"], "float32_second_pass: compiled blocks"),
-        (["deepspeed.zero_optimization.stage=3", "optimizer.sharpness.float32_second_pass=true"], "which ZeRO stage 3 does not hold"),
         (["evaluation.curvature_every=5"], "evaluation.curvature_every: bf16 rounds away"),
         (["deepspeed.torch_autocast={enabled: true}"], "deepspeed.torch_autocast: its weights cannot be perturbed"),
         (["deepspeed.zero_optimization={stage: 3, offload_optimizer: {device: nvme, nvme_path: /x}}"], "on nvme cannot be perturbed"),
@@ -97,6 +101,11 @@ def section(**options: Any) -> OptimizerSection:
 def test_the_radius_over_the_steps() -> None:
     assert [radius_at(section(radius=0.3), step, 10) for step in (0, 9)] == [0.3, 0.3]
     assert [radius_at(section(radius=1, every=3, start_fraction=0.2), step, 10) for step in range(10)] == [0, 0, 1, 0, 0, 1, 0, 0, 1, 0]
+    # every k-th step is a multiple of k, as what is logged and compared every so many steps is, wherever perturbing begins
+    late = section(radius=1, every=2, start_fraction=0.5, split_every=4)
+    assert [radius_at(late, step, 18) for step in range(18)] == [0] * 9 + [1, 0] * 4 + [1]
+    assert [step + 1 for step in range(18) if is_split(late, step, 18)] == [12, 16]
+    assert not any(is_split(section(radius=0, split_every=1), step, 9) for step in range(9))
     assert [radius_at(section(radius=1, schedule="linear_increase", start_fraction=0.5), step, 10) for step in (4, 5, 7, 9)] == [
         0,
         0.2,
