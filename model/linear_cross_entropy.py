@@ -54,7 +54,10 @@ class FrozenHead:
 def logit_derivative(logits: Tensor, targets: Tensor) -> Tensor:
     """d (summed cross-entropy) / d logits (rows, vocabulary) for targets (rows,): at least float32, 0 in rows not counted."""
     counted = targets != IGNORED_TARGET
-    derivative = torch.softmax(logits.to(_wide(logits)), dim=-1)
+    wide = _wide(logits)
+    if not logits.is_cuda:  # whose kernel widens by itself
+        logits = logits.to(wide)
+    derivative = torch.softmax(logits, dim=-1, dtype=wide)
     # one is taken off at the target; a row that is not counted has its target at 0 for the moment, and is then emptied
     derivative.scatter_add_(-1, targets.clamp_min(0)[:, None], -torch.ones_like(derivative[:, :1]))
     return derivative.mul_(counted[:, None])

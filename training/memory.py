@@ -209,8 +209,8 @@ def _two_passes(
         stored = options.store_logits
         heads = accumulation * tokens * compute * (config.vocab_size if stored else config.width)
         head = 0 if stored or weights else compute * matrix  # the unperturbed unembedding, where the masters do not hold it
-        # a chunk's logits twice in float32, and in bf16; or once and its part of the unembedding's gradient; that gradient's sum so far
-        products = 4 * matrix + max((10 if low else 8) * chunk, 4 * chunk + compute * matrix)
+        # a chunk's logits twice in float32, or once and its part of the unembedding's gradient; that gradient's sum so far
+        products = 4 * matrix + max(8 * chunk, 4 * chunk + compute * matrix)
         second = {
             "the second loss": fixed + weights + states.at_loss + second_kept + heads + head + products + beside,
             "the second last gradients": fixed + weights + states.at_last_gradients + inside + heads + head + beside,

@@ -149,8 +149,9 @@ def test_the_logits_of_all_rows_never_exist(monkeypatch: pytest.MonkeyPatch) -> 
     assert Largest.elements == max(8 * 300, 300 * 16, 4 * 64 * 64)  # chunk, unembedding, the MLP's hidden layer
 
 
+@pytest.mark.parametrize("low", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", ["loss", "frozen"])
-def test_one_chunk_is_gone_before_the_next_is_made(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_chunk_is_gone_before_the_next_is_made(form: str, low: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of tensors with a chunk's rows of logits there are at most two at once: logits, and what the softmax makes of them."""
 
     class Alive(TorchDispatchMode):
@@ -166,9 +167,9 @@ def test_one_chunk_is_gone_before_the_next_is_made(form: str, monkeypatch: pytes
             return out
 
     monkeypatch.setitem(model.linear_cross_entropy.CHUNK_ELEMENTS, "cpu", 8 * 300)
-    hidden, weight = torch.randn(4, 16, 24, requires_grad=True), torch.randn(300, 24, requires_grad=True)
+    hidden, weight = torch.randn(4, 16, 24, dtype=low, requires_grad=True), torch.randn(300, 24, dtype=low, requires_grad=True)
     targets = torch.randint(300, (4, 16))
-    frozen = FrozenHead(targets, hidden=torch.randn(4, 16, 24), weight=torch.randn(300, 24))
+    frozen = FrozenHead(targets, hidden=torch.randn(4, 16, 24, dtype=low), weight=torch.randn(300, 24, dtype=low))
     with Alive():
         value = linear_cross_entropy(hidden, weight, targets) if form == "loss" else linear_product(hidden, weight, frozen)
         value.backward()
