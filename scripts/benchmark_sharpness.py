@@ -12,6 +12,7 @@ what is held between steps, to which the planned weights and optimizer state are
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -135,6 +136,7 @@ def of_kind(recipe: Recipe, options: dict[str, Any]) -> Recipe:
 
 def peak_of(step: Callable[[], None], device: torch.device, held: int) -> int:
     """Bytes at the height of a step; `held`: weights and optimizer state, for a CPU, whose allocator keeps no account."""
+    gc.collect()  # a tensor in a reference cycle is there until Python's collector happens to run
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         step()

@@ -253,15 +253,19 @@ def compare(masters: MasterWeights, moved: Vector, perturbation: Vector, by_tens
     Returns:
         perturbation_norm: of what was asked for. perturbation_cosine: of the realised and the intended, over all weights, and
         perturbation_cosine_worst: over one tensor, the least. perturbation_projection: of the realised on the intended, in its
-        lengths: 1 where all of it arrives. With `by_tensor` also perturbation_cosine_by_tensor, of each parameter that is to move.
+        lengths: 1 where all of it arrives. With `by_tensor` also perturbation_cosine_by_tensor, of each parameter that is to move, and
+        perturbation_norm_by_tensor, of what was asked for.
     """
     along, asked, real = (masters.dot_by_tensor(*pair) for pair in ((moved, perturbation), (perturbation, perturbation), (moved, moved)))
     whole, there = float(asked.sum()), asked > 0
     cosines = along[there] / (asked[there] * real[there]).sqrt().clamp_min(1e-300)
     names = [name for name, moves in zip(masters.names, there.tolist(), strict=True) if moves]
-    every = {"perturbation_cosine_by_tensor": dict(zip(names, cosines.tolist(), strict=True))} if by_tensor else {}
+    found: dict[str, float | dict[str, float]] = {}
+    if by_tensor:
+        found["perturbation_cosine_by_tensor"] = dict(zip(names, cosines.tolist(), strict=True))
+        found["perturbation_norm_by_tensor"] = dict(zip(masters.names, asked.sqrt().tolist(), strict=True))
     return {
-        **every,
+        **found,
         "perturbation_norm": math.sqrt(whole),
         "perturbation_cosine": float(along.sum()) / max(math.sqrt(whole * float(real.sum())), 1e-300),
         "perturbation_cosine_worst": float(cosines.min()) if len(cosines) else 0.0,

@@ -477,7 +477,10 @@ SHARDINGS = {
     "bf16-1-fp32": ["training.precision=bf16", "deepspeed={zero_optimization: {stage: 1}, data_types: {grad_accum_dtype: fp32}}"],
     "bf16-2": ["training.precision=bf16", "deepspeed={zero_optimization: {stage: 2, round_robin_gradients: true}}"],
     "bf16-2-fp32": ["training.precision=bf16", "deepspeed={zero_optimization: {stage: 2}, data_types: {grad_accum_dtype: fp32}}"],
-    "bf16-3-fp32": ["training.precision=bf16", "deepspeed={zero_optimization: {stage: 3}, data_types: {grad_accum_dtype: fp32}}"],
+    "bf16-3-fp32": [
+        "training.precision=bf16",
+        "deepspeed={zero_optimization: {stage: 3, stage3_param_persistence_threshold: 300}, data_types: {grad_accum_dtype: fp32}}",
+    ],
     "bf16-3-offload": [
         "training.precision=bf16",
         "deepspeed={zero_optimization: {stage: 3, offload_optimizer: {device: cpu}, offload_param: {device: cpu}}}",

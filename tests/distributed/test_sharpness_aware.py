@@ -239,7 +239,9 @@ def test_curvature_is_written_down(launch: Launch, workplace: Path) -> None:
     assert sorted(logged) == [1, 2, 3, 4, 6, 8]
     assert [step for step, record in logged.items() if "split_logit_norm" in record] == [3, 6]
     cosines = logged[3]["perturbation_cosine_by_tensor"]
-    assert set(cosines) == set(logged[3]["ascent_norm_by_tensor"]) and min(cosines.values()) == logged[3]["perturbation_cosine_worst"]
+    norms, directions = logged[3]["perturbation_norm_by_tensor"], logged[3]["ascent_norm_by_tensor"]
+    assert norms == pytest.approx({name: 0.05 * norm / logged[3]["ascent_norm"] for name, norm in directions.items()}, rel=1e-5)
+    assert set(cosines) == set(directions) and min(cosines.values()) == logged[3]["perturbation_cosine_worst"]
 
 
 def records_at(workplace: Path, step: int) -> dict[str, Any]:
