@@ -10,7 +10,8 @@ spaces ("" for none) on the files as they lie here. What both are to have in com
 Verdicts:
     identical             every loss of every step has the same bits
     equal to rounding     fp32: the curves differ, but by no more than RATIO times what A differs from itself with half the micro-batch: the
-                          same mathematics added up in another order. Compared by the largest relative difference up to each step.
+                          same mathematics added up in another order. Compared by the largest relative difference up to each step, of
+                          which one place of float32, in which a step's loss is made, always counts as none.
     statistically equal   several seeds: the difference of the mean loss over the last quarter of the steps, paired by seed, lies within
                           +- MARGIN of A's mean loss: two one-sided tests (TOST, Schuirmann 1987), each an exact sign-flip permutation test
                           (Fisher 1935) at 5%; five seeds are the fewest that can show it
@@ -43,6 +44,7 @@ from training.run_folder import describe_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 RATIO = 3.0
+LAST_PLACE = 2.0**-23  # of float32, relative: early steps of both can agree to the bit and the curves still part by chance
 MARGIN = 0.005
 LEVEL = 0.05
 FEWEST_SEEDS = 5
@@ -140,7 +142,7 @@ def judge(a: dict[int, list[float]], b: dict[int, list[float]], control: list[fl
     if control is not None:
         found["largest_relative_difference_of_the_control"] = difference(a[seed], control)[-1]
         # a step late, so that a curve which parts first is not called different for that alone
-        limits = [RATIO * x for x in difference(a[seed], control)[1:]]
+        limits = [max(RATIO * x, LAST_PLACE) for x in difference(a[seed], control)[1:]]
         if all(x <= limit for x, limit in zip(difference(a[seed], b[seed]), limits, strict=False)):
             found["verdict"] = "equal to rounding"
     if len(a) >= FEWEST_SEEDS:

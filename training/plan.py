@@ -315,8 +315,9 @@ def memory_advice(plan: Plan, during: str) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # a CPU's allocator has no exception of its own
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "not enough memory" not in str(error):
+        # a CPU's allocator, and cuBLAS where it finds no room to begin, have no exception of their own
+        words = ("not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(word in str(error) for word in words):
             raise
         advice = "; ".join(what_would_fit(plan))
         raise InputError(

@@ -34,6 +34,13 @@ def test_rounding_is_what_another_order_of_the_sums_does(times: float, verdict: 
     assert found["verdict"] == verdict
 
 
+@pytest.mark.parametrize(("places", "verdict"), [(1, "equal to rounding"), (3, "different")])
+def test_one_place_of_a_loss_is_rounding_even_before_the_control_parts(places: int, verdict: str) -> None:
+    a, control = [4.0, 3.0, 2.5, 2.0, 1.5], [4.0, 3.0, 2.5, 2.0, 1.5 * (1 + 1e-7)]
+    b = [a[0], a[1] * (1 + places * 2.0**-24), *a[2:]]
+    assert judge({0: a}, {0: b}, control, 0.005)["verdict"] == verdict
+
+
 @pytest.mark.parametrize(
     ("seeds", "shift", "verdict"), [(6, 0.0, "statistically equal"), (6, 0.1, "different"), (6, -0.1, "different"), (4, 0.0, "different")]
 )

@@ -379,7 +379,15 @@ def test_what_only_some_steps_need_is_planned() -> None:
     assert longer - shorter == 8 * 4 * count
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory: ...")])
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("x"),
+    MemoryError(),
+    RuntimeError("DefaultCPUAllocator: not enough memory: ..."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
 def test_running_out_of_memory_is_one_line_with_advice(error: BaseException) -> None:
     made = plan(recipe(micro_batch_size=8), network(depth=6), 2, device="cpu")
     with pytest.raises(InputError, match="out of memory during step 1: the plan counts") as said, memory_advice(made, "step 1"):
@@ -388,6 +396,20 @@ def test_running_out_of_memory_is_one_line_with_advice(error: BaseException) -> 
     assert "\n" not in message and "training.activation_checkpointing=true" in message and "training.micro_batch_size=4" in message
     with pytest.raises(RuntimeError, match="another"), memory_advice(made, "step 1"):
         raise RuntimeError("another fault")
+
+
+def test_a_chunk_of_the_loss_is_counted_once() -> None:
+    """Of 128 rows of 2^20 logits: float32 ones; bf16 ones and float32 ones; compiled, bf16 ones. The unembedding's gradient
+    is beside them in float32, and in bf16 a chunk's part of it."""
+    config, count = network(width=8, depth=1, vocab_size=2**20), 128 * 2**20
+
+    def logits(precision: str, compile: bool = False) -> int:
+        case = recipe({"zero_optimization": {"stage": 0}}, precision=precision, compile=compile)
+        return plan(case, config, 1, device="cuda").memory.logits - 4 * 8 * 2**20
+
+    assert logits("fp32") == logits("fp32", compile=True) == 4 * count
+    assert logits("bf16") == 6 * count + 2 * 8 * 2**20
+    assert logits("bf16", compile=True) == 2 * count + 2 * 8 * 2**20
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -103,8 +103,8 @@ def test_the_radius_over_the_steps() -> None:
     assert [radius_at(section(radius=1, every=3, start_fraction=0.2), step, 10) for step in range(10)] == [0, 0, 1, 0, 0, 1, 0, 0, 1, 0]
     # every k-th step is a multiple of k, as what is logged and compared every so many steps is, wherever perturbing begins
     late = section(radius=1, every=2, start_fraction=0.5, split_every=4)
-    assert [radius_at(late, step, 18) for step in range(18)] == [0] * 9 + [1, 0] * 4 + [1]
-    assert [step + 1 for step in range(18) if is_split(late, step, 18)] == [12, 16]
+    assert [radius_at(late, step, 20) for step in range(20)] == [0] * 11 + [1, 0] * 4 + [1]
+    assert [step + 1 for step in range(20) if is_split(late, step, 20)] == [12, 16, 20]
     assert not any(is_split(section(radius=0, split_every=1), step, 9) for step in range(9))
     assert [radius_at(section(radius=1, schedule="linear_increase", start_fraction=0.5), step, 10) for step in (4, 5, 7, 9)] == [
         0,
