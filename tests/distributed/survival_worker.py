@@ -169,7 +169,12 @@ def full_disk(launch: Launches, place: Path) -> None:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-SHARP = ("optimizer.sharpness_aware=functional_sam", "optimizer.sharpness.precondition=true", "optimizer.sharpness.every=2")
+SHARP = (
+    "optimizer.sharpness_aware=functional_sam",
+    "optimizer.sharpness.precondition=true",
+    "optimizer.sharpness.every=2",
+    "optimizer.sharpness.radius=0.5",
+)
 SPIKES = (
     "training.loss_spikes.warmup=4", "training.loss_spikes.window=8", "training.loss_spikes.rewind_steps=1",
     "training.loss_spikes.limit=2", "training.loss_spikes.threshold=1.0",
