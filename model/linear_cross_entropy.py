@@ -222,7 +222,6 @@ class _LinearProduct(torch.autograd.Function):
             g = room.narrowed(frozen.derivative(rows, room).mul_(scale), weight.dtype)
             torch.mm(g, weight, out=to_hidden[rows])
             _add_product(to_weight, g, rows_of_hidden[rows])
-            del g  # or the next chunk's logits would be made beside it
         return to_hidden.view_as(hidden), to_weight.to(weight.dtype), None
 
 
