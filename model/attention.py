@@ -133,8 +133,7 @@ def causal_mean(value: Tensor, starts: Tensor | None, queries: int) -> Tensor:
 def running_sums(x: Tensor) -> Tensor:
     """x (batch, tokens, width) -> the sums over each token and those before it, of the same shape.
 
-    On a CPU, where `cumsum` walks down one column after another, by products of `SUM_BLOCK` tokens with a triangle of ones: a quarter of
-    its time at length 4096.
+    On a CPU, where `cumsum` walks down one column after another, by products of `SUM_BLOCK` tokens with a triangle of ones.
     """
     batch, tokens, width = x.shape
     if x.device.type != "cpu" or tokens <= SUM_BLOCK:
