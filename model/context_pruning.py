@@ -212,8 +212,8 @@ class Interaction(nn.Module):
 
     def attend_next(self, x: Tensor, layer: PrunedLayer | None) -> None:
         """Make the interaction queries and keys of what the attention module is about to read, for `mix` and for the cache's layer."""
-        if self.settings.from_attention and self.settings.recording:
-            x = x.detach()  # what is learned then concerns this layer's decisions alone
+        if (self.settings.from_attention and self.settings.recording) or math.isinf(self.settings.alpha):
+            x = x.detach()  # what is learned then concerns this layer's decisions alone; hard ones have no gradient
         query, key, beta = self(x, 0 if layer is None else layer.seen)
         if layer is not None:
             layer.staged = key
@@ -473,7 +473,11 @@ def _record(
     if padding is not None:  # which has no context
         pairs = pairs & ~padding[:, :, None]
     with torch.no_grad():
-        hard = log_kept(*decided_by, places, positions, visible.starts(), None, settings, interaction.standard, hard=True, padding=padding)
+        if kept is not None and math.isinf(settings.alpha) and not settings.config.propagate_in_depth:
+            hard = kept
+        else:
+            decide = partial(log_kept, *decided_by, places, positions, visible.starts(), None, settings, interaction.standard)
+            hard = decide(hard=True, padding=padding)
         pairs = pairs.expand(hard.shape)
         settings.kept_hard[interaction.layer] = ((hard == 0) & pairs).sum()
     settings.kept[interaction.layer] = torch.where(pairs, hard if kept is None else kept, -torch.inf).exp().sum(), pairs.sum()

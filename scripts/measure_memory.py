@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from scripts.benchmark import OURS
 from scripts.many_runs import Results
+from training.context_pruning import PruningController
 from training.data import Batch
 from training.distributed import Ranks, discover, leave, one_clear_line
 from training.engine import Engine, start_distributed
@@ -43,6 +44,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "sam_float32": {"optimizer": {"sharpness_aware": "sam", "sharpness": {"float32_second_pass": True}}},
     "functional_sam_float32": {"optimizer": {"sharpness_aware": "functional_sam", "sharpness": {"float32_second_pass": True}}},
     "functional_sam_split": {"optimizer": {"sharpness_aware": "functional_sam", "sharpness": {"split_every": 1}}},
+    "context_pruning": {"context_pruning": {"rank": 32, "target_kept": 0.25}},
+    "context_pruning_fixed": {"context_pruning": {"rank": 32, "target_kept": 0.25, "decisions": "fixed"}},
+    "context_pruning_by_attention": {
+        "context_pruning": {"rank": 32, "target_kept": 0.25, "attention_fraction": 1.0, "trainable": "interactions"}
+    },
 }
 WITHOUT_ZERO = ("adafactor", "muon")
 IN_FLOAT32 = ("sam_float32", "functional_sam_float32")  # a cure of bf16
@@ -91,6 +97,7 @@ def case(size: str, precision: str, stage: int, checkpointing: bool | int, metho
                 "activation_checkpointing": checkpointing,
             },
             "optimizer": more.get("optimizer", {}),
+            "context_pruning": more.get("context_pruning"),
             "deepspeed": {"zero_optimization": {"stage": stage}},
             "logging": {"outliers_every": 0},
         }
@@ -123,10 +130,16 @@ def measure(recipe: Recipe, ranks: Ranks, device: torch.device) -> tuple[int, An
         engine = Engine(recipe, config, 2, ranks, device)
         tokens = torch.randint(config.vocab_size, (4, 256))
         batches = [Batch(tokens, tokens, None)] * 2
+        pruning = None
+        if recipe.context_pruning is not None:
+            pruning = PruningController(engine.model.context_pruning_settings, recipe.context_pruning, device)
         for step in range(3):
             gc.collect()
             if cuda and step == 1:
                 torch.cuda.reset_peak_memory_stats(device)
+            if pruning is not None:
+                pruning.before_step(step, 3)
+                engine.interactions_alone = pruning.settings.from_attention
             with torch.profiler.record_function("counted" if step else "first"):
                 take_step(engine, batches, 2048.0, step, 1000, logged=False)
     planned = plan(recipe, config, ranks.world_size, device=device.type).memory

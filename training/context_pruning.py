@@ -4,6 +4,7 @@
                     (model/attention_need.py), and nothing else is trained
     every other     alpha goes from alpha_start to alpha_end by a cosine; the objective gains gamma x the kept share, whose gradient
                     model/context_pruning.py takes
+    fixed           decisions are hard and stay as they are, and the weights learn to live with them
     with a target   a threshold on all decisions follows the distance of the share kept, with hard decisions, to the target, which
                     falls from 1: the budget is met from early on, and what is learned is which tokens to spend it on
 
@@ -37,7 +38,7 @@ class PruningController:
     def __init__(self, settings: Settings, section: ContextPruningSection, device: torch.device) -> None:
         self.settings, self.section, self.device = settings, section, device
         self.error: float | None = None  # of the last step
-        settings.level = section.target_kept is not None
+        settings.level = section.target_kept is not None  # which hard decisions have no use for
         settings.distillation_weight, settings.sparsity_weight = section.distillation_weight, section.sparsity_weight
 
     def begin(self, engine: Engine, batches: list[Batch]) -> None:
@@ -57,7 +58,8 @@ class PruningController:
         first = self.attention_steps(total_steps)
         self.settings.recording = True
         self.settings.from_attention = step < first
-        self.settings.alpha = alpha_at(self.section, max(0, step - first), total_steps - first)
+        fixed = self.section.decisions == "fixed"
+        self.settings.alpha = math.inf if fixed else alpha_at(self.section, max(0, step - first), total_steps - first)
 
     def attention_steps(self, total_steps: int) -> int:
         """How many of the steps learn from attention, the first ones."""
@@ -70,9 +72,10 @@ class PruningController:
             "kept_share": hard,
             "kept_share_soft": soft,
             "kept_share_by_layer": by_layer,
-            "alpha": self.settings.alpha,
             "threshold": self.settings.threshold,
         }
+        if math.isfinite(self.settings.alpha):
+            values["alpha"] = self.settings.alpha
         if self.settings.from_attention:
             values["need_loss"] = self.take_need_loss()
         if self.section.target_kept is not None:

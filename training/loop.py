@@ -354,6 +354,8 @@ def evaluate_with_pruning(engine: Engine, data: PreparedData, recipe: Recipe, pr
         "validation_loss_soft": "soft",
         "validation_loss_dense": "dense",
     }
+    if pruning.section.decisions == "fixed":  # hard in training too
+        del ways["validation_loss_soft"]
     for name, how in ways.items():
         with pruning.evaluating(how):
             values[name] = evaluate(engine, data, recipe)

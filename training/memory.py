@@ -95,11 +95,19 @@ def predict(
     else:
         sharded = _sharded_weights if zero_stage(recipe) == 3 else _sharded_optimizer
         states = sharded(recipe, tensor_sizes, world_size, accumulation, device)
-    states.weights += compute * math.ceil(frozen / world_size if zero_stage(recipe) == 3 else frozen)
+    if zero_stage(recipe) == 3:
+        states.weights += compute * math.ceil(frozen / world_size)
+        gathered = compute * min(frozen, _elements(recipe.deepspeed["zero_optimization"], "max_live_parameters", MAX_LIVE_PARAMETERS))
+        states.buckets += gathered
+        states.at_loss += gathered
+        states.at_first_gradients += gathered
+        states.at_last_gradients += gathered
+    else:
+        states.weights += compute * frozen
     tokens = training.micro_batch_size * training.sequence_length
     block, head = activation_bytes(config, training.sequence_length, compute, recipe.data.document_masks, device == "cuda")
     if recipe.context_pruning is not None:
-        block += pruning_bytes(config, training.sequence_length, compute)
+        block += pruning_bytes(config, training.sequence_length, compute, recipe.context_pruning.decisions == "fixed")
     inputs = tokens * recomputed * compute * config.width
     kept = inputs + tokens * ((config.depth - recomputed) * block + head)
     # The backward pass of a block: what it kept, the gradient that came in, and that of the MLP's hidden layer.
@@ -121,6 +129,12 @@ def predict(
     if zero_stage(recipe) == 0 and accumulation == 1:  # there the first part becomes the gradient itself
         at_the_end -= compute * matrix
         inside -= compute * matrix if config.tied_embeddings else 0
+    pruning = recipe.context_pruning
+    if pruning is not None and pruning.attention_fraction == 1 and pruning.trainable == "interactions":
+        # Nothing goes back through the network: each layer keeps what its decisions are made of, one at a time its need
+        # (model/attention_need.py), and the loss, which nothing follows from, logits and log-probabilities.
+        kept, behind, at_the_end = tokens * config.depth * compute * (config.width + 6 * pruning.rank), 0, 0
+        logits, inside = (8 + (compute if low else 0)) * tokens * config.vocab_size, 28 * tokens * training.sequence_length
     # X^T X and the sums beside it at each place (model/activation_statistics.py)
     statistics = (config.depth + 1) * (4 * config.width**2 + 8 * (config.width + 4)) if recipe.logging.outliers_every else 0
     checkpoint = _checkpoint_copy(states, tensor_sizes, zero_stage(recipe), compute, world_size) if recipe.checkpoint.asynchronous else 0
@@ -300,12 +314,14 @@ def activation_bytes(config: ModelConfig, sequence_length: int, compute: int, ma
     return attention + mlp, head
 
 
-def pruning_bytes(config: ModelConfig, sequence_length: int, compute: int) -> int:
-    """Bytes a token that a block keeps more of with context pruning: per pair of tokens, since the mask has a gradient.
+def pruning_bytes(config: ModelConfig, sequence_length: int, compute: int, fixed: bool) -> int:
+    """Bytes a token that a block keeps more of with context pruning: per pair of tokens, the mask in the compute dtype.
 
-    The decisions: four float32 numbers and a flag; the mask in the compute dtype; and, as no fused kernel gives a mask its gradient,
-    each head's scores.
+    Where decisions are learned it has a gradient: four float32 numbers and a flag that made it; and, as no fused kernel gives a mask its
+    gradient, each head's scores.
     """
+    if fixed:
+        return sequence_length * compute
     return sequence_length * (17 + compute + config.heads * compute)
 
 

@@ -37,9 +37,11 @@ def make_network(
                 begin_with(network.model, pruning.start, gather)
             except InputError as error:
                 raise InputError(f"context_pruning.start: {error}") from None
-        if pruning.trainable != "all":
-            for name, parameter in network.named_parameters():
-                parameter.requires_grad_(".context_pruning." in name or ".lora_" in name)
+        for name, parameter in network.named_parameters():
+            if ".context_pruning." in name:
+                parameter.requires_grad_(pruning.decisions == "learned")
+            elif pruning.trainable != "all":
+                parameter.requires_grad_(".lora_" in name)
     return network
 
 

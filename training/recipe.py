@@ -257,6 +257,11 @@ class ContextPruningSection(Section):
     trainable: Literal["all", "interactions", "lora"] = Field(
         default="all", description="Which weights are trained beside those that decide: all, none, or LoRA adapters (model.pretrained)."
     )
+    decisions: Literal["learned", "fixed"] = Field(
+        default="learned",
+        description="fixed: they stay as `start` has them and are hard, as in generation, so that the weights alone learn to live with "
+        "them; the mask then has no gradient, and a step costs little more than one without pruning.",
+    )
     lora_rank: int = Field(default=16, ge=1)
     lora_alpha: float = Field(default=32.0, gt=0)
     attention_fraction: float = Field(

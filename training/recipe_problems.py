@@ -136,8 +136,14 @@ def _pruning_problems(recipe: Recipe) -> list[str]:
         return []
     if pruning.start is not None and recipe.model.pretrained is None:
         problems.append("context_pruning.start: decisions go with the pretrained model that they were learned on; give model.pretrained")
-    if pruning.target_kept is None and pruning.sparsity_weight == 0:
+    fixed = pruning.decisions == "fixed"
+    if pruning.target_kept is None and pruning.sparsity_weight == 0 and not fixed:
         problems.append("context_pruning: nothing makes it drop anything; give target_kept, or a sparsity_weight")
+    if fixed and pruning.trainable == "interactions":
+        problems.append("context_pruning.decisions: fixed leaves nothing to train with trainable interactions; use all or lora")
+    for name in ("attention_fraction", "sparsity_weight"):
+        if fixed and getattr(pruning, name):
+            problems.append(f"context_pruning.{name}: teaches decisions, and decisions are fixed; leave one out")
     for name in ("alpha_start", "alpha_end"):
         if 1 < getattr(pruning, name) < SMALLEST_ALPHA:
             problems.append(f"context_pruning.{name}: {getattr(pruning, name)}, expected 1 or at least {SMALLEST_ALPHA}")

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from safetensors.torch import load_file
 
 from analysis.export import export
 from analysis.runs import find_run
@@ -145,6 +146,19 @@ def test_one_run_begins_with_the_decisions_of_another(launch: Launch, recipe: Pa
     name = "model.model.layers.1.self_attn.context_pruning.query_key.weight"
     moved = (first[0].tensor(name) - first[1].tensor(name)).norm() / first[0].tensor(name).norm()
     assert moved < 0.2  # four steps; two seeds' draws of this weight differ by 1.4 of their norm
+    fixed = [*overrides, "context_pruning.decisions=fixed", "context_pruning.distillation_weight=0.5", "logging.every=1"]
+    held_alone = start(launch, recipe, "held_alone", 1, *fixed)
+    held_3 = start(launch, recipe, "held_3", 2, *fixed, "deepspeed.zero_optimization.stage=3")
+    assert losses(held_3) == pytest.approx(losses(held_alone), rel=2e-4)
+    assert kept(held_3) == pytest.approx(kept(held_alone), abs=2e-3)
+    ends = [open_checkpoint(run / "checkpoints" / "step-00000008") for run in (held_alone, held_3)]
+    assert torch.equal(ends[0].tensor(name), first[0].tensor(name)) and torch.equal(ends[1].tensor(name), first[0].tensor(name))
+    adapter = "model.model.layers.1.self_attn.q_proj.lora_B.default.weight"
+    assert all(end.tensor(adapter).norm() > 0 for end in ends)
+    written = recipe.parent / "held_adapters"
+    export(find_run(held_3), written, adapters=True)
+    again = load_file(written / "context_pruning.safetensors")
+    assert torch.equal(again["model.layers.1.self_attn.context_pruning.query_key.weight"], first[0].tensor(name))
     save_tiny_llama(recipe.parent / "other", seed=1)
     done = launch(
         "begun_elsewhere",

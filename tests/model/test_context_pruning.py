@@ -159,6 +159,40 @@ def test_a_one_layer_model_is_the_same_model_with_that_mask() -> None:
         assert (found - whole(plain, tokens)).abs().max() > 1e-2, family  # the mask does something
 
 
+@pytest.mark.parametrize("family", ["llama", "burnish"])
+def test_weights_learn_under_hard_decisions_as_under_a_constant_mask(family: str) -> None:
+    """The gradient is that of plain attention under the same masks as constants; decisions have none, and what is kept is counted."""
+    model, tokens, decided = make(family), tokens_of(length=24), []
+    settings = settings_of(model)
+    settings.recording = True
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        F.cross_entropy(model(tokens, use_cache=False).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+    with observing(model, decided.append):
+        found = gradients()
+    assert not any(".context_pruning." in name for name in found)
+    for layer, one in enumerate(decided):
+        kept, pairs = settings.kept[layer]
+        assert kept == settings.kept_hard[layer] == (one.log_keep.tril(-1) == 0).sum() - 2 * 24 * 25 / 2
+        assert 0.1 < kept / pairs < 0.9
+    masks = iter(decided)
+
+    def plain(query: Tensor, key: Tensor, value: Tensor, scale: float | None, allowed: Tensor) -> tuple[Tensor, Tensor]:
+        groups = query.shape[1] // key.shape[1]
+        scores = query @ key.repeat_interleave(groups, 1).mT * (scale or query.shape[-1] ** -0.5)
+        mixed = (scores + next(masks).log_keep[:, None]).softmax(-1) @ value.repeat_interleave(groups, 1)
+        return mixed, allowed.sum(-1)
+
+    settings.policy = plain
+    expected = gradients()
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_soft_decisions_have_the_gradient_of_finite_differences() -> None:
     network = Transformer(ModelConfig(width=16, depth=2, heads=2, vocab_size=31, sequence_length=12)).double()
     initialize(network, 0)

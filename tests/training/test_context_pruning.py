@@ -129,6 +129,23 @@ def test_what_is_trained(trainable: str, tmp_path: Path) -> None:
     assert counted.context_pruning == 3 * (2 * 4 * 36 + 2 * 4 + 1)
 
 
+@pytest.mark.parametrize("trainable", ["all", "lora"])
+def test_fixed_decisions_are_hard_and_learn_nothing(trainable: str, tmp_path: Path) -> None:
+    save_tiny_llama(tmp_path)
+    fixed = section(trainable=trainable, rank=4, decisions="fixed")
+    shape = describe(str(tmp_path), 64, LoraShape(rank=2) if trainable == "lora" else None)
+    network = make_network(shape, fixed)
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert trained and not any(".context_pruning." in name for name in trained)
+    assert all(".lora_" in name for name in trained) == (trainable == "lora")
+    assert "interactions" not in parameter_groups(network, OptimizerSection(learning_rate=1e-3))
+    settings = network.context_pruning_settings
+    controller = PruningController(settings, fixed, torch.device("cpu"))
+    for step in range(3):
+        controller.before_step(step, 3)
+        assert math.isinf(settings.alpha) and settings.recording and not settings.from_attention
+
+
 def test_our_own_network_counts_its_interactions() -> None:
     plain, pruned = (count_parameters(ModelConfig(**SMALL), pruning) for pruning in (None, section(rank=4)))
     assert pruned.total - plain.total == pruned.context_pruning == 2 * (2 * 4 * 16 + 2 * 4 + 1)
@@ -152,6 +169,12 @@ def test_our_own_network_counts_its_interactions() -> None:
         (["context_pruning.propagate_in_depth=true"], "attention_fraction: each layer's own attention"),
         (["optimizer.sharpness_aware=sam"], "sam perturbs weights that attention_fraction keeps still"),
         (["context_pruning.unheard_of=1"], "context_pruning.unheard_of"),
+        (["context_pruning.decisions=fixed"], "decisions: fixed leaves nothing to train"),
+        (["context_pruning.decisions=fixed", "context_pruning.trainable=lora"], "attention_fraction: teaches decisions, and decisions are"),
+        (
+            ["context_pruning.attention_fraction=0", "context_pruning.decisions=fixed", "context_pruning.sparsity_weight=0.1"],
+            "sparsity_weight: teaches decisions",
+        ),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused(overrides: list[str], message: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.activation_statistics import watch_residuals
@@ -22,12 +22,15 @@ from model.config import SIZES, ModelConfig
 from model.errors import InputError
 from model.parametrization import initialize
 from model.transformer import Transformer
+from scripts.measure_memory import recorded_peak
 from scripts.plan import largest_micro_batch, what_fits
 from training.communication import bytes_sent, scaling
+from training.context_pruning import PruningController
 from training.memory import activation_bytes, predict
 from training.metrics import peak_of
+from training.network import make_network
 from training.plan import accumulation_steps, count_parameters, flops_per_token, format_plan, memory_advice, plan, print_plan
-from training.recipe import CheckpointSection, Recipe, SharpnessSection, model_config
+from training.recipe import CheckpointSection, ContextPruningSection, Recipe, SharpnessSection, model_config
 from training.recipe_file import LoadedRecipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -151,14 +154,8 @@ def test_peak_of_a_forward_and_backward_pass(fields: dict[str, Any], checkpointi
     initialize(model, seed=0)
     model.activation_checkpointing = config.depth if checkpointing else 0
     tokens = torch.zeros(8, 64, dtype=torch.long)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, record_function("counted"):
         model(tokens, tokens).backward()
-    events: list[Any] = profiler.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    now = peak = 0
-    for _, change in changes:
-        now += change
-        peak = max(peak, now)
     parameters = count_parameters(config)
     planned = recipe(micro_batch_size=8, activation_checkpointing=checkpointing)
     memory = predict(
@@ -177,7 +174,35 @@ def test_peak_of_a_forward_and_backward_pass(fields: dict[str, Any], checkpointi
         memory.phases["the recomputing"],
         memory.phases["the last gradients"] - memory.buckets,
     ]
-    assert peak == pytest.approx(max(moments) - memory.weights - memory.optimizer - memory.statistics, rel=0.06)
+    assert recorded_peak(profiler) == pytest.approx(max(moments) - memory.weights - memory.optimizer - memory.statistics, rel=0.06)
+
+
+@pytest.mark.parametrize(
+    "pruning",
+    [
+        {},
+        {"decisions": "fixed"},
+        {"attention_fraction": 1.0, "trainable": "interactions"},
+    ],
+)
+def test_peak_of_a_pass_with_context_pruning(pruning: dict[str, Any]) -> None:
+    """As above: where decisions are learned by the loss, where they are fixed, and where attention teaches them and nothing else."""
+    section = ContextPruningSection(rank=16, target_kept=0.5, **pruning)
+    config = network(depth=4, vocab_size=2000, sequence_length=256)
+    model = make_network(config, section)
+    initialize(model, seed=0)
+    controller = PruningController(model.context_pruning_settings, section, torch.device("cpu"))
+    controller.before_step(0, 10)
+    tokens = torch.zeros(4, 256, dtype=torch.long)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, record_function("counted"):
+        model(tokens, tokens).backward()
+    planned = recipe(micro_batch_size=4, sequence_length=256).model_copy(update={"context_pruning": section})
+    count = count_parameters(config, section)
+    memory = predict(
+        planned, config, count.tensor_sizes, 2 * sum(count.tensor_sizes), world_size=1, accumulation=1, device="cpu", frozen=count.frozen
+    )
+    moments = [memory.phases["the loss"], memory.phases["the first gradients"], memory.phases["the last gradients"] - memory.buckets]
+    assert recorded_peak(profiler) == pytest.approx(max(moments) - memory.weights - memory.optimizer - memory.statistics, rel=0.08)
 
 
 def test_outlier_statistics_are_counted() -> None:
