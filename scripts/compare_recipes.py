@@ -1,7 +1,7 @@
 """Recipes side by side, by what they reach: `python -m scripts.compare_recipes recipes/blocks_*.yaml [--seeds 0 1] [--out FILE.json]`.
 
 Every recipe is trained once for each seed, in turn, all on one prepared corpus. With --learning-rates each is trained at all of them
-first, on a seed of its own, and then at its best. A run whose result --out already has is not trained again, and an --out of runs under
+first, on a seed of its own, beyond them by factors of two while the best lies at their edge, and then at its best. A run whose result --out already has is not trained again, and an --out of runs under
 other --overrides is refused. Validation loss and the largest kurtosis of a layer, with their spread over seeds; tokens a second of training
 steps that take turns in one process, on a CPU of one thread's processor time; curves beside the JSON.
 """
@@ -84,11 +84,16 @@ class Study:
     corpus: Path
 
     def best_rate(self, recipe: Path) -> float:
-        """The learning rate of the least validation loss on the tuning seed, of those to try; else the recipe's own."""
+        """The learning rate of the least validation loss on the tuning seed, with others tried on both sides; else the recipe's own."""
         if self.arguments.learning_rates is None:
             return load_recipe(recipe, self.arguments.overrides).recipe.optimizer.learning_rate
-        runs = {rate: self.train(recipe, rate, TUNING_SEED) for rate in self.arguments.learning_rates}
-        return min(runs, key=lambda rate: runs[rate]["validation_loss"])
+        losses = {rate: self.train(recipe, rate, TUNING_SEED)["validation_loss"] for rate in self.arguments.learning_rates}
+        while True:
+            best = min(losses, key=lambda rate: losses[rate])
+            beyond = 2 * best if best == max(losses) else best / 2 if best == min(losses) else None
+            if beyond is None:
+                return best
+            losses[beyond] = self.train(recipe, beyond, TUNING_SEED)["validation_loss"]
 
     def train(self, recipe: Path, rate: float, seed: int) -> dict[str, Any]:
         """What is known of a run, which is trained if nothing is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def test_recipes_are_compared_under_the_overrides_of_the_results(
         (folder / "environment.json").write_text("{}")
         places = {"layer 0": {"kurtosis": 2.0}}
         rate = float(next(a for a in reversed(arguments) if a.startswith("optimizer.learning_rate=")).partition("=")[2])
-        record = {"step": 1, "validation_loss": 3.25 if rate == 0.01 else 4.0, "activations": places}
+        record = {"step": 1, "validation_loss": 3.25 + abs(math.log2(rate / 0.01)), "activations": places}
         (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
         return True
 
@@ -102,10 +103,12 @@ def test_recipes_are_compared_under_the_overrides_of_the_results(
     (tmp_path / "out.json").unlink()
     trained.clear()
     capsys.readouterr()
-    assert compare(recipe, "--learning-rates", "0.1", "0.01", "--seeds", "2", "3") == 0
+    assert compare(recipe, "--learning-rates", "0.04", "0.02", "--seeds", "2", "3") == 0
     assert [[a for a in one if a.startswith(("run.seed", "optimizer"))] for one in trained] == [
-        ["run.seed=100", "optimizer.learning_rate=0.1"],
-        ["run.seed=100", "optimizer.learning_rate=0.01"],
+        ["run.seed=100", "optimizer.learning_rate=0.04"],
+        ["run.seed=100", "optimizer.learning_rate=0.02"],
+        ["run.seed=100", "optimizer.learning_rate=0.01"],  # the best so far was the least
+        ["run.seed=100", "optimizer.learning_rate=0.005"],
         ["run.seed=2", "optimizer.learning_rate=0.01"],
         ["run.seed=3", "optimizer.learning_rate=0.01"],
     ]
