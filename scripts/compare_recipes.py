@@ -1,9 +1,10 @@
 """Recipes side by side, by what they reach: `python -m scripts.compare_recipes recipes/blocks_*.yaml [--seeds 0 1] [--out FILE.json]`.
 
 Every recipe is trained once for each seed, in turn, all on one prepared corpus. With --learning-rates each is trained at all of them
-first, on a seed of its own, beyond them by factors of two while the best lies at their edge, and then at its best. A run whose result --out already has is not trained again, and an --out of runs under
-other --overrides is refused. Validation loss and the largest kurtosis of a layer, with their spread over seeds; tokens a second of training
-steps that take turns in one process, on a CPU of one thread's processor time; curves beside the JSON.
+first, on a seed of its own, beyond them by factors of two while the best lies at their edge, and then at its best. A run whose result
+--out already has is not trained again, and an --out of runs under other --overrides is refused. Validation loss and the largest kurtosis
+of a layer, with their spread over seeds; tokens a second of training steps that take turns in one process, on a CPU of one thread's
+processor time; curves beside the JSON.
 """
 
 from __future__ import annotations
