@@ -88,8 +88,19 @@ class StandIn:
             self.__dict__.update(state)
 
 
+_ZERO_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3, "max_stage": 3}
+
+
+def _member(stands_in: Any, name: str) -> int | str:
+    """What `getattr(enumeration, name)` is, by which Python 3.11.0 to 3.11.3 write an enumeration's member, later ones its value."""
+    if stands_in is not int:
+        raise InputError(f"refused: it asks for {name!r} of {stands_in!r}, which no checkpoint has need of")
+    return _ZERO_STAGES.get(name, name)
+
+
 # The only classes outside torch that DeepSpeed's own state and Megatron's refer to. Anything else in a pickle is refused.
 _STAND_INS = [
+    (_member, "builtins.getattr"),
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (StandIn, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (StandIn, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
@@ -122,6 +133,8 @@ def load_tensor_or_dict(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(_STAND_INS):  # pyright: ignore[reportArgumentType]
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     except Exception as error:  # a damaged file can fail anywhere inside torch
         text = " ".join(str(error).split())
         if match := re.search(r"GLOBAL ([\w.]+)", text):

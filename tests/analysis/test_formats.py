@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -13,11 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from safetensors.torch import load_file, save_file, save_model
 from torch import nn
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from analysis.__main__ import main
 from analysis.checkpoint import block_segments
+from analysis.files import load_tensor_or_dict
+from analysis.formats.distributed import _Unpickler
 from analysis.runs import find_run
 from analysis.shards import open_checkpoint
 from model.errors import InputError
@@ -452,6 +457,29 @@ def test_damaged_and_hostile_torch_files_are_named(tmp_path, capsys):
     assert "is compressed, which torch never does" in problem_of(path, capsys)
     torch.save({"a": torch.tensor([1.0, float("nan")])}, path)
     assert "a: values that are not finite" in problem_of(path, capsys)
+
+
+class ByName:
+    """Pickled as Python 3.11.0 to 3.11.3 do with the member of an enumeration."""
+
+    def __init__(self, enumeration: object, name: str) -> None:
+        self.parts = enumeration, name
+
+    def __reduce__(self) -> tuple[object, tuple[object, str]]:
+        return getattr, self.parts
+
+
+def test_members_of_enumerations_that_are_pickled_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "states.pt"
+    torch.save({stage.name: ByName(ZeroStageEnum, stage.name) for stage in ZeroStageEnum}, path)
+    assert load_tensor_or_dict(path) == {stage.name: int(stage) for stage in ZeroStageEnum}
+    torch.save({"x": ByName(torch.Size, "__init__")}, path)
+    with pytest.raises(InputError, match=r"states\.pt: refused: it asks for '__init__' of .*torch\.Size"):
+        load_tensor_or_dict(path)
+    metadata = pickle.dumps(ByName(_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT"))
+    assert _Unpickler(io.BytesIO(metadata)).load() is _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    with pytest.raises(InputError, match="refused: it asks for '__init__' of"):
+        _Unpickler(io.BytesIO(pickle.dumps(ByName(torch.Size, "__init__")))).load()
 
 
 @pytest.mark.distributed
