@@ -8,6 +8,7 @@ import mmap
 import os
 import re
 import zipfile
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -91,16 +92,21 @@ class StandIn:
 _ZERO_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3, "max_stage": 3}
 
 
-def _member(stands_in: Any, name: str) -> int | str:
-    """What `getattr(enumeration, name)` is, by which Python 3.11.0 to 3.11.3 write an enumeration's member, later ones its value."""
-    if stands_in is not int:
-        raise InputError(f"refused: it asks for {name!r} of {stands_in!r}, which no checkpoint has need of")
-    return _ZERO_STAGES.get(name, name)
+def named_member(enumeration: Any, name: str) -> Any:
+    """In the place of `getattr`, by which Python 3.11.0 to 3.11.3 write an enumeration's member; later ones write its value.
+
+    Of an enumeration that `int` stands in for: of DeepSpeed's stages the number, of others the name. Raises InputError where it is none.
+    """
+    if enumeration is int:
+        return _ZERO_STAGES.get(name, name)
+    if isinstance(enumeration, type) and issubclass(enumeration, Enum):
+        return enumeration[name]
+    raise InputError(f"refused: it asks for {name!r} of {enumeration!r}, which no checkpoint has need of")
 
 
 # The only classes outside torch that DeepSpeed's own state and Megatron's refer to. Anything else in a pickle is refused.
 _STAND_INS = [
-    (_member, "builtins.getattr"),
+    (named_member, "builtins.getattr"),
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (StandIn, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (StandIn, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),

@@ -476,8 +476,8 @@ def _record(
         if kept is not None and math.isinf(settings.alpha) and not settings.config.propagate_in_depth:
             hard = kept
         else:
-            decide = partial(log_kept, *decided_by, places, positions, visible.starts(), None, settings, interaction.standard)
-            hard = decide(hard=True, padding=padding)
+            starts, standard = visible.starts(), interaction.standard
+            hard = log_kept(*decided_by, places, positions, starts, None, settings, standard, hard=True, padding=padding)
         pairs = pairs.expand(hard.shape)
         settings.kept_hard[interaction.layer] = ((hard == 0) & pairs).sum()
     settings.kept[interaction.layer] = torch.where(pairs, hard if kept is None else kept, -torch.inf).exp().sum(), pairs.sum()

@@ -38,7 +38,7 @@ class PruningController:
     def __init__(self, settings: Settings, section: ContextPruningSection, device: torch.device) -> None:
         self.settings, self.section, self.device = settings, section, device
         self.error: float | None = None  # of the last step
-        settings.level = section.target_kept is not None  # which hard decisions have no use for
+        settings.level = section.target_kept is not None
         settings.distillation_weight, settings.sparsity_weight = section.distillation_weight, section.sparsity_weight
 
     def begin(self, engine: Engine, batches: list[Batch]) -> None:

@@ -92,18 +92,11 @@ def predict(
     compute = 2 if training.precision == "bf16" else 4
     if zero_stage(recipe) == 0:
         states = _unsharded(recipe, tensor_sizes, state_elements, accumulation)
+    elif zero_stage(recipe) == 3:
+        states = _sharded_weights(recipe, tensor_sizes, world_size, frozen, device)
     else:
-        sharded = _sharded_weights if zero_stage(recipe) == 3 else _sharded_optimizer
-        states = sharded(recipe, tensor_sizes, world_size, accumulation, device)
-    if zero_stage(recipe) == 3:
-        states.weights += compute * math.ceil(frozen / world_size)
-        gathered = compute * min(frozen, _elements(recipe.deepspeed["zero_optimization"], "max_live_parameters", MAX_LIVE_PARAMETERS))
-        states.buckets += gathered
-        states.at_loss += gathered
-        states.at_first_gradients += gathered
-        states.at_last_gradients += gathered
-    else:
-        states.weights += compute * frozen
+        states = _sharded_optimizer(recipe, tensor_sizes, world_size, accumulation, device)
+    states.weights += compute * math.ceil(frozen / world_size if zero_stage(recipe) == 3 else frozen)
     tokens = training.micro_batch_size * training.sequence_length
     block, head = activation_bytes(config, training.sequence_length, compute, recipe.data.document_masks, device == "cuda")
     if recipe.context_pruning is not None:
@@ -386,7 +379,7 @@ def _sharded_optimizer(recipe: Recipe, tensor_sizes: list[int], world_size: int,
     )
 
 
-def _sharded_weights(recipe: Recipe, tensor_sizes: list[int], world_size: int, accumulation: int, device: str) -> _States:
+def _sharded_weights(recipe: Recipe, tensor_sizes: list[int], world_size: int, frozen: int, device: str) -> _States:
     """Stage 3: one rank's share of everything; small tensors stay whole, the rest is gathered where it is used."""
     zero = recipe.deepspeed.get("zero_optimization", {})
     low, count = recipe.training.precision == "bf16", sum(tensor_sizes)
@@ -395,7 +388,7 @@ def _sharded_weights(recipe: Recipe, tensor_sizes: list[int], world_size: int, a
     optimizer_offloaded, weights_offloaded = _offloaded(zero, "offload_optimizer"), _offloaded(zero, "offload_param")
     threshold = _elements(zero, "param_persistence_threshold", PERSISTENCE_THRESHOLD)
     whole = compute * sum(size for size in tensor_sizes if size <= threshold)  # but for the time of the step
-    gathered = max(0, compute * min(count, _elements(zero, "max_live_parameters", MAX_LIVE_PARAMETERS)) - whole)
+    gathered = max(0, compute * min(count + frozen, _elements(zero, "max_live_parameters", MAX_LIVE_PARAMETERS)) - whole)
     bucket = _reduce_bucket(zero, count, device)
     scattered = compute * min(count, bucket)  # gradients leave the bucket by a second copy
     bucket *= compute

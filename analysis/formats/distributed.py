@@ -12,7 +12,6 @@ import pickle
 import re
 import zipfile
 from collections.abc import Collection
-from enum import Enum
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from analysis.checkpoint import Checkpoint, Kind, Segment, block_segments, precision_of
-from analysis.files import map_file, mapped_tensor, some
+from analysis.files import map_file, mapped_tensor, named_member, some
 from analysis.formats.tensor_files import is_buffer
 from model.errors import InputError
 
@@ -59,13 +58,6 @@ def is_distributed(path: Path) -> bool:
     return path.is_dir() and (path / ".metadata").is_file()
 
 
-def _member(enumeration: Any, name: str) -> Any:
-    """In the place of `getattr`, by which Python 3.11.0 to 3.11.3 write an enumeration's member; later ones write its value."""
-    if not (isinstance(enumeration, type) and issubclass(enumeration, Enum)):
-        raise InputError(f"refused: it asks for {name!r} of {enumeration!r}, which no checkpoint has need of")
-    return enumeration[name]
-
-
 class _Unpickler(pickle.Unpickler):
     """Makes what torch's own metadata consists of, and nothing else."""
 
@@ -73,7 +65,7 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) in _ALLOWED or (module == "torch" and name in _DTYPE_NAMES) or (module, name) == ("torch", "strided"):
             return super().find_class(module, name)
         if (module, name) == ("builtins", "getattr"):
-            return _member
+            return named_member
         raise InputError(f"refused: it asks to run {module}.{name}, which no checkpoint has need of")
 
 
