@@ -24,14 +24,11 @@ from analysis.lifetimes import Reads, summarise, token_classes
 from analysis.needle import make_needles, score_needles
 from analysis.pruned import Subject, learned_to_prune, open_subject
 from analysis.tokens import check_vocabulary, read_text, training_windows, validation_tokens
-from model.context_pruning import observing
+from model.context_pruning import find_threshold, observing
 from model.errors import InputError
 
 BATCH_TOKENS, LARGEST_LOGITS = 4096, 1 << 27  # of one forward pass
 CALIBRATION_TOKENS = 8192
-CLOSE_ENOUGH = 0.01  # of a budget, where the search for its threshold ends
-MOST_PASSES = 12  # of that search, for one budget
-WIDEST = 64.0  # how far from its own the threshold is looked for
 KEEPS_ALL = 0.99  # a network that keeps so much at its own threshold is measured as one without pruning
 SHOWN = 2  # texts on the page
 
@@ -138,17 +135,14 @@ class _Measurement:
         """Its own threshold, and those that keep each budget of the calibration text."""
         subject = self.subject
         points = [Point(f"own threshold of {subject.name}", None, subject.threshold)]
-        known: dict[float, float] = {}  # share by threshold
+        known: dict[float, float] = {}
 
         def share(threshold: float) -> float:
-            if threshold not in known:
-                subject.settings.threshold = threshold
-                known[threshold] = self.entries(self.run(self.texts.calibration, f"calibrating, threshold {threshold:.3g}")) / self.whole
-            return known[threshold]
+            subject.settings.threshold = threshold
+            return self.entries(self.run(self.texts.calibration, f"calibrating, threshold {threshold:.3g}")) / self.whole
 
         for budget in self.options.budgets:
-            threshold = find_threshold(share, known, budget, subject.threshold)
-            reached = abs(known[threshold] - budget) <= 5 * CLOSE_ENOUGH * budget
+            threshold, reached = find_threshold(share, budget, subject.threshold, known)
             points.append(Point(f"{budget:g} of {subject.name}", budget, threshold, reached))
         subject.settings.threshold = subject.threshold
         return points
@@ -287,33 +281,6 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
     """(length, vocabulary) and (length,) -> (length,) float32 on the CPU, some rows at a time."""
     parts = zip(logits.split(256), targets.split(256), strict=True)
     return torch.cat([F.cross_entropy(part.float(), target, reduction="none").cpu() for part, target in parts])
-
-
-def find_threshold(share: Any, known: dict[float, float], budget: float, start: float) -> float:
-    """The threshold at which `share`, which falls with it, is closest to a budget: bisection between those known, outwards at first.
-
-    Args:
-        known: share by threshold, which `share` adds to, so that one budget's passes serve the next.
-    """
-    share(start)
-    step = 0.5
-    for _ in range(MOST_PASSES):
-        best = min(known, key=lambda threshold: abs(known[threshold] - budget))
-        if abs(known[best] - budget) <= CLOSE_ENOUGH * budget:
-            break
-        above = max((t for t, kept in known.items() if kept > budget), default=None)
-        below = min((t for t, kept in known.items() if kept <= budget and (above is None or t > above)), default=None)
-        if above is not None and below is not None:
-            if below - above < 1e-4:
-                break
-            share((above + below) / 2)
-        else:
-            if step > WIDEST:
-                break
-            known_edge = above if above is not None else min(known)
-            share(known_edge + (step if above is not None else -step))
-            step *= 2
-    return min(known, key=lambda threshold: abs(known[threshold] - budget))
 
 
 # ------------------------------------------------------------------------------------------------------------------ texts

@@ -39,6 +39,9 @@ from model.sparse_sigmoid import sparse_sigmoid
 
 ROWS = 256  # queries whose decisions are held at once without gradients
 LOG_FLOOR = math.log(1e-9)  # of log p with soft decisions: log 0 has no gradient
+CLOSE_ENOUGH = 0.01  # of a budget, where the search for its threshold ends
+MOST_PASSES = 12  # of that search, for one budget
+WIDEST = 64.0  # how far from where it begins the threshold is looked for
 
 
 class Decided(NamedTuple):
@@ -479,8 +482,9 @@ def _record(
             starts, standard = visible.starts(), interaction.standard
             hard = log_kept(*decided_by, places, positions, starts, None, settings, standard, hard=True, padding=padding)
         pairs = pairs.expand(hard.shape)
-        settings.kept_hard[interaction.layer] = ((hard == 0) & pairs).sum()
-    settings.kept[interaction.layer] = torch.where(pairs, hard if kept is None else kept, -torch.inf).exp().sum(), pairs.sum()
+        settings.kept_hard[interaction.layer] = kept_hard = ((hard == 0) & pairs).sum()
+    shares = kept_hard.float() if kept is None or hard is kept else torch.where(pairs, kept, -torch.inf).exp().sum()
+    settings.kept[interaction.layer] = shares, pairs.sum()
 
 
 # --------------------------------------------------------------------------------------------------- what a caller needs
@@ -526,6 +530,40 @@ def standards_of(sums: dict[int, Tensor]) -> dict[int, tuple[float, float]]:
         mean = total / count
         standards[layer] = (mean, max(math.sqrt(max(squares / count - mean**2, 0.0)), 1e-6))
     return standards
+
+
+def find_threshold(
+    share: Callable[[float], float], budget: float, start: float, known: dict[float, float] | None = None
+) -> tuple[float, bool]:
+    """(the threshold that keeps a share closest to a budget, whether that is near it): bisection, outwards from `start` at first.
+
+    Args:
+        share: measures the share of the context kept at a threshold; it falls with it.
+        known: share by threshold, which is added to, so that one budget's passes serve the next.
+    """
+    known = {} if known is None else known
+    looked_at, step = start, 0.5
+    for _ in range(MOST_PASSES + 1):
+        if looked_at not in known:
+            known[looked_at] = share(looked_at)
+        best = min(known, key=lambda threshold: abs(known[threshold] - budget))
+        if abs(known[best] - budget) <= CLOSE_ENOUGH * budget:
+            break
+        above = max((threshold for threshold, kept in known.items() if kept > budget), default=None)
+        below = min(
+            (threshold for threshold, kept in known.items() if kept <= budget and (above is None or threshold > above)), default=None
+        )
+        if above is not None and below is not None:
+            if below - above < 1e-4:
+                break
+            looked_at = (above + below) / 2
+        else:
+            if step > WIDEST:
+                break
+            looked_at = above + step if above is not None else min(known) - step
+            step *= 2
+    best = min(known, key=lambda threshold: abs(known[threshold] - budget))
+    return best, abs(known[best] - budget) <= 5 * CLOSE_ENOUGH * budget
 
 
 @contextmanager

@@ -26,7 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from model.config import PruningConfig
-from model.context_pruning import Settings
+from model.context_pruning import Settings, find_threshold
 from model.pruned_cache import PrunedLayer
 from model.pruning_hooks import attach
 from scripts.generate import cache_bytes
@@ -96,7 +96,7 @@ def build(arguments: argparse.Namespace, device: torch.device) -> tuple[Any, Set
 def compare(model: Any, settings: Settings, batch: int, length: int, arguments: argparse.Namespace) -> dict[str, Any]:
     tokens = torch.randint(1024, (batch, length), device=model.device, generator=torch.Generator(model.device).manual_seed(length))
     settings.enabled = True
-    threshold = find_threshold(model, settings, tokens[:1], arguments.kept, arguments.chunk)
+    threshold = threshold_of(model, settings, tokens[:1], arguments.kept, arguments.chunk)
     subjects = {"dense": (False, 0.0), "nothing dropped": (True, -1e9), "pruned": (True, threshold)}
     if arguments.bytes:
         del subjects["dense"], subjects["nothing dropped"]
@@ -133,17 +133,17 @@ def compare(model: Any, settings: Settings, batch: int, length: int, arguments: 
     }
 
 
-def find_threshold(model: Any, settings: Settings, tokens: torch.Tensor, kept: float, chunk_size: int) -> float:
-    """What leaves this share of the context after the prompt, by bisection."""
-    low, high = -8.0, 8.0
-    for _ in range(12):
-        settings.threshold = (low + high) / 2
+def threshold_of(model: Any, settings: Settings, tokens: torch.Tensor, kept: float, chunk_size: int) -> float:
+    """What leaves this share of the context after the prompt."""
+
+    def share(threshold: float) -> float:
+        settings.threshold = threshold
         cache: Any = DynamicCache(config=model.config)
         for chunk in tokens.split(chunk_size, dim=1):
             model(chunk, past_key_values=cache, logits_to_keep=1)
-        share = statistics.mean(float(layer.live().float().mean()) for layer in cache.layers) / tokens.shape[1]
-        low, high = (settings.threshold, high) if share > kept else (low, settings.threshold)
-    return (low + high) / 2
+        return statistics.mean(float(layer.live().float().mean()) for layer in cache.layers) / tokens.shape[1]
+
+    return find_threshold(share, kept, 0.0)[0]
 
 
 def one_round(model: Any, tokens: torch.Tensor, decode: int, chunk_size: int) -> tuple[float, float, int, Any]:

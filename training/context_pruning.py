@@ -6,7 +6,8 @@
                     model/context_pruning.py takes
     fixed           decisions are hard and stay as they are, and the weights learn to live with them
     with a target   a threshold on all decisions follows the distance of the share kept, with hard decisions, to the target, which
-                    falls from 1: the budget is met from early on, and what is learned is which tokens to spend it on
+                    falls from 1: the budget is met from early on, and what is learned is which tokens to spend it on; that of fixed
+                    decisions is found before the first step, by bisection
 
 The kept share is the mean over layers of the pairs j < k that still see each other. With hard decisions it is the mean number of live
 entries over the mean number of tokens before: what generation will hold.
@@ -22,7 +23,7 @@ from typing import Any, Literal
 import torch
 
 from model.config import SMALLEST_ALPHA
-from model.context_pruning import Settings, measuring_products, standards_of
+from model.context_pruning import Settings, find_threshold, measuring_products, standards_of
 from model.errors import InputError
 from training.data import Batch
 from training.engine import Engine
@@ -41,10 +42,36 @@ class PruningController:
         settings.level = section.target_kept is not None
         settings.distillation_weight, settings.sparsity_weight = section.distillation_weight, section.sparsity_weight
 
-    def begin(self, engine: Engine, batches: list[Batch]) -> None:
-        """Before the first step of a run: standardise each layer's products on that step's text. Every rank calls it."""
-        if not self.section.standardize or self.section.start is not None or self.section.attention_fraction > 0:
-            return  # what was learned has standards already, and what attention teaches a scale of its own
+    def begin(self, engine: Engine, batches: list[Batch], total_steps: int) -> None:
+        """Before the first step of a run, on that step's text: standardise each layer's products, where nothing says what they mean yet,
+        and find the threshold of fixed decisions. Every rank calls it.
+
+        Raises InputError where fixed decisions keep the target at no threshold.
+        """
+        # what was learned has standards already, and what attention teaches a scale of its own
+        if self.section.standardize and self.section.start is None and self.section.attention_fraction == 0:
+            self._standardize(engine, batches)
+        if self.section.target_kept is None or self.section.decisions != "fixed":
+            return
+
+        def share(threshold: float) -> float:
+            self.settings.threshold = threshold
+            with self.evaluating("hard"):
+                for batch in batches:
+                    engine.summed_loss(batch)
+                return self.take_measured()[1]
+
+        known: dict[float, float] = {}
+        target = target_at(self.section, 0, total_steps)
+        self.settings.threshold, reached = find_threshold(share, target, self.settings.threshold, known)
+        if not reached:
+            nearest = known[self.settings.threshold]
+            raise InputError(
+                f"context_pruning.target_kept: {target:g} is out of reach: at any threshold these decisions keep "
+                f"{'at least' if nearest > target else 'at most'} {nearest:.3g} of the first step's text, sinks and window included"
+            )
+
+    def _standardize(self, engine: Engine, batches: list[Batch]) -> None:
         with measuring_products(engine.model) as sums:
             for batch in batches:
                 engine.summed_loss(batch)
@@ -79,7 +106,7 @@ class PruningController:
         if self.settings.from_attention:
             values["need_loss"] = self.take_need_loss()
         if self.section.target_kept is not None:
-            error = hard - target_at(self.section.target_kept, self.section.target_fraction, step, total_steps)
+            error = hard - target_at(self.section, step, total_steps)
             change = 0.0 if self.error is None else error - self.error
             move = GAIN * (error + DAMPING * change)
             self.settings.threshold += max(-LARGEST_MOVE, min(LARGEST_MOVE, move))
@@ -137,6 +164,10 @@ def alpha_at(section: ContextPruningSection, step: int, total_steps: int) -> flo
     return alpha if alpha >= SMALLEST_ALPHA else 1.0
 
 
-def target_at(target: float, fraction: float, step: int, total_steps: int) -> float:
-    """The share that is aimed at after step `step`: from 1 to the target in a straight line, over `fraction` of the steps."""
-    return 1.0 + (target - 1.0) * min(1.0, (step + 1) / max(1, round(fraction * total_steps)))
+def target_at(section: ContextPruningSection, step: int, total_steps: int) -> float:
+    """The share that is aimed at after step `step`: from 1 to `target_kept` in a straight line, over `target_fraction` of the steps."""
+    assert section.target_kept is not None
+    fraction = section.target_fraction
+    if fraction is None:
+        fraction = 0.0 if section.decisions == "fixed" else 0.5
+    return 1.0 + (section.target_kept - 1.0) * min(1.0, (step + 1) / max(1, round(fraction * total_steps)))

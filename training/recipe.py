@@ -281,11 +281,12 @@ class ContextPruningSection(Section):
         lt=1,
         description="Share of the context to keep, with hard decisions: a threshold common to all layers is steered to it.",
     )
-    target_fraction: float = Field(
-        default=0.5,
+    target_fraction: float | None = Field(
+        default=None,
         ge=0,
         le=1,
-        description="Share of the steps in which the target falls from 1 to target_kept; 0: it stands from the first.",
+        description="Share of the steps in which the target falls from 1 to target_kept; 0: it stands from the first. Default: 0.5, and 0 "
+        "with fixed decisions.",
     )
     distillation_weight: float = Field(
         default=0.0, ge=0, le=1, description="Share of the objective that is the divergence from the network without pruning and adapters."

@@ -15,7 +15,6 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 import tests.analysis.tiny_pruned as tiny
 from analysis.__main__ import main
 from analysis.cache_policies import POLICIES, mean_live, window
-from analysis.context import find_threshold
 from analysis.context_options import METHODS, Options
 from analysis.lifetimes import CLASSES, Reads, summarise, token_classes
 from analysis.needle import DEPTHS, make_needles, score_needles
@@ -177,24 +176,6 @@ def test_the_window_is_that_of_mistral():
         torch.testing.assert_close(found, windowed(tokens, use_cache=False).logits, rtol=0, atol=1e-5)
         settings_of(whole).policy = None
         assert (whole(tokens, use_cache=False).logits - found).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("start", [-3.0, 0.0, 2.0])
-def test_the_threshold_of_a_budget_is_found(start):
-    def keeps(threshold: float) -> float:
-        return 0.1 + 1.05 / (1 + math.exp(2 * threshold))
-
-    known: dict[float, float] = {}
-    passes = []
-
-    def share(threshold: float) -> float:
-        passes.append(threshold)
-        return known.setdefault(threshold, keeps(threshold))
-
-    for budget in (0.5, 0.25, 0.2, 0.9):
-        assert keeps(find_threshold(share, known, budget, start)) == pytest.approx(budget, rel=0.01)
-    assert keeps(find_threshold(share, known, 0.05, start)) == pytest.approx(0.1)  # out of reach: as little as it can
-    assert len(set(passes)) < 60
 
 
 # ------------------------------------------------------------------------------------------------------------------ needles

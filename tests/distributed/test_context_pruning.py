@@ -151,6 +151,7 @@ def test_one_run_begins_with_the_decisions_of_another(launch: Launch, recipe: Pa
     held_3 = start(launch, recipe, "held_3", 2, *fixed, "deepspeed.zero_optimization.stage=3")
     assert losses(held_3) == pytest.approx(losses(held_alone), rel=2e-4)
     assert kept(held_3) == pytest.approx(kept(held_alone), abs=2e-3)
+    assert kept(held_alone)[0] == pytest.approx(0.5, rel=0.03)  # found before the first step
     ends = [open_checkpoint(run / "checkpoints" / "step-00000008") for run in (held_alone, held_3)]
     assert torch.equal(ends[0].tensor(name), first[0].tensor(name)) and torch.equal(ends[1].tensor(name), first[0].tensor(name))
     adapter = "model.model.layers.1.self_attn.q_proj.lora_B.default.weight"

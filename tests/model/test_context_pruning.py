@@ -22,6 +22,7 @@ from model.context_pruning import (
     Settings,
     attend,
     dense,
+    find_threshold,
     interactions,
     log_kept,
     measuring_products,
@@ -684,3 +685,24 @@ def test_other_caches_are_refused() -> None:
         cache.crop(-3)
     with pytest.raises(InputError, match=r"context_pruning\.rank: 5 is odd"):
         PruningConfig(rank=5, rope=True)
+
+
+@pytest.mark.parametrize("start", [-3.0, 0.0, 2.0])
+def test_the_threshold_of_a_budget_is_found(start: float) -> None:
+    def keeps(threshold: float) -> float:
+        return 0.1 + 1.05 / (1 + math.exp(2 * threshold))
+
+    known: dict[float, float] = {}
+    passes = []
+
+    def share(threshold: float) -> float:
+        passes.append(threshold)
+        return keeps(threshold)
+
+    for budget in (0.5, 0.25, 0.2, 0.9):
+        found, reached = find_threshold(share, budget, start, known)
+        assert reached and keeps(found) == pytest.approx(budget, rel=0.01)
+    found, reached = find_threshold(share, 0.05, start, known)
+    assert not reached and keeps(found) == pytest.approx(0.1)  # as little as it can
+    assert len(passes) == len(set(passes)) == len(known) < 60
+    assert find_threshold(keeps, 0.5, start)[0] == find_threshold(keeps, 0.5, start, {})[0]

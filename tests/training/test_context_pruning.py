@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,12 @@ def test_alpha_goes_over_by_a_cosine_and_never_between_1_and_its_smallest() -> N
 
 
 def test_the_target_falls_in_a_straight_line() -> None:
-    assert [target_at(0.2, 0.5, step, 8) for step in range(8)] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.2, 0.2, 0.2, 0.2])
-    assert [target_at(0.2, 0.0, step, 8) for step in range(8)] == [pytest.approx(0.2)] * 8
+    falling = pytest.approx([0.8, 0.6, 0.4, 0.2, 0.2, 0.2, 0.2, 0.2])
+    for given in (section(target_kept=0.2, target_fraction=0.5), section(target_kept=0.2)):
+        assert [target_at(given, step, 8) for step in range(8)] == falling
+    for given in (section(target_kept=0.2, target_fraction=0.0), section(target_kept=0.2, decisions="fixed", trainable="lora")):
+        assert [target_at(given, step, 8) for step in range(8)] == [pytest.approx(0.2)] * 8
+    assert target_at(section(target_kept=0.2, decisions="fixed", target_fraction=0.5), 0, 8) == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize("steepness", [0.6, 1.0, 2.5])
@@ -144,6 +149,45 @@ def test_fixed_decisions_are_hard_and_learn_nothing(trainable: str, tmp_path: Pa
     for step in range(3):
         controller.before_step(step, 3)
         assert math.isinf(settings.alpha) and settings.recording and not settings.from_attention
+
+
+class StandIn:
+    """An engine whose network keeps this share of pairs at a threshold."""
+
+    def __init__(self, settings: Settings, keeps: Callable[[float], float]) -> None:
+        self.settings, self.keeps, self.passes = settings, keeps, 0
+        settings.recording = False
+
+    def summed_loss(self, batch: Any) -> None:
+        settings = self.settings
+        assert math.isinf(settings.alpha) and settings.recording and settings.enabled
+        self.passes += 1
+        sums = torch.tensor([self.keeps(settings.threshold)] * 2 + [1.0], dtype=torch.float64)
+        settings.measured = {layer: sums + settings.measured.get(layer, torch.zeros(3)) for layer in settings.layers}
+
+
+@pytest.mark.parametrize("target", [0.5, 0.125])
+def test_the_threshold_of_fixed_decisions_is_found_before_the_first_step(target: float) -> None:
+    settings = Settings(PruningConfig(), [0, 1], threshold=3.0)
+    fixed = section(target_kept=target, decisions="fixed", trainable="lora", start="somewhere")
+    engine = StandIn(settings, lambda threshold: 0.05 + 0.95 / (1 + math.exp(threshold)))
+    PruningController(settings, fixed, torch.device("cpu")).begin(engine, [None, None], 100)  # pyright: ignore[reportArgumentType]
+    assert engine.keeps(settings.threshold) == pytest.approx(target, rel=0.01)
+    assert engine.passes <= 26 and not settings.measured and not settings.recording
+    # learned ones go there by small moves, from where they are
+    learned = Settings(PruningConfig(), [0, 1], threshold=3.0)
+    untouched = StandIn(learned, engine.keeps)
+    learning = section(target_kept=target, trainable="lora", start="somewhere")
+    PruningController(learned, learning, torch.device("cpu")).begin(untouched, [None], 100)  # pyright: ignore[reportArgumentType]
+    assert learned.threshold == 3.0 and untouched.passes == 0
+
+
+def test_a_target_that_no_threshold_keeps_is_one_line() -> None:
+    settings = Settings(PruningConfig(), [0, 1])
+    engine = StandIn(settings, lambda threshold: 0.3 + 0.7 / (1 + math.exp(threshold)))
+    fixed = section(target_kept=0.2, decisions="fixed", trainable="lora", start="somewhere")
+    with pytest.raises(InputError, match=r"target_kept: 0\.2 is out of reach: .* keep at least 0\.3 of the first"):
+        PruningController(settings, fixed, torch.device("cpu")).begin(engine, [None], 100)  # pyright: ignore[reportArgumentType]
 
 
 def test_our_own_network_counts_its_interactions() -> None:
