@@ -14,8 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from model.cache import LayerCache
 from model.config import ModelConfig
-
-SUM_BLOCK = 64  # tokens; see `running_sums`
+from model.shaped_attention import causal_mean, shape, shape_by_blocks
 
 
 class Linear(nn.Linear):
@@ -114,36 +113,6 @@ def softcapped_attention(query: Tensor, key: Tensor, value: Tensor, cap: float, 
     return scores.softmax(dim=-1).type_as(value) @ value
 
 
-def causal_mean(value: Tensor, starts: Tensor | None, queries: int) -> Tensor:
-    """C V: for each of the last `queries` tokens the mean of the values that it may look at.
-
-    value (batch, keys, width), `starts` as in `Context` -> (batch, queries, width), at least float32. Sums are kept so, since a running
-    sum in bf16 stops growing; where they are subtracted from one another, in float64.
-    """
-    keys, dtype = value.shape[1], torch.promote_types(value.dtype, torch.float32)
-    if starts is None:
-        counts = torch.arange(1, keys + 1, device=value.device)[:, None]
-        return (running_sums(value.to(dtype)) / counts)[:, keys - queries :]
-    sums = value.cumsum(1, dtype=torch.float64)
-    before = F.pad(sums, (0, 0, 1, 0)).gather(1, starts[:, :, None].expand(len(value), queries, value.shape[2]))
-    counts = torch.arange(keys - queries + 1, keys + 1, device=value.device) - starts
-    return ((sums[:, keys - queries :] - before) / counts[:, :, None]).to(dtype)
-
-
-def running_sums(x: Tensor) -> Tensor:
-    """x (batch, tokens, width) -> the sums over each token and those before it, of the same shape.
-
-    On a CPU, where `cumsum` walks down one column after another, by products of `SUM_BLOCK` tokens with a triangle of ones.
-    """
-    batch, tokens, width = x.shape
-    if x.device.type != "cpu" or tokens <= SUM_BLOCK:
-        return x.cumsum(1)
-    blocks = F.pad(x, (0, 0, 0, -tokens % SUM_BLOCK)).view(batch, -1, SUM_BLOCK, width)
-    within = torch.ones(SUM_BLOCK, SUM_BLOCK, dtype=x.dtype).tril() @ blocks
-    before = F.pad(within[:, :-1, -1].cumsum(1), (0, 0, 1, 0))
-    return (within + before[:, :, None]).view(batch, -1, width)[:, :tokens]
-
-
 def attention_scale(config: ModelConfig) -> float:
     """What scores are multiplied by: 1 / sqrt(d_k), 1 / (tau0 sqrt(n d_k)) with a temperature, or sqrt(base d_k) / d_k under muP."""
     assert config.head_dim is not None
@@ -223,16 +192,20 @@ class Attention(nn.Module):
         -> (batch, tokens, heads x head_dim)."""
         tokens, keys = new.shape[2], value.shape[2]
         mixed, new, value = (x.transpose(1, 2).flatten(2) for x in (mixed, new, value))
+        gains = None
+        if self.identity_gain is not None and self.softmax_gain is not None and self.centering_gain is not None:
+            alpha, beta, gamma = self.identity_gain, self.softmax_gain, self.centering_gain
+            gains = alpha.repeat_interleave(self.head_dim), beta.repeat_interleave(self.head_dim), gamma.repeat_interleave(self.head_dim)
+        new_of_all = self._for_every_head(new)
+        if cache is None and context.starts is None:
+            by_blocks = shape_by_blocks(new_of_all, mixed, gains)
+            if by_blocks is not None:
+                return by_blocks
         if cache is not None and context.starts is None:
             mean = cache.running_sum(new) / torch.arange(keys - tokens + 1, keys + 1, device=new.device)[:, None]
         else:
             mean = causal_mean(value, context.starts, tokens)
-        new, mean = self._for_every_head(new), self._for_every_head(mean.type_as(mixed))
-        if self.identity_gain is None or self.softmax_gain is None or self.centering_gain is None:
-            return new + mixed - mean
-        gains = (self.identity_gain, self.softmax_gain, self.centering_gain)
-        alpha, beta, gamma = (gain.repeat_interleave(self.head_dim) for gain in gains)
-        return torch.addcmul(torch.addcmul(alpha * new, beta, mixed), gamma, mean, value=-1)
+        return shape(new_of_all, mixed, self._for_every_head(mean.type_as(mixed)), gains)
 
     def _for_every_head(self, x: Tensor) -> Tensor:
         """(batch, tokens, kv_heads x head_dim) -> (batch, tokens, heads x head_dim): queries in groups share a head of values."""

@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.attention import Attention, Context, causal_mean, running_sums
+from model.attention import Attention, Context
 from model.blocks import shaped_relu
 from model.cache import Cache
 from model.config import ModelConfig
 from model.errors import InputError
 from model.parametrization import initialize, is_decayed, owned_parameters
+from model.shaped_attention import causal_mean, running_sums, shape_by_blocks
 from model.transformer import Transformer
 
 SMALL: dict[str, Any] = {"width": 48, "depth": 3, "heads": 4, "vocab_size": 97, "sequence_length": 40}
@@ -143,6 +144,45 @@ def test_running_sums_by_blocks_are_running_sums(tokens: int) -> None:
     torch.testing.assert_close(sums, torch.stack([x[:, : i + 1].sum(1) for i in range(tokens)], 1), rtol=0, atol=1e-12)
     (gradient,) = torch.autograd.grad((toward * sums).sum(), x)
     torch.testing.assert_close(gradient, torch.stack([toward[:, i:].sum(1) for i in range(tokens)], 1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("tokens", [65, 128, 150])
+def test_by_blocks_is_what_it_is_put_together_from(tokens: int) -> None:
+    """Values and gradients against a dense matrix alpha I - gamma C of each column, and gradients of gradients by finite differences."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape_: int) -> torch.Tensor:
+        return torch.randn(*shape_, dtype=torch.float64, generator=generator).requires_grad_()
+
+    value, attended, gains, toward = draw(2, tokens, 3), draw(2, tokens, 3), (draw(3), draw(3), draw(3)), draw(2, tokens, 3)
+    inputs = (value, attended, *gains)
+    found = shape_by_blocks(value, attended, gains)
+    assert found is not None
+    centring = torch.ones(tokens, tokens, dtype=torch.float64).tril() / torch.arange(1, tokens + 1)[:, None]
+    alpha, beta, gamma = gains
+    expected = alpha * value + beta * attended - gamma * (centring @ value)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad(out, inputs, toward.detach(), retain_graph=True) for out in (found, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+    first = [torch.autograd.grad(out, inputs, toward, create_graph=True) for out in (found, expected)]
+    second = [torch.autograd.grad(sum(g.square().sum() for g in of_one), (*inputs, toward)) for of_one in first]
+    for ours, theirs in zip(*second, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_by_blocks_sums_bf16_in_float32() -> None:
+    value = torch.ones(1, 4096, 2, dtype=torch.bfloat16)  # bf16 would stop at 256
+    ones = torch.ones(2, dtype=torch.bfloat16)
+    found = shape_by_blocks(value, 0 * value, (ones, ones, 2 * ones))
+    assert found is not None and found.dtype == torch.bfloat16 and (found == -1).all()
+    value.requires_grad_()
+    found = shape_by_blocks(value, 0 * value.detach(), (ones, ones, 0.5 * ones))
+    assert found is not None
+    found.sum().backward()
+    left = 1 - 0.5 * (1 / torch.arange(1, 4097)).flip(0).cumsum(0).flip(0)  # the first token is in every mean
+    assert value.grad is not None
+    torch.testing.assert_close(value.grad[0, :, 0].float(), left, rtol=8e-3, atol=4e-3)
 
 
 BLOCKS: list[dict[str, Any]] = [
