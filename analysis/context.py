@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis.cache_policies import POLICIES, SINKS, size_for
+from analysis.cache_policies import POLICIES, SINKS, mean_live, size_for
 from analysis.context_options import DEFINITIONS, Options
 from analysis.lifetimes import Reads, summarise, token_classes
 from analysis.needle import make_needles, score_needles
@@ -29,7 +29,7 @@ from model.errors import InputError
 
 BATCH_TOKENS, LARGEST_LOGITS = 4096, 1 << 27  # of one forward pass
 CALIBRATION_TOKENS = 8192
-KEEPS_ALL = 0.99  # a network that keeps so much at its own threshold is measured as one without pruning
+KEEPS_ALL = 0.99  # a network that keeps so much at its own threshold decides nothing
 SHOWN = 2  # texts on the page
 
 
@@ -82,8 +82,8 @@ def analyze_context(paths: list[str], options: Options, verify: bool = True, pro
         number = waiting.pop(0)
         subject = open_subject(paths[number], options.precision, verify)
         measured = _Measurement(subject, options, progress)
-        if subject.prunes and learned[number] and measured.keeps_all():
-            learned[number] = False  # such as a fine-tune without sparsity: in its turn, as one without pruning
+        if subject.prunes and learned[number] and measured.decides_nothing():
+            learned[number] = False  # in its turn, as one without pruning
             waiting.append(number)
             continue
         subject.prunes = learned[number]
@@ -127,9 +127,12 @@ class _Measurement:
         """Of context pruning: mean live entries, interaction keys counted."""
         return sum(live * (1 + more) for live, more in zip(passed.live, self.overheads, strict=True)) / len(passed.live)
 
-    def keeps_all(self) -> bool:
+    def decides_nothing(self) -> bool:
+        """At its own threshold it keeps all, or its sinks and window alone: a fine-tune without sparsity, or under sinks and a window."""
         self.own = self.run(self.texts.measured, f"{self.subject.name}, its own threshold")
-        return sum(self.own.live) / len(self.own.live) >= KEEPS_ALL * self.whole
+        live, config = sum(self.own.live) / len(self.own.live), self.subject.settings.config
+        always = mean_live(config.sinks + config.window, self.options.length)
+        return live >= KEEPS_ALL * self.whole or live <= 1.0001 * always
 
     def points(self) -> list[Point]:
         """Its own threshold, and those that keep each budget of the calibration text."""

@@ -151,14 +151,16 @@ def test_checkpoints_side_by_side_are_compared_at_the_entries_of_the_one_that_pr
     assert half["loss"] != pytest.approx(alone["dense"]["loss"], abs=1e-4)
 
 
-def test_a_network_that_keeps_everything_is_measured_as_one_without_pruning(place, tmp_path):
-    tiny.write_llama_run(tmp_path / "keeps", place / "base", seed=4)
-    description = tmp_path / "keeps" / "checkpoints" / "step-00000005" / "context_pruning.json"
-    description.write_text(json.dumps({**json.loads(description.read_text()), "threshold": -50.0}))
-    names = [str(tmp_path / "keeps"), str(place / "llama")]
-    keeps, llama = context(place, tmp_path / "out", *names, "--budgets", "--methods", "pruning", "window")["checkpoints"]
-    assert not keeps["prunes"] and llama["prunes"] and "lifetimes" not in keeps
-    assert [v["size"] for v in keeps["points"]] == [v["size"] for v in llama["points"] if v["method"] == "window"]
+@pytest.mark.parametrize("threshold", [-50.0, 50.0])
+def test_a_network_that_decides_nothing_is_measured_as_one_without_pruning(threshold, place, tmp_path):
+    """It keeps everything, or its sinks and window alone."""
+    tiny.write_llama_run(tmp_path / "fixed", place / "base", seed=4)
+    description = tmp_path / "fixed" / "checkpoints" / "step-00000005" / "context_pruning.json"
+    description.write_text(json.dumps({**json.loads(description.read_text()), "threshold": threshold}))
+    names = [str(tmp_path / "fixed"), str(place / "llama")]
+    fixed, llama = context(place, tmp_path / "out", *names, "--budgets", "--methods", "pruning", "window")["checkpoints"]
+    assert not fixed["prunes"] and llama["prunes"] and "lifetimes" not in fixed
+    assert [v["size"] for v in fixed["points"]] == [v["size"] for v in llama["points"] if v["method"] == "window"]
 
 
 def test_the_window_is_that_of_mistral():
