@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.shaped_attention import running_sums
+
 
 @dataclass
 class LayerCache:
@@ -26,7 +28,7 @@ class LayerCache:
 
     def running_sum(self, values: Tensor) -> Tensor:
         """Sum of the values (batch, tokens, kv_heads x head_dim) up to each of the new tokens, at least float32; kept for the next call."""
-        sums = values.cumsum(1, dtype=torch.promote_types(values.dtype, torch.float32))
+        sums = running_sums(values.to(torch.promote_types(values.dtype, torch.float32)))
         if self.value_sum is not None:
             sums += self.value_sum[:, None]
         self.value_sum = sums[:, -1].clone()
