@@ -82,12 +82,13 @@ class _ByBlocks(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, toward: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, toward: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         value, attended, mean, alpha, beta, gamma = ctx.saved_tensors
         if torch.is_grad_enabled():  # a gradient of the gradient is wanted
-            inputs = (value, attended, alpha, beta, gamma)
             out = shape(value, attended, causal_mean(value, None, value.shape[1]).type_as(value), (alpha, beta, gamma))
-            return torch.autograd.grad(out, inputs, toward, create_graph=True)
+            inputs = zip((value, attended, alpha, beta, gamma), ctx.needs_input_grad, strict=True)
+            found = iter(torch.autograd.grad(out, [x for x, needed in inputs if needed], toward, create_graph=True))
+            return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
         tokens, dtype = value.shape[1], torch.promote_types(value.dtype, torch.float32)
         triangle, shares = torch.ones(SUM_BLOCK, SUM_BLOCK, dtype=dtype).triu(), _shares(tokens, dtype)
         to_value, to_attended = torch.empty_like(value), torch.empty_like(attended)

@@ -171,6 +171,18 @@ def test_by_blocks_is_what_it_is_put_together_from(tokens: int) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+def test_by_blocks_has_second_gradients_of_values_alone() -> None:
+    value = torch.randn(1, 70, 2, dtype=torch.float64, requires_grad=True)
+    ones = torch.ones(2, dtype=torch.float64)
+    found = shape_by_blocks(value, torch.zeros_like(value.detach()), (ones, ones, 2 * ones))
+    assert found is not None
+    (first,) = torch.autograd.grad(found.square().sum(), value, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), value)
+    matrix = torch.eye(70, dtype=torch.float64) - 2 * torch.ones(70, 70, dtype=torch.float64).tril() / torch.arange(1, 71)[:, None]
+    expected = 2 * (matrix.T @ matrix).sum(0)
+    torch.testing.assert_close(second, expected[None, :, None].expand_as(second), rtol=0, atol=1e-11)
+
+
 def test_by_blocks_sums_bf16_in_float32() -> None:
     value = torch.ones(1, 4096, 2, dtype=torch.bfloat16)  # bf16 would stop at 256
     ones = torch.ones(2, dtype=torch.bfloat16)
