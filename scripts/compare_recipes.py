@@ -1,15 +1,16 @@
 """Recipes side by side, by what they reach: `python -m scripts.compare_recipes recipes/blocks_*.yaml [--seeds 0 1] [--out FILE.json]`.
 
-Every recipe is trained once for each seed, in turn, all on one prepared corpus. With --learning-rates each is trained at all of them
-first, on a seed of its own, beyond them by factors of two while the best lies at their edge, and then at its best. A run whose result
---out already has is not trained again, and an --out of runs under other --overrides is refused. Validation loss and the largest kurtosis
-of a layer, with their spread over seeds; tokens a second of training steps that take turns in one process, on a CPU of one thread's
-processor time; curves beside the JSON.
+Every recipe is trained once for each seed, in turn, all on one prepared corpus. With --learning-rates each is trained at all of them first,
+on a seed of its own, beyond them by factors of two while the best lies at their edge, and then at its best. A run whose result --out
+already has is not trained again, and an --out of runs under other --overrides is refused. A run that diverges is a result as well: its loss
+is null. Validation loss and the largest kurtosis of a layer, with their spread over seeds; tokens a second of training steps that take
+turns in one process, on a CPU of one thread's processor time; curves beside the JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from model.errors import InputError
 from model.parametrization import initialize
 from model.transformer import Transformer
 from scripts.benchmark_outliers import adamw_step, take_turns
-from scripts.many_runs import Results, common_corpus, environment_of, run_python
+from scripts.many_runs import DIVERGED, Results, common_corpus, environment_of, run_python
 from training.distributed import one_clear_line
 from training.recipe import model_config
 from training.recipe_file import load_recipe
@@ -85,16 +86,26 @@ class Study:
     corpus: Path
 
     def best_rate(self, recipe: Path) -> float:
-        """The learning rate of the least validation loss on the tuning seed, with others tried on both sides; else the recipe's own."""
+        """The learning rate of the least validation loss on the tuning seed, with others tried on both sides; else the recipe's own.
+
+        Raises InputError where it diverges at all of --learning-rates.
+        """
         if self.arguments.learning_rates is None:
             return load_recipe(recipe, self.arguments.overrides).recipe.optimizer.learning_rate
-        losses = {rate: self.train(recipe, rate, TUNING_SEED)["validation_loss"] for rate in self.arguments.learning_rates}
+
+        def loss(rate: float) -> float:
+            found = self.train(recipe, rate, TUNING_SEED)["validation_loss"]
+            return math.inf if found is None else found
+
+        losses = {rate: loss(rate) for rate in self.arguments.learning_rates}
+        if min(losses.values()) == math.inf:
+            raise InputError(f"{recipe}: diverges at every one of --learning-rates: give smaller ones")
         while True:
             best = min(losses, key=lambda rate: losses[rate])
             beyond = 2 * best if best == max(losses) else best / 2 if best == min(losses) else None
             if beyond is None:
                 return best
-            losses[beyond] = self.train(recipe, beyond, TUNING_SEED)["validation_loss"]
+            losses[beyond] = loss(beyond)
 
     def train(self, recipe: Path, rate: float, seed: int) -> dict[str, Any]:
         """What is known of a run, which is trained if nothing is."""
@@ -103,10 +114,11 @@ class Study:
             arguments = self.arguments
             own = [f"run.name={name}", f"run.folder={arguments.runs.resolve()}", f"run.seed={seed}", f"data.prepared={self.corpus}"]
             own.append(f"optimizer.learning_rate={rate!r}")
-            run_python(name, ["train.py", str(recipe.resolve()), *arguments.overrides, *own])
+            whole = run_python(name, ["train.py", str(recipe.resolve()), *arguments.overrides, *own], may_say=DIVERGED)
             self.results.header["environment"] = environment_of(arguments.runs / name)
             self.results.header["command"] = "python -m scripts.compare_recipes " + " ".join(sys.argv[1:])
-            self.results.set(name, recipe=recipe.stem, learning_rate=rate, seed=seed, **figures(arguments.runs / name))
+            found = figures(arguments.runs / name) if whole else {"validation_loss": None}
+            self.results.set(name, recipe=recipe.stem, learning_rate=rate, seed=seed, **found)
         return self.results.runs[name]
 
 
@@ -140,11 +152,13 @@ def tokens_per_second(recipes: list[Path], overrides: list[str], rounds: int) ->
 
 
 def over_seeds(runs: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
-    """recipe -> figure -> its value for each seed."""
+    """recipe -> figure -> its value for each seed that did not diverge."""
     found: dict[str, dict[str, list[float]]] = {}
     for run in runs.values():
-        for key in ("validation_loss", "peak_kurtosis"):
-            found.setdefault(run["recipe"], {}).setdefault(key, []).append(run[key])
+        figures_of = found.setdefault(run["recipe"], {"validation_loss": [], "peak_kurtosis": []})
+        if run["validation_loss"] is not None:
+            for key, values in figures_of.items():
+                values.append(run[key])
     return found
 
 
@@ -152,8 +166,16 @@ def table(runs: dict[str, Any], header: dict[str, Any]) -> str:
     """For the terminal and the docs."""
     lines = ["| recipe | learning rate | seeds | validation loss | kurtosis, peak | tokens a second |", "|---|---|---|---|---|---|"]
     for recipe, found in over_seeds(runs).items():
-        cells = [f"`{recipe}`", f"{header['learning_rates'][recipe]:g}", str(len(found["validation_loss"]))]
+        whole, seeds = len(found["validation_loss"]), sum(run["recipe"] == recipe for run in runs.values())
+        cells = [
+            f"`{recipe}`",
+            f"{header['learning_rates'][recipe]:g}",
+            f"{seeds}" if whole == seeds else f"{seeds}, {seeds - whole} diverged",
+        ]
         for key, form in (("validation_loss", ".3f"), ("peak_kurtosis", ".2f")):
+            if not whole:
+                cells.append("")
+                continue
             spread = f" ± {format(statistics.stdev(found[key]), form)}" if len(found[key]) > 1 else ""
             cells.append(format(statistics.mean(found[key]), form) + spread)
         lines.append("| " + " | ".join([*cells, format(header["tokens_per_second"][recipe], ",.0f")]) + " |")
@@ -167,13 +189,14 @@ def draw(runs: dict[str, Any], path: Path) -> None:
     figure, panel = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     recipes = list(over_seeds(runs))
     labelled: set[str] = set()
-    for run in runs.values():
+    for run in (run for run in runs.values() if run["validation_loss"] is not None):
         colour = RUN_COLOURS[recipes.index(run["recipe"]) % len(RUN_COLOURS)]
         label = None if run["recipe"] in labelled else run["recipe"]
         labelled.add(run["recipe"])
         panel.plot(*zip(*run["validation"], strict=True), "o-", ms=3, lw=1.4, color=colour, label=label)
     panel.set(title="Validation loss, nats a token", xlabel="step")
-    panel.legend(frameon=False, fontsize=8)
+    if labelled:
+        panel.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

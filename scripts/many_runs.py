@@ -17,6 +17,7 @@ from training.data import prepare
 from training.recipe_file import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
+DIVERGED = r"stopped at step \d+: .* non-finite gradients"  # train.py's word for a run whose end is a result too
 
 
 class Results:

@@ -29,7 +29,7 @@ from analysis.pictures import transfer_picture
 from analysis.runs import find_run, read_metrics
 from model.errors import InputError
 from scripts.coordinate_check import add_size_arguments, axis_and_sizes, size_overrides
-from scripts.many_runs import Results, common_corpus, environment_of, run_python
+from scripts.many_runs import DIVERGED, Results, common_corpus, environment_of, run_python
 from training.recipe_file import load_recipe
 
 EMBEDDING = "standard_embedding"
@@ -158,9 +158,8 @@ class Sweep:
             *self.overrides(job), f"run.folder={folder.resolve()}", f"run.name={name}", f"data.prepared={corpus}",
             "checkpoint.every=1000000", "logging.tensorboard=false",
         ]  # fmt: skip
-        # a run that diverges is a result
         command = ["train.py", str(Path(self.arguments.recipe).resolve()), *overrides]
-        whole = run_python(name, command, may_say=r"stopped at step \d+: .* non-finite gradients")
+        whole = run_python(name, command, may_say=DIVERGED)
         records = read_metrics_of(folder / name)
         losses = [r["validation_loss"] for r in records if "validation_loss" in r]
         sharpness = {str(r["step"]): r["preconditioned_hessian_top"] / r["stability_line"] for r in records if "stability_line" in r}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -63,14 +64,18 @@ def test_recipes_are_compared_under_the_overrides_of_the_results(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("training.distributed.leave", sys.exit)
     trained: list[list[str]] = []
+    diverging: set[float] = set()
 
-    def train(name: str, arguments: list[str]) -> bool:
+    def train(name: str, arguments: list[str], may_say: str) -> bool:
         trained.append(arguments)
         folder = tmp_path / "runs" / name
+        shutil.rmtree(folder, ignore_errors=True)
         write_checkpoint(folder / "checkpoints" / "step-00000001", Transformer(CONFIG), 1)
         (folder / "environment.json").write_text("{}")
         places = {"layer 0": {"kurtosis": 2.0}}
         rate = float(next(a for a in reversed(arguments) if a.startswith("optimizer.learning_rate=")).partition("=")[2])
+        if rate in diverging:
+            return False
         record = {"step": 1, "validation_loss": 3.25 + abs(math.log2(rate / 0.01)), "activations": places}
         (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
         return True
@@ -114,6 +119,19 @@ def test_recipes_are_compared_under_the_overrides_of_the_results(
     ]
     (row,) = [line for line in capsys.readouterr().out.splitlines() if "blocks_pre_norm" in line and "|" in line]
     assert row.startswith("| `blocks_pre_norm` | 0.01 | 2 | 3.250 ± 0.000 | 2.00 ± 0.00 | ")
+    (tmp_path / "out.json").unlink()
+    trained.clear()
+    diverging |= {0.005, 0.01}
+    assert compare(recipe, "--learning-rates", "0.02", "0.01") == 0  # beyond it nothing lower is tried
+    assert [[a for a in one if a.startswith(("run.seed", "optimizer"))][-1] for one in trained] == [
+        f"optimizer.learning_rate={rate}" for rate in (0.02, 0.01, 0.04, 0.02)
+    ]
+    assert compare(recipe, "--learning-rates", "0.005", "0.01") == 2
+    assert "diverges at every one of --learning-rates: give smaller ones" in capsys.readouterr().err
+    (tmp_path / "out.json").unlink()
+    assert compare(recipe, "--overrides", "optimizer.learning_rate=0.01", "--seeds", "0", "1") == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "blocks_pre_norm" in line and "|" in line]
+    assert row.startswith("| `blocks_pre_norm` | 0.01 | 2, 2 diverged |  |  | ")
 
 
 def test_a_failure_is_told_and_one_that_is_a_result_is_not(tmp_path: Path) -> None:
