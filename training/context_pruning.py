@@ -42,9 +42,9 @@ class PruningController:
         settings.level = section.target_kept is not None
         settings.distillation_weight, settings.sparsity_weight = section.distillation_weight, section.sparsity_weight
 
-    def begin(self, engine: Engine, batches: list[Batch], total_steps: int) -> None:
+    def begin(self, engine: Engine, batches: list[Batch], total_steps: int) -> str | None:
         """Before the first step of a run, on that step's text: standardise each layer's products, where nothing says what they mean yet,
-        and find the threshold of fixed decisions. Every rank calls it.
+        and find the threshold of fixed decisions, of which a line to show comes back. Every rank calls it.
 
         Raises InputError where fixed decisions keep the target at no threshold.
         """
@@ -52,7 +52,7 @@ class PruningController:
         if self.section.standardize and self.section.start is None and self.section.attention_fraction == 0:
             self._standardize(engine, batches)
         if self.section.target_kept is None or self.section.decisions != "fixed":
-            return
+            return None
 
         def share(threshold: float) -> float:
             self.settings.threshold = threshold
@@ -63,13 +63,14 @@ class PruningController:
 
         known: dict[float, float] = {}
         target = target_at(self.section, 0, total_steps)
-        self.settings.threshold, reached = find_threshold(share, target, self.settings.threshold, known)
+        threshold, reached = find_threshold(share, target, self.settings.threshold, known)
+        self.settings.threshold, nearest = threshold, known[threshold]
         if not reached:
-            nearest = known[self.settings.threshold]
             raise InputError(
                 f"context_pruning.target_kept: {target:g} is out of reach: at any threshold these decisions keep "
                 f"{'at least' if nearest > target else 'at most'} {nearest:.3g} of the first step's text, sinks and window included"
             )
+        return f"fixed decisions: threshold {threshold:.4g} keeps {nearest:.3g} of the first step's text, found in {len(known)} passes"
 
     def _standardize(self, engine: Engine, batches: list[Batch]) -> None:
         with measuring_products(engine.model) as sums:

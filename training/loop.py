@@ -146,7 +146,9 @@ def _train(
         faults.spoil(batches, data_step + 1, data.vocab_size)
         if pruning is not None:
             if step == 0:
-                pruning.begin(engine, batches, total_steps)
+                found = pruning.begin(engine, batches, total_steps)
+                if found is not None:
+                    metrics.say(found)
             pruning.before_step(step, total_steps)
             engine.interactions_alone = pruning.settings.from_attention
         measured = (

@@ -171,14 +171,19 @@ def test_the_threshold_of_fixed_decisions_is_found_before_the_first_step(target:
     settings = Settings(PruningConfig(), [0, 1], threshold=3.0)
     fixed = section(target_kept=target, decisions="fixed", trainable="lora", start="somewhere")
     engine = StandIn(settings, lambda threshold: 0.05 + 0.95 / (1 + math.exp(threshold)))
-    PruningController(settings, fixed, torch.device("cpu")).begin(engine, [None, None], 100)  # pyright: ignore[reportArgumentType]
+    said = PruningController(settings, fixed, torch.device("cpu")).begin(engine, [None, None], 100)  # pyright: ignore[reportArgumentType]
+    assert (
+        said
+        == f"fixed decisions: threshold {settings.threshold:.4g} keeps {engine.keeps(settings.threshold):.3g} of the first step's "
+        + (f"text, found in {engine.passes // 2} passes")
+    )
     assert engine.keeps(settings.threshold) == pytest.approx(target, rel=0.01)
     assert engine.passes <= 26 and not settings.measured and not settings.recording
     # learned ones go there by small moves, from where they are
     learned = Settings(PruningConfig(), [0, 1], threshold=3.0)
     untouched = StandIn(learned, engine.keeps)
     learning = section(target_kept=target, trainable="lora", start="somewhere")
-    PruningController(learned, learning, torch.device("cpu")).begin(untouched, [None], 100)  # pyright: ignore[reportArgumentType]
+    assert PruningController(learned, learning, torch.device("cpu")).begin(untouched, [None], 100) is None  # pyright: ignore[reportArgumentType]
     assert learned.threshold == 3.0 and untouched.passes == 0
 
 
