@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from analysis.context_options import METHODS
 from analysis.lifetimes import CLASSES
@@ -34,7 +34,8 @@ def context_picture(result: dict[str, Any], path: Path) -> Path:
             axis.axhline(entry["dense"]["perplexity"], color="#888888", lw=1.2, ls=line)
             _lines(axis, entry, line, lambda values: values["perplexity"])
         axis.set(title="Perplexity, token by token", xlabel="share of the context's entries that a step reads", yscale="log")
-        axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 1.2, 1.5, 2, 3, 5, 7)))
+        low, high = axis.get_ylim()  # too near each other for a log axis' own places
+        axis.yaxis.set_major_locator(MaxNLocator(8) if high < 3 * low else LogLocator(base=10, subs=(1, 1.2, 1.5, 2, 3, 5, 7)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
         axis.set_xlim(0, None)
