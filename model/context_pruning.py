@@ -40,7 +40,7 @@ from model.sparse_sigmoid import sparse_sigmoid
 ROWS = 256  # queries whose decisions are held at once without gradients
 LOG_FLOOR = math.log(1e-9)  # of log p with soft decisions: log 0 has no gradient
 CLOSE_ENOUGH = 0.01  # of a budget, where the search for its threshold ends
-MOST_PASSES = 12  # of that search, for one budget
+FINEST = 1e-4  # between two thresholds, where it ends too
 WIDEST = 64.0  # how far from where it begins the threshold is looked for
 
 
@@ -543,7 +543,7 @@ def find_threshold(
     """
     known = {} if known is None else known
     looked_at, step = start, 0.5
-    for _ in range(MOST_PASSES + 1):
+    while True:  # each turn doubles the step up to WIDEST, or halves the distance down to FINEST
         if looked_at not in known:
             known[looked_at] = share(looked_at)
         best = min(known, key=lambda threshold: abs(known[threshold] - budget))
@@ -554,7 +554,7 @@ def find_threshold(
             (threshold for threshold, kept in known.items() if kept <= budget and (above is None or threshold > above)), default=None
         )
         if above is not None and below is not None:
-            if below - above < 1e-4:
+            if below - above < FINEST:
                 break
             looked_at = (above + below) / 2
         else:
@@ -562,7 +562,6 @@ def find_threshold(
                 break
             looked_at = above + step if above is not None else min(known) - step
             step *= 2
-    best = min(known, key=lambda threshold: abs(known[threshold] - budget))
     return best, abs(known[best] - budget) <= 5 * CLOSE_ENOUGH * budget
 
 

@@ -706,3 +706,10 @@ def test_the_threshold_of_a_budget_is_found(start: float) -> None:
     assert not reached and keeps(found) == pytest.approx(0.1)  # as little as it can
     assert len(passes) == len(set(passes)) == len(known) < 60
     assert find_threshold(keeps, 0.5, start)[0] == find_threshold(keeps, 0.5, start, {})[0]
+
+
+def test_a_threshold_far_away_is_found_where_the_share_falls_steeply() -> None:
+    found, reached = find_threshold(lambda threshold: 1 / (1 + math.exp(min(50 * (threshold - 41.7), 700))), 0.125, -20.0)
+    assert reached and found == pytest.approx(41.7 + math.log(7) / 50, abs=1e-3)
+    found, reached = find_threshold(lambda threshold: 0.6 if threshold < 3.3 else 0.1, 0.3, 0.0)
+    assert not reached and found >= 3.3  # it jumps over the budget, and 0.1 is nearer
