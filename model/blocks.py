@@ -20,7 +20,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from model.activation_checkpointing import keep_products_and_attention
 from model.attention import Attention, Context, Linear, make_norm
 from model.cache import LayerCache
 from model.config import ModelConfig
@@ -87,8 +89,14 @@ class Block(nn.Module):
             self.attention_gain = None if self.simplified else nn.Parameter(torch.empty(size))
             self.mlp_gain = nn.Parameter(torch.empty(size))
 
-    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
-        """x (batch, tokens, width) -> (batch, tokens, width)."""
+    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None, selective: bool = False) -> Tensor:
+        """x (batch, tokens, width) -> (batch, tokens, width); `selective`: model/activation_checkpointing.py, here so that compiling a
+        block compiles the recomputing too."""
+        if selective:
+            return checkpoint(self._forward, x, context, use_reentrant=False, context_fn=keep_products_and_attention)
+        return self._forward(x, context, cache)
+
+    def _forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         normed = self.attention_norm(x)
         mixed = self.attention(normed if self.normed_query_key else x, normed if self.normed_value else x, context, cache)
         if self.simplified:

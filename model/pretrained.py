@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.activation_checkpointing import ActivationCheckpointing, keep_products_and_attention
 from model.config import ModelConfig
 from model.errors import InputError
 from model.hub import locate, one_line, open_decoder
@@ -166,16 +167,19 @@ class PretrainedDecoder(nn.Module):
         self.config = shape
         self.model = architecture(shape)
         self.context_pruning_settings: Any = None
+        self._activation_checkpointing = ActivationCheckpointing()
 
     @property
-    def activation_checkpointing(self) -> int:
-        """Of how many layers the input alone is kept: none or all."""
-        return len(self.blocks) if self.model.is_gradient_checkpointing else 0
+    def activation_checkpointing(self) -> ActivationCheckpointing:
+        """Of no layer or of all of them, which is what transformers can do."""
+        return self._activation_checkpointing
 
     @activation_checkpointing.setter
-    def activation_checkpointing(self, blocks: int) -> None:
-        if blocks:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+    def activation_checkpointing(self, chosen: ActivationCheckpointing) -> None:
+        self._activation_checkpointing = chosen
+        if any(chosen):
+            options = {} if chosen.full else {"context_fn": keep_products_and_attention}
+            self.model.gradient_checkpointing_enable({"use_reentrant": False, **options})
 
     @property
     def blocks(self) -> nn.ModuleList:

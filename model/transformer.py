@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from model.activation_checkpointing import ActivationCheckpointing
 from model.attention import Context, Embedding, Linear, make_norm, rotary_tables
 from model.blocks import Block
 from model.cache import Cache
@@ -55,7 +56,7 @@ class Transformer(nn.Module):
         super().__init__()
         assert config.embedding_multiplier is not None and config.head_dim is not None
         self.config = config
-        self.activation_checkpointing = 0  # the first so many blocks keep their input alone; set by training
+        self.activation_checkpointing = ActivationCheckpointing()  # set by training
         self.context_pruning_settings: Any = None  # set where model/context_pruning.py is attached
         self.watch: Callable[[str, Tensor], None] | None = None  # sees the residual stream: see model/activation_statistics.py
         self.embedding = Embedding(config.vocab_size, config.width)
@@ -121,13 +122,14 @@ class Transformer(nn.Module):
         if self.config.embedding_multiplier != 1.0:
             x = x * self.config.embedding_multiplier
         context = self._context(first, length, document_ids, x, cached=cache is not None)
+        full, selective = self.activation_checkpointing if self.training else (0, 0)
         for i, block in enumerate(self.blocks):
             if self.watch is not None:
                 self.watch(f"layer {i}", x)
-            if i < self.activation_checkpointing and self.training:
+            if i < full:
                 x = checkpoint(block, x, context, use_reentrant=False)
             else:
-                x = block(x, context, cache.layer(i) if cache is not None else None)
+                x = block(x, context, cache.layer(i) if cache is not None else None, selective=i < full + selective)
         if cache is not None:
             cache.length = length
         x = self.final_norm(x)

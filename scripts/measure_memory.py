@@ -39,6 +39,8 @@ SIZES = {
 FEWER_STAGES = {"17m": (0, 2), "100m": (0,)}
 METHODS: dict[str, dict[str, Any]] = {
     **OURS,
+    "compiled": {"training": {"compile": True}},
+    "compiled_selective": {"training": {"compile": True, "activation_checkpointing": "selective"}},
     "adafactor": {"optimizer": {"kind": "adafactor"}},
     "muon": {"optimizer": {"kind": "muon"}},
     "sam_float32": {"optimizer": {"sharpness_aware": "sam", "sharpness": {"float32_second_pass": True}}},
@@ -70,7 +72,7 @@ def cases() -> dict[str, Recipe]:
     for size in SIZES:
         for precision in ("fp32", "bf16"):
             for stage in FEWER_STAGES.get(size, (0, 1, 2, 3)):
-                for checkpointing in {"5m": (False, True, 2), "100m": (False,)}.get(size, (False, True)):
+                for checkpointing in {"5m": (False, True, 2, "selective"), "100m": (False, "selective")}.get(size, (False, True)):
                     found[f"{size} {precision} zero-{stage} pre_norm recomputed-{checkpointing}"] = case(
                         size, precision, stage, checkpointing, "pre_norm"
                     )
@@ -78,11 +80,12 @@ def cases() -> dict[str, Recipe]:
         for precision in ("bf16",) if method in IN_FLOAT32 else ("fp32", "bf16"):
             for stage in (0,) if method in WITHOUT_ZERO else (0, 2, 3):
                 if method != "pre_norm":
-                    found[f"5m {precision} zero-{stage} {method} recomputed-False"] = case("5m", precision, stage, False, method)
+                    made = case("5m", precision, stage, False, method)
+                    found[f"5m {precision} zero-{stage} {method} recomputed-{made.training.activation_checkpointing}"] = made
     return found
 
 
-def case(size: str, precision: str, stage: int, checkpointing: bool | int, method: str) -> Recipe:
+def case(size: str, precision: str, stage: int, checkpointing: bool | int | str, method: str) -> Recipe:
     more = METHODS[method]
     return Recipe.model_validate(
         {
@@ -95,6 +98,7 @@ def case(size: str, precision: str, stage: int, checkpointing: bool | int, metho
                 "sequence_length": 256,
                 "precision": precision,
                 "activation_checkpointing": checkpointing,
+                **more.get("training", {}),
             },
             "optimizer": more.get("optimizer", {}),
             "context_pruning": more.get("context_pruning"),

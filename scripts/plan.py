@@ -5,8 +5,8 @@
     python -m scripts.plan recipes/X.yaml --scaling 8 64 512 [--teraflops 450]                what ranks send, and what it costs
 
 Fits: the planned tensors of a rank within --share (default 0.9) of the memory; the rest is for the CUDA context, the libraries' buffers
-and fragmentation, which the plan does not count. For each ZeRO stage two micro-batches are given: without recomputing anything, and
-with every block recomputed (training.activation_checkpointing).
+and fragmentation, which the plan does not count. For each ZeRO stage three micro-batches are given: with nothing recomputed, with
+selective checkpointing of every block, and with every block recomputed (training.activation_checkpointing false, selective and true).
 """
 
 from __future__ import annotations
@@ -55,17 +55,17 @@ def what_fits(recipe: Recipe, arguments: argparse.Namespace) -> str:
     lines = [
         f"{arguments.gpus} x {arguments.gigabytes:g} GB, of which {budget / 1e9:.1f} GB for planned tensors; length "
         f"{recipe.training.sequence_length}, {recipe.training.precision}",
-        f"{'model':<18}{'stage':>6}{'micro-batch':>14}{'GB':>8}{'all recomputed':>17}{'GB':>8}",
+        f"{'model':<18}{'stage':>6}{'micro-batch':>14}{'GB':>8}{'selective':>12}{'GB':>8}{'all recomputed':>17}{'GB':>8}",
     ]
     sizes: list[str | None] = [None, *(SIZES if arguments.sizes else [])]
     for size in sizes:
         for stage in (0, 1, 2, 3):
             cells = []
-            for checkpointing in (False, True):
+            for checkpointing in (False, "selective", True):
                 found = largest_micro_batch(variant(recipe, size, stage, checkpointing), arguments.gpus, budget)
                 cells += [str(found[0]) if found[0] else "-", f"{found[1] / 1e9:.1f}"]
             name = size or "the recipe's"
-            lines.append(f"{name:<18}{stage:>6}{cells[0]:>14}{cells[1]:>8}{cells[2]:>17}{cells[3]:>8}")
+            lines.append(f"{name:<18}{stage:>6}{cells[0]:>14}{cells[1]:>8}{cells[2]:>12}{cells[3]:>8}{cells[4]:>17}{cells[5]:>8}")
     if arguments.sizes:
         fitting = [size for size in SIZES if largest_micro_batch(variant(recipe, size, 3, True), arguments.gpus, budget)[0]]
         lines.append(
@@ -74,7 +74,7 @@ def what_fits(recipe: Recipe, arguments: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def variant(recipe: Recipe, size: str | None, stage: int, checkpointing: bool) -> Recipe:
+def variant(recipe: Recipe, size: str | None, stage: int, checkpointing: bool | int | str) -> Recipe:
     tree: dict[str, Any] = recipe.model_dump()
     if size is not None:
         shape = ("width", "depth", "heads", "kv_heads", "head_dim", "mlp_width")  # left out, so that the size says them
@@ -113,7 +113,8 @@ def how_it_scales(recipe: Recipe, arguments: argparse.Namespace) -> str:
     ]
     for ranks in arguments.scaling:
         for stage in (0, 1, 2, 3):
-            case = at_ranks(variant(recipe, None, stage, bool(training.activation_checkpointing)), ranks, accumulation)
+            asked = training.activation_checkpointing
+            case = at_ranks(variant(recipe, None, stage, True if asked == "auto" else asked), ranks, accumulation)
             memory = plan(case, config, ranks, device="cuda").memory.total
             s = scaling(
                 stage, made.parameters.total, made.flops_per_token, accumulation * unit, accumulation, ranks, arguments.teraflops * 1e12

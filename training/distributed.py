@@ -93,6 +93,11 @@ def largest_over_ranks(value: int, device: torch.device) -> int:
     return int(values)
 
 
+def smallest_over_ranks(value: int, device: torch.device) -> int:
+    """The smallest of what the ranks have. Every rank calls it."""
+    return -largest_over_ranks(-value, device)
+
+
 def sum_over_ranks(*values: float | torch.Tensor, device: torch.device) -> list[float]:
     """Each value summed over all ranks, in float64: one collective, one host synchronisation."""
     numbers = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device).reshape(()) for value in values])

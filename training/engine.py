@@ -49,10 +49,10 @@ from model.pretrained import PretrainedDecoder, PretrainedModel, pretrained_weig
 from model.pretrained import load as load_pretrained
 from model.transformer import Transformer
 from training.data import Batch
-from training.distributed import Ranks, largest_over_ranks, raise_together
+from training.distributed import Ranks, raise_together
 from training.network import make_network, mend_rotary
 from training.optimizers import JointOptimizer, make_optimizer
-from training.plan import count_parameters, recomputed_blocks
+from training.plan import choose_checkpointing, count_parameters, with_memory_budget
 from training.recipe import Recipe, zero_stage
 
 if not torch.cuda.is_available():
@@ -223,6 +223,7 @@ class Engine:
     def __init__(
         self, recipe: Recipe, model_config: ModelConfig | PretrainedModel, accumulation: int, ranks: Ranks, device: torch.device
     ) -> None:
+        recipe = with_memory_budget(recipe, device.type)
         self.recipe, self.ranks, self.device, self.accumulation = recipe, ranks, device, accumulation
         self.stage = zero_stage(recipe)
         config = deepspeed_config(recipe, count_parameters(model_config, recipe.context_pruning).total, accumulation, ranks.world_size)
@@ -236,8 +237,7 @@ class Engine:
             load_pretrained(model, weights, self._gather, recipe.run.seed)
         else:
             initialize(model, recipe.run.seed, gather=self._gather)
-        blocks = recomputed_blocks(recipe, model_config, ranks.world_size, accumulation, device.type)
-        model.activation_checkpointing = largest_over_ranks(blocks, device)  # with auto each asked its own device
+        model.activation_checkpointing = choose_checkpointing(recipe, model_config, ranks.world_size, accumulation, device.type)
         if recipe.training.compile:
             for block in model.blocks:
                 block.compile()

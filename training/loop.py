@@ -26,7 +26,7 @@ from training.engine import Engine, start_distributed
 from training.loss_spikes import LossSpikes
 from training.metrics import MFU_DEFINITION, Metrics, PeakMemory, duration, peak_flops
 from training.optimizers import describe_groups, learning_rate
-from training.plan import accumulation_steps, memory_advice, passes, plan
+from training.plan import accumulation_steps, memory_advice, passes, plan, with_memory_budget
 from training.profiling import profiled
 from training.recipe import Recipe, model_config
 from training.recipe_file import LoadedRecipe
@@ -98,6 +98,7 @@ def _train(
     metrics = Metrics(run, recipe.logging, ranks, last_step, start_step)
     memory = PeakMemory(device)
     watchdog.progress("building the model")
+    recipe = with_memory_budget(recipe, device.type)
     predicted = plan(recipe, config, ranks.world_size, data.manifest)
     with memory_advice(predicted, "the building of the model"):
         engine = Engine(recipe, config, accumulation_steps(recipe, ranks.world_size), ranks, device)

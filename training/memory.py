@@ -8,12 +8,14 @@ matrix products, and, on a CPU, Python and its libraries.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from model.activation_checkpointing import NOTHING_RECOMPUTED, ActivationCheckpointing
 from model.config import ModelConfig
 from model.errors import InputError
 from model.linear_cross_entropy import chunk_rows
+from training.activation_memory import ActivationBytes, activation_bytes, pruning_bytes
 from training.recipe import Recipe, zero_stage
 
 # DeepSpeed's defaults (runtime/zero/config.py, runtime/engine.py), in elements
@@ -76,7 +78,7 @@ def predict(
     accumulation: int,
     device: str,
     frozen: int = 0,
-    recomputed: int = 0,
+    checkpointing: ActivationCheckpointing = NOTHING_RECOMPUTED,
 ) -> Memory:
     """Bytes on one rank, by part and by moment.
 
@@ -86,7 +88,7 @@ def predict(
         accumulation: micro-batches of a step.
         device: "cuda" or "cpu".
         frozen: elements that are not trained, which are weights and nothing else.
-        recomputed: how many blocks, the first ones, keep their input alone.
+        checkpointing: which blocks do not keep everything.
     """
     training = recipe.training
     compute = 2 if training.precision == "bf16" else 4
@@ -98,11 +100,9 @@ def predict(
         states = _sharded_optimizer(recipe, tensor_sizes, world_size, accumulation, device)
     states.weights += compute * math.ceil(frozen / world_size if zero_stage(recipe) == 3 else frozen)
     tokens = training.micro_batch_size * training.sequence_length
-    block, head = activation_bytes(config, training.sequence_length, compute, recipe.data.document_masks, device == "cuda")
-    if recipe.context_pruning is not None:
-        block += pruning_bytes(config, training.sequence_length, compute, recipe.context_pruning.decisions == "fixed")
-    inputs = tokens * recomputed * compute * config.width
-    kept = inputs + tokens * ((config.depth - recomputed) * block + head)
+    activations = _activations(recipe, config, compute, device)
+    block, head = activations.block, activations.head
+    kept = tokens * activations.kept(config.depth, checkpointing)
     # The backward pass of a block: what it kept, the gradient that came in, and that of the MLP's hidden layer.
     assert config.mlp_width is not None
     inside = tokens * (block + compute * (config.width + config.mlp_width))
@@ -112,7 +112,7 @@ def predict(
     low = compute == 2
     logits = 4 * matrix + _chunk_bytes(chunk, matrix, low, training.compile, device)
     # That sum, in bf16 a second time; or the unembedding's gradient and the last block's backward pass, when the head's part is gone
-    last_block = inside if recomputed == config.depth else inside - tokens * block
+    last_block = inside - tokens * activations.kept_by_last(config.depth, checkpointing)
     behind = max((6 if low else 4) * matrix, compute * matrix + last_block - tokens * head)
     if recipe.model.pretrained is not None or recipe.context_pruning is not None:  # whole logits: log-probabilities, and two gradients
         logits, behind = 12 * tokens * config.vocab_size, max(behind, compute * tokens * config.vocab_size)
@@ -135,7 +135,7 @@ def predict(
     phases = {
         "the loss": fixed + states.at_loss + kept + logits,
         "the first gradients": fixed + states.at_first_gradients + kept + behind,
-        "the recomputing": fixed + states.at_first_gradients + inputs + inside if recomputed else 0,
+        "the recomputing": fixed + states.at_first_gradients + tokens * activations.at_recomputing(checkpointing) + inside,
         "the last gradients": fixed + states.at_last_gradients + max(inside, at_the_end),
         "the optimizer's step": fixed + states.at_step,
     }
@@ -148,17 +148,17 @@ def predict(
     if recipe.optimizer.sharpness_aware != "none":
         second = kept, inside
         if recipe.optimizer.sharpness.float32_second_pass:
-            wide, wide_head = activation_bytes(config, training.sequence_length, 4, recipe.data.document_masks, device == "cuda")
+            wide = _activations(recipe, config, 4, device)
             second = (
-                2 * inputs + tokens * ((config.depth - recomputed) * wide + wide_head),
-                inside + tokens * (wide - block + (4 - compute) * (config.width + config.mlp_width)),
+                tokens * wide.kept(config.depth, checkpointing),
+                inside + tokens * (wide.block - block + (4 - compute) * (config.width + config.mlp_width)),
             )
         phases = _two_passes(recipe, config, phases, tensor_sizes, world_size, accumulation, fixed, kept, second, states, chunk, device)
     return Memory(
         weights=states.weights,
         gradients=states.gradients,
         optimizer=states.optimizer,
-        activations=kept + (tokens * block if recomputed else 0),
+        activations=kept + (tokens * block if any(checkpointing) else 0),
         logits=logits,
         buckets=states.buckets,
         step=states.step,
@@ -243,79 +243,12 @@ def _two_passes(
     return {**first, "the perturbation": fixed + states.at_loss + vectors + heads + head, **second}
 
 
-def activation_bytes(config: ModelConfig, sequence_length: int, compute: int, masked: bool, cuda: bool) -> tuple[int, int]:
-    """Bytes a token that the backward pass keeps: (of one block, of what is there once: the mask, and what lies between blocks and logits).
-
-    Counted over the tensors that autograd saves, each once, with the flash form of scaled_dot_product_attention, which keeps
-    queries, keys, values, its output and one float32 a head, and no scores.
-
-    Args:
-        compute: bytes of an activation: 4 in fp32, 2 in bf16.
-        masked: document masks, one additive (length, length) mask a sequence that all blocks share; a window has one for all sequences.
-        cuda: RMSNorm is one kernel that keeps its input, not several that keep two float32 tensors; masks are kept by blocks, next to
-            nothing.
-    """
-    assert config.kv_heads is not None and config.head_dim is not None and config.mlp_width is not None
-    width, queries, keys = config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim
-
-    def norm(kind: str | None, size: int, vectors: int, scaled: bool = True) -> int:
-        """Kept by a norm of `vectors` vectors with `size` elements in all, besides its output."""
-        if kind == "layer_norm":
-            return compute * size + 8 * vectors  # input, mean and inverse deviation
-        if kind in ("rms_norm", "simple_rms_norm"):
-            several = 8 * size if scaled and kind == "rms_norm" else 4 * size  # without a scale only the float32 input
-            return (compute * size if cuda else several) + 4 * vectors
-        return 0
-
-    def norm_on(*places: str) -> str:
-        return config.norm if set(places) & set(config.norm_places or ()) else "none"
-
-    after_norm = config.norm if config.block == "post_norm" else "none"
-    gain = 0 if config.residual_gain_form == "fixed" else compute * width  # a trainable gain keeps what it multiplies
-    scaled = config.qk_norm_gains == "trainable"
-    attention = (
-        norm(norm_on("query_key", "value"), width, 1)
-        + compute * width  # input of the projections
-        + norm(config.qk_norm, queries, config.heads, scaled)
-        + norm(config.qk_norm, keys, config.kv_heads, scaled)
-        + compute * (2 * queries + keys)  # query, output, key
-        + (0 if config.is_simplified else compute * keys + gain)  # value, which is the projections' input where it has no map
-        + norm(after_norm, width, 1)
-    )
-    if len({"query_key", "value"} & set(config.norm_places or ())) == 1 and config.norm != "layer_norm" and not cuda and compute < 4:
-        attention += compute * width  # what is not normed, beside the norm's float32 copy of it
-    if config.attention_softcap is None:
-        attention += 4 * config.heads  # log-sum-exp
-    else:  # the scores' tanh and softmax in float32, the softmax again in the compute dtype; grouped keys and values repeated
-        attention += config.heads * sequence_length * (8 + (compute if compute < 4 else 0))
-        attention += 2 * compute * (queries - keys)
-    masked = masked or config.attention_window is not None
-    if config.attention == "shaped":
-        attention += 0 if config.is_simplified else compute * queries  # the sum of the three, which the projection is given
-        if config.attention_gains == "trainable":  # the mean, and grouped values repeated
-            attention += compute * queries + (compute * queries if keys < queries else 0)
-        attention += 8 * keys if masked else 0  # where in the running sum each mean begins
-    hidden = {"gelu": 2, "relu": 1, "shaped_relu": 2, "swiglu": 4}[config.activation] * config.mlp_width
-    mlp = compute * hidden + gain + norm(after_norm, width, 1)
-    if config.block != "simplified_parallel" or config.mlp_input_scale != 1.0:  # else it has the projections' input
-        mlp += norm(norm_on("mlp"), width, 1) + compute * width
-    head = norm(config.norm if config.final_norm else "none", width, 1) + compute * width
-    head += compute * sequence_length if masked and config.attention_softcap is None and not cuda else 0
-    head += compute * keys if config.is_simplified else 0  # the first block's values
-    if config.first_norm:
-        head += norm(config.norm, width, 1)
-    return attention + mlp, head
-
-
-def pruning_bytes(config: ModelConfig, sequence_length: int, compute: int, fixed: bool) -> int:
-    """Bytes a token that a block keeps more of with context pruning: per pair of tokens, the mask in the compute dtype.
-
-    Where decisions are learned it has a gradient: four float32 numbers and a flag that made it; and, as no fused kernel gives a mask its
-    gradient, each head's scores.
-    """
-    if fixed:
-        return sequence_length * compute
-    return sequence_length * (17 + compute + config.heads * compute)
+def _activations(recipe: Recipe, config: ModelConfig, compute: int, device: str) -> ActivationBytes:
+    training, pruning = recipe.training, recipe.context_pruning
+    found = activation_bytes(config, training.sequence_length, compute, recipe.data.document_masks, device == "cuda", training.compile)
+    if pruning is None:
+        return found
+    return replace(found, block=found.block + pruning_bytes(config, training.sequence_length, compute, pruning.decisions == "fixed"))
 
 
 def _unsharded(recipe: Recipe, tensor_sizes: list[int], state_elements: int, accumulation: int) -> _States:

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from model.activation_checkpointing import ActivationCheckpointing
 from model.blocks import Block
 from model.config import ModelConfig
 from model.errors import InputError
 from model.parametrization import owned_parameters
 from model.pretrained import PretrainedModel
 from model.transformer import Transformer
+from training.distributed import smallest_over_ranks
 from training.memory import Memory, predict
 from training.network import Network, make_network
 from training.optimizers import state_elements
@@ -83,7 +85,7 @@ class Plan:
     tokens: int
     flops_per_token: int
     train_tokens: int | None  # of the prepared corpus, when it is known
-    recomputed: int = 0  # blocks of which activation checkpointing keeps the input alone
+    checkpointing: ActivationCheckpointing
 
     @property
     def flops(self) -> int:
@@ -224,7 +226,7 @@ def plan(
     training = recipe.training
     accumulation = accumulation_steps(recipe, world_size)
     parameters, elements = _sizes(recipe, config)
-    recomputed = recomputed_blocks(recipe, config, world_size, accumulation, device)
+    checkpointing = choose_checkpointing(recipe, config, world_size, accumulation, device)
     config = config.shape() if isinstance(config, PretrainedModel) else config
     steps = training.tokens // training.tokens_per_step
     return Plan(
@@ -232,43 +234,68 @@ def plan(
         model=config,
         parameters=parameters,
         batch=Batch(training.tokens_per_step, world_size, training.micro_batch_size, accumulation, training.sequence_length),
-        memory=predict(recipe, config, parameters.tensor_sizes, elements, world_size, accumulation, device, parameters.frozen, recomputed),
+        memory=predict(
+            recipe, config, parameters.tensor_sizes, elements, world_size, accumulation, device, parameters.frozen, checkpointing
+        ),
         device=device,
         steps=steps,
         tokens=steps * training.tokens_per_step,
         flops_per_token=flops_per_token(config, parameters, training.sequence_length),
         train_tokens=data["train"]["tokens"] if data else None,
-        recomputed=recomputed,
+        checkpointing=checkpointing,
     )
 
 
-def recomputed_blocks(recipe: Recipe, config: ModelConfig | PretrainedModel, world_size: int, accumulation: int, device: str) -> int:
-    """Of how many blocks, the first ones, activation checkpointing keeps the input alone.
+def choose_checkpointing(
+    recipe: Recipe, config: ModelConfig | PretrainedModel, world_size: int, accumulation: int, device: str
+) -> ActivationCheckpointing:
+    """What `training.activation_checkpointing` comes to: with auto the cheapest that fits.
 
-    With auto as few as fit, since each costs a forward pass of its own; the first ones, since theirs would wait longest.
+    Selective checkpointing costs a few per cent of a block's time and full checkpointing a third of it, so every block keeps only its
+    products before the first one keeps only its input. The first blocks are recomputed first: what they keep waits longest.
 
     Raises:
-        InputError: not even all of them make it fit.
+        InputError: not even all blocks in full make it fit.
     """
     asked, shape = recipe.training.activation_checkpointing, config.shape() if isinstance(config, PretrainedModel) else config
-    choices = (0, shape.depth) if isinstance(config, PretrainedModel) else range(shape.depth + 1)  # transformers has all or none
+    depth = shape.depth
+    if asked == "selective":
+        return ActivationCheckpointing(0, depth)
     if asked != "auto":
-        blocks = (shape.depth if asked else 0) if isinstance(asked, bool) else asked
-        return next(choice for choice in choices if choice >= min(blocks, shape.depth))
+        full = (depth if asked else 0) if isinstance(asked, bool) else min(asked, depth)
+        # transformers has all or none
+        return ActivationCheckpointing(depth if full and isinstance(config, PretrainedModel) else full)
+    choices = [ActivationCheckpointing(0, n) for n in range(depth + 1)]
+    choices += [ActivationCheckpointing(n, depth - n) for n in range(1, depth + 1)]
+    if isinstance(config, PretrainedModel):
+        choices = [choices[0], *([] if recipe.training.compile else [choices[depth]]), choices[-1]]
     parameters, elements = _sizes(recipe, config)
 
-    def memory(blocks: int) -> Memory:
-        return predict(recipe, shape, parameters.tensor_sizes, elements, world_size, accumulation, device, parameters.frozen, blocks)
+    def memory(choice: ActivationCheckpointing) -> Memory:
+        return predict(recipe, shape, parameters.tensor_sizes, elements, world_size, accumulation, device, parameters.frozen, choice)
 
-    budget = device_memory(device) * 9 // 10 if recipe.training.memory_budget_gb is None else round(recipe.training.memory_budget_gb * 1e9)
-    least = memory(shape.depth)
-    if least.total > budget:
-        raise InputError(
-            f"training.activation_checkpointing: auto finds nothing that fits {budget / 1e9:.2f} GB: with all {shape.depth} blocks "
-            f"recomputed a rank takes {least.total / 1e9:.2f} GB, most of it at {least.peak_phase}; lower training.micro_batch_size, raise "
-            "the ZeRO stage or the ranks, or offload (python -m scripts.plan says what fits)"
-        )
-    return next(blocks for blocks in choices if memory(blocks).total <= budget)
+    budget = round((with_memory_budget(recipe, device).training.memory_budget_gb or 0) * 1e9)
+    for choice in choices:
+        if memory(choice).total <= budget:
+            return choice
+    least = memory(choices[-1])
+    raise InputError(
+        f"training.activation_checkpointing: auto finds nothing that fits {budget / 1e9:.2f} GB: with all {depth} blocks "
+        f"recomputed a rank takes {least.total / 1e9:.2f} GB, most of it at {least.peak_phase}; lower training.micro_batch_size, raise "
+        "the ZeRO stage or the ranks, or offload (python -m scripts.plan says what fits)"
+    )
+
+
+def with_memory_budget(recipe: Recipe, device: str) -> Recipe:
+    """With activation checkpointing auto, a recipe that says its budget: where it does not, nine tenths of the least that a rank has.
+
+    Every rank calls it, so that all choose alike, and give up alike.
+    """
+    training = recipe.training
+    if training.activation_checkpointing != "auto" or training.memory_budget_gb is not None:
+        return recipe
+    least = smallest_over_ranks(device_memory(device), torch.device(device))
+    return recipe.model_copy(update={"training": training.model_copy(update={"memory_budget_gb": 0.9 * least / 1e9})})
 
 
 def device_memory(device: str) -> int:
@@ -284,7 +311,9 @@ def device_memory(device: str) -> int:
 def what_would_fit(made: Plan) -> list[str]:
     """Changes of a recipe that need less memory, by the plan, as `key=value (GB)`, the cheapest first."""
     recipe, found = made.recipe, []
-    changes: list[tuple[str, dict[str, Any]]] = [("training", {"activation_checkpointing": True, "memory_budget_gb": None})]
+    changes: list[tuple[str, dict[str, Any]]] = [
+        ("training", {"activation_checkpointing": setting, "memory_budget_gb": None}) for setting in ("selective", True)
+    ]
     size = recipe.training.micro_batch_size
     changes += [("training", {"micro_batch_size": size // factor}) for factor in (2, 4) if size % factor == 0]
     for stage in range(zero_stage(recipe) + 1, 4):
@@ -405,11 +434,14 @@ _STATE = {
 def _memory_lines(plan: Plan) -> list[str]:
     memory, batch, stage = plan.memory, plan.batch, zero_stage(plan.recipe)
     kept = f"{batch.micro_batch_size} x {batch.sequence_length} tokens, "
-    if plan.recomputed:
-        kept += f"the input of {plan.recomputed} blocks and one block whole"
-        kept += f", {plan.model.depth - plan.recomputed} blocks" if plan.recomputed < plan.model.depth else ""
-    else:
-        kept += f"{plan.model.depth} blocks"
+    full, selective = plan.checkpointing
+    parts = [
+        f"the input of {full} blocks" if full else "",
+        f"input, products and attention of {selective}{'' if full else ' blocks'}" if selective else "",
+        "one block whole" if full or selective else "",
+        f"{plan.model.depth - full - selective} blocks" if full + selective < plan.model.depth else "",
+    ]
+    kept += ", ".join(part for part in parts if part)
     rows = [
         ("weights", memory.weights, ""),
         ("gradients", memory.gradients, ""),

@@ -104,10 +104,11 @@ class TrainingSection(Section):
     sequence_length: int = Field(description="Tokens in a sequence.", gt=0)
     precision: Literal["fp32", "bf16"] = "bf16"
     gradient_clipping: float = Field(default=1.0, ge=0, description="Largest global gradient norm; 0: no clipping.")
-    activation_checkpointing: bool | int | Literal["auto"] = Field(
+    activation_checkpointing: bool | int | Literal["selective", "auto"] = Field(
         default=False,
-        description="Keep only a block's input and recompute the rest in the backward pass: every block (true), the first so many, or "
-        "as few as fit (auto).",
+        description="Keep only a block's input and recompute the rest in the backward pass: of every block (true), or of the first so "
+        "many; selective: also keep what matrix products and attention gave, of every block; auto: the cheapest of these that fits, "
+        "block by block.",
     )
     memory_budget_gb: float | None = Field(
         default=None,

@@ -105,6 +105,11 @@ def problems_between_fields(recipe: Recipe) -> list[str]:
     blocks = training.activation_checkpointing
     if isinstance(blocks, int) and not isinstance(blocks, bool) and blocks < 0:
         problems.append(f"training.activation_checkpointing: {blocks} is not a number of blocks")
+    if blocks == "selective" and model.pretrained is not None and training.compile:
+        problems.append(
+            "training.activation_checkpointing: a compiled layer of a pretrained model is recomputed whole or not at all; set it to true "
+            "or false, or training.compile to false"
+        )
     if any(not 0 <= beta < 1 for beta in recipe.optimizer.betas):
         problems.append(f"optimizer.betas: expected two numbers in [0, 1), found {list(recipe.optimizer.betas)}")
     return problems + _pruning_problems(recipe) + _optimizer_problems(recipe) + _sharpness_problems(recipe) + _deepspeed_problems(recipe)

@@ -16,6 +16,7 @@ import torch
 
 import training.engine
 import training.plan
+from model.errors import InputError
 from model.parametrization import initialize
 from model.transformer import Transformer
 from tests.training.tiny_pretrained import save_tiny_llama
@@ -38,8 +39,21 @@ NETWORKS = {
 VARIANTS = {
     **{f"fp32-{stage}": ["training.precision=fp32", f"deepspeed.zero_optimization.stage={stage}"] for stage in range(4)},
     "bf16-2": ["training.precision=bf16", "deepspeed.zero_optimization.stage=2"],
+    **{
+        f"selective-{stage}": [
+            "training.precision=fp32",
+            f"deepspeed.zero_optimization={{stage: {stage}, stage3_param_persistence_threshold: 0}}",
+            "training.activation_checkpointing=selective",
+        ]
+        for stage in (2, 3)
+    },
 }
-COMPILED = ["training.compile=true", "training.activation_checkpointing=true", "deepspeed.zero_optimization.stage=3"]
+# Compiling takes long, and these two have all that is new
+COMPILED_NETWORKS = {"simplified": ("compiled", "compiled-selective"), "shaped": ("compiled",)}
+COMPILED = {
+    "compiled": ["training.compile=true", "training.activation_checkpointing=true", "deepspeed.zero_optimization.stage=3"],
+    "compiled-selective": ["training.compile=true", "training.activation_checkpointing=selective", "deepspeed.zero_optimization.stage=2"],
+}
 
 
 def batches(step: int, ranks: Ranks) -> list[Batch]:
@@ -107,24 +121,28 @@ def run(recipe: LoadedRecipe, ranks: Ranks, device: torch.device) -> dict[str, A
     return seen
 
 
-def recomputed_by_rank(recipe: LoadedRecipe, ranks: Ranks, device: torch.device) -> list[int]:
-    """Of how many blocks each rank recomputes the activations, where the last one's memory is less than the others'."""
+def recomputed_by_rank(recipe: LoadedRecipe, ranks: Ranks, device: torch.device) -> list[Any]:
+    """What each rank chooses, first where the last one's memory is less than the others', then where it is too little."""
     config, accumulation = model_config(recipe.recipe, VOCAB), SEQUENCES // (SIZE * ranks.world_size)
-    needed = [plan(variant, config, ranks.world_size, device="cpu").memory.total for variant in with_blocks_recomputed(recipe, (0, 1))]
-    asked = training.plan.device_memory
-    training.plan.device_memory = lambda device: needed[ranks.rank == ranks.world_size - 1] * 10 // 9 + 10
-    try:
-        engine = Engine(recipe.recipe, config, accumulation, ranks, device)
-    finally:
-        training.plan.device_memory = asked
-    recomputed = [0] * ranks.world_size
-    torch.distributed.all_gather_object(recomputed, engine.model.activation_checkpointing)
-    return recomputed
-
-
-def with_blocks_recomputed(recipe: LoadedRecipe, choices: tuple[int, ...]) -> list[Recipe]:
     section = recipe.recipe.training
-    return [recipe.recipe.model_copy(update={"training": section.model_copy(update={"activation_checkpointing": n})}) for n in choices]
+    variants = [section.model_copy(update={"activation_checkpointing": choice}) for choice in (False, "selective")]
+    needed = [
+        plan(recipe.recipe.model_copy(update={"training": variant}), config, ranks.world_size, device="cpu").memory.total
+        for variant in variants
+    ]
+    asked, chosen = training.plan.device_memory, []
+    for least in (needed[1], 1000):
+        memory = least if ranks.rank == ranks.world_size - 1 else needed[0]
+        training.plan.device_memory = lambda device, memory=memory: memory * 10 // 9 + 10
+        try:
+            chosen.append(Engine(recipe.recipe, config, accumulation, ranks, device).model.activation_checkpointing)
+        except InputError as error:
+            chosen.append(str(error).split(":")[0])
+        finally:
+            training.plan.device_memory = asked
+    recomputed: list[Any] = [None] * ranks.world_size
+    torch.distributed.all_gather_object(recomputed, chosen)
+    return recomputed
 
 
 def rotary_error(folder: Path, ranks: Ranks, device: torch.device) -> float:
@@ -205,8 +223,8 @@ def main() -> None:
         for variant, overrides in VARIANTS.items():
             results[f"{name}-{variant}"] = losses_of_steps(load_recipe(path, [*network, *overrides]), ranks, device)
             gc.collect()
-        if name in ("simplified", "shaped"):  # compiling takes long, and these two have all that is new
-            results[f"{name}-compiled"] = losses_of_steps(load_recipe(path, [*network, *COMPILED]), ranks, device)
+        for compiled in COMPILED_NETWORKS.get(name, ()):
+            results[f"{name}-{compiled}"] = losses_of_steps(load_recipe(path, [*network, *COMPILED[compiled]]), ranks, device)
         results[f"{name}-reference"] = reference_losses(load_recipe(path, [*network, "deepspeed.zero_optimization.stage=0"]))
     results["recomputed"] = recomputed_by_rank(load_recipe(path, [*base, "training.activation_checkpointing=auto"]), ranks, device)
     results["rotary"] = rotary_error(Path(path).parent / "tiny_llama", ranks, device)

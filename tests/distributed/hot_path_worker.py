@@ -66,7 +66,7 @@ def main() -> None:
     torch.nn.Module.compile = lambda self: compile_with(self, backend="aot_eager")  # pyright: ignore[reportAttributeAccessIssue]
     loss = torch.compile(model.linear_cross_entropy.loss_and_derivative_, backend="aot_eager")
     model.linear_cross_entropy.compiled_loss_and_derivative = lambda: loss  # pyright: ignore[reportAttributeAccessIssue]
-    for stage, checkpointing in ((0, "false"), (2, "1"), (3, "true")):
+    for stage, checkpointing in ((0, "false"), (1, "selective"), (2, "1"), (3, "true")):
         torch._dynamo.reset()
         options = (
             f"deepspeed.zero_optimization.stage={stage}",

@@ -497,6 +497,7 @@ EVERYTHING = {  # what the network may have beside, together
     "functional-3-untied": (
         3, FUNCTIONAL, *MASKED, "model.tied_embeddings=false", "model.attention_softcap=5", "model.kv_heads=1", "model.attention_window=5",
         "optimizer.sharpness.ascent_fraction=0.33333333", "optimizer.sharpness.store_logits=true",
+        "training.activation_checkpointing=selective",
     ),
 }  # fmt: skip
 

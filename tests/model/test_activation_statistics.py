@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from model.activation_checkpointing import ActivationCheckpointing
 from model.activation_statistics import DEFINITIONS, ActivationMoments, watch_residuals
 from model.attention import Context, rotary_tables
 from model.config import ModelConfig
@@ -94,12 +95,12 @@ def test_identity_between_kurtosis_and_correlations() -> None:
     assert n**2 * d * kurtosis + off_diagonal == pytest.approx(inputs, rel=1e-5)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_places_are_the_residual_entering_attention_and_the_unembedding(checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", [(0, 0), (2, 0), (0, 2)])
+def test_places_are_the_residual_entering_attention_and_the_unembedding(checkpointing: tuple[int, int]) -> None:
     """Also with activation checkpointing, whose second forward pass must not count."""
     model = Transformer(ModelConfig(width=16, depth=2, heads=2, vocab_size=50, sequence_length=8, init_std=0.2))
     initialize(model, 0)
-    model.activation_checkpointing = len(model.blocks) if checkpointing else 0
+    model.activation_checkpointing = ActivationCheckpointing(*checkpointing)
     tokens = torch.randint(0, 50, (3, 8), generator=torch.Generator().manual_seed(0))
     with watch_residuals(model) as moments:
         model(tokens, tokens).backward()

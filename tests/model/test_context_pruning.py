@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from model.activation_checkpointing import ActivationCheckpointing, keep_products_and_attention
 from model.cache import Cache
 from model.config import ModelConfig, PruningConfig
 from model.context_pruning import (
@@ -543,9 +544,10 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
             return [p.grad.clone() for p in model.parameters()]
 
         plain = gradients()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        for found, expected in zip(gradients(), plain, strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+        for options in ({}, {"context_fn": keep_products_and_attention}):
+            model.gradient_checkpointing_enable({"use_reentrant": False, **options})
+            for found, expected in zip(gradients(), plain, strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_a_cache_that_nobody_reads_changes_no_gradient() -> None:
@@ -566,7 +568,7 @@ def test_a_teachers_pass_in_between_changes_no_gradient() -> None:
     torch.manual_seed(1)
     weights = weights_of(AutoModelForCausalLM.from_config(config))
     tokens, found = tokens_of(), []
-    for checkpointed in (0, 3):
+    for checkpointed in (ActivationCheckpointing(), ActivationCheckpointing(full=3), ActivationCheckpointing(selective=3)):
         decoder = PretrainedDecoder(PretrainedModel("tiny", fields_of(config), LENGTH))
         load(decoder, weights)
         settings = attach(decoder, PruningConfig(rank=8, bias=1.5, propagate_in_depth=True))
@@ -574,8 +576,10 @@ def test_a_teachers_pass_in_between_changes_no_gradient() -> None:
         decoder.activation_checkpointing = checkpointed
         decoder.train()(tokens, tokens).backward()
         found.append([parameter.grad for parameter in decoder.parameters()])
-    for ours, expected in zip(*found, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    plain, *others = found
+    for other in others:
+        for ours, expected in zip(other, plain, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 # -------------------------------------------------------------------------------------------------------------- bad input

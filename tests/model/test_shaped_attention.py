@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from model.activation_checkpointing import ActivationCheckpointing
 from model.attention import Attention, Context
 from model.blocks import shaped_relu
 from model.cache import Cache
@@ -302,9 +303,10 @@ def test_checkpointing_and_no_token_sees_the_future(fields: dict[str, Any]) -> N
     model, tokens = make(**fields).train(), tokens_of()
     loss = model(tokens[:, :-1], tokens[:, 1:])
     gradients = torch.autograd.grad(loss, list(model.parameters()))
-    model.activation_checkpointing = len(model.blocks)
-    again = torch.autograd.grad(model(tokens[:, :-1], tokens[:, 1:]), list(model.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
+    for chosen in (ActivationCheckpointing(full=len(model.blocks)), ActivationCheckpointing(selective=len(model.blocks))):
+        model.activation_checkpointing = chosen
+        again = torch.autograd.grad(model(tokens[:, :-1], tokens[:, 1:]), list(model.parameters()))
+        assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
     changed = tokens.clone()
     changed[:, 25] = (changed[:, 25] + 1) % 97
     before, after = model(tokens), model(changed)

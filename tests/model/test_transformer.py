@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from model.activation_checkpointing import ActivationCheckpointing
 from model.attention import Context, rotary_tables, rotate, softcapped_attention
 from model.config import PRESETS, SIZES, ModelConfig
 from model.errors import InputError
@@ -373,16 +377,44 @@ def test_loss_is_a_sum_over_valid_targets() -> None:
     assert float(parts.detach()) == pytest.approx(expected, rel=1e-6)
 
 
-def test_activation_checkpointing_changes_nothing() -> None:
-    """Of no block, of the first one, of all."""
+CHECKPOINTED: list[dict[str, Any]] = [
+    {"block": "outlier_protected"},
+    {"activation": "swiglu", "biases": "all", "kv_heads": 2, "qk_norm": "rms_norm"},
+    {"block": "post_norm", "norm": "layer_norm", "attention_softcap": 20.0},
+    {"block": "simplified", "activation": "relu"},
+    {"attention": "shaped", "attention_window": 8},
+]
+
+
+@pytest.mark.parametrize("fields", CHECKPOINTED)
+@pytest.mark.parametrize("documents", [False, True])
+def test_activation_checkpointing_changes_nothing(fields: dict[str, Any], documents: bool) -> None:
+    """Of no block, of the first one in full and of the second selectively, of all in full, of all selectively: bit for bit."""
     gradients = []
-    for checkpointed in (0, 1, 9):
-        model = make(block="outlier_protected")
-        model.activation_checkpointing = checkpointed
-        model(tokens_of(model), tokens_of(model)).backward()
+    for chosen in ((0, 0), (1, 1), (3, 0), (0, 3)):
+        model = make(depth=3, **fields)
+        model.activation_checkpointing = ActivationCheckpointing(*chosen)
+        tokens = tokens_of(model)
+        model(tokens, tokens, torch.arange(32).expand_as(tokens) // 12 if documents else None).backward()
         gradients.append([p.grad for p in model.parameters()])
-    for plain, one, every in zip(*gradients, strict=True):
-        assert torch.equal(plain, one) and torch.equal(plain, every)
+    for plain, *others in zip(*gradients, strict=True):
+        assert all(torch.equal(plain, other) for other in others)
+
+
+def test_selective_checkpointing_takes_no_product_again() -> None:
+    """Counted where operations are carried out: products and attention as often as without it, GELU twice."""
+    counts = []
+    for chosen in (ActivationCheckpointing(), ActivationCheckpointing(selective=2), ActivationCheckpointing(full=2)):
+        model = make(depth=2, norm="layer_norm")
+        model.activation_checkpointing = chosen
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            model(tokens_of(model), tokens_of(model)).backward()
+        counts.append(Counter(event.name for event in recorded.events() or []))
+    plain, selective, full = counts
+    attention = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert selective["aten::mm"] == plain["aten::mm"] < full["aten::mm"]
+    assert selective[attention] == plain[attention] == 2 and full[attention] == 4
+    assert selective["aten::gelu"] == full["aten::gelu"] == 2 * plain["aten::gelu"] == 4
 
 
 def test_initial_values_depend_on_seed_and_name_alone() -> None:

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.activation_checkpointing import ActivationCheckpointing
 from model.activation_statistics import watch_residuals
 from model.config import SIZES, ModelConfig
 from model.errors import InputError
@@ -24,9 +25,10 @@ from model.parametrization import initialize
 from model.transformer import Transformer
 from scripts.measure_memory import recorded_peak
 from scripts.plan import largest_micro_batch, what_fits
+from training.activation_memory import activation_bytes
 from training.communication import bytes_sent, scaling
 from training.context_pruning import PruningController
-from training.memory import activation_bytes, predict
+from training.memory import predict
 from training.metrics import peak_of
 from training.network import make_network
 from training.plan import accumulation_steps, count_parameters, flops_per_token, format_plan, memory_advice, plan, print_plan
@@ -113,11 +115,27 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def kept_by_autograd(config: ModelConfig, dtype: torch.dtype, masked: bool) -> float:
+# What compiling changes: norms in one piece, gates and signs, scores in float32
+COMPILED: list[dict[str, Any]] = [
+    {},
+    {"activation": "swiglu", "kv_heads": 2},
+    {"activation": "relu", "qk_norm": "rms_norm"},
+    {"block": "outlier_protected", "attention_softcap": 30.0},
+    {"block": "simplified"},
+]
+
+
+def kept_by_autograd(config: ModelConfig, dtype: torch.dtype, masked: bool, compiled: bool = False, selective: bool = False) -> float:
     """Bytes a token of the distinct tensors that a forward pass saves, parameters left out."""
     model = Transformer(config)
     initialize(model, seed=0)
     model.to(dtype)
+    model.activation_checkpointing = ActivationCheckpointing(selective=config.depth if selective else 0)
+    tokens = torch.zeros(2, 64, dtype=torch.long)
+    if compiled:  # inductor's own partition of the graph, whatever makes its kernels: this needs no C++ compiler
+        for block in model.blocks:
+            block.compile(backend="aot_eager_decomp_partition")
+        model(tokens, tokens)
     parameters = {parameter.data_ptr() for parameter in model.parameters()}
     saved: dict[int, torch.Tensor] = {}
 
@@ -125,7 +143,6 @@ def kept_by_autograd(config: ModelConfig, dtype: torch.dtype, masked: bool) -> f
         saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    tokens = torch.zeros(2, 64, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(tokens, tokens, torch.zeros(2, 64, dtype=torch.long) if masked else None)
     return sum(tensor.untyped_storage().nbytes() for address, tensor in saved.items() if address not in parameters) / tokens.numel()
@@ -136,7 +153,8 @@ def kept_by_autograd(config: ModelConfig, dtype: torch.dtype, masked: bool) -> f
 @pytest.mark.parametrize("fields", OPTIONS)
 def test_activations_are_what_autograd_keeps(fields: dict[str, Any], dtype: torch.dtype, compute: int, masked: bool) -> None:
     one, two = network(depth=1, **fields, residual_gain=0.5), network(depth=2, **fields, residual_gain=0.5)
-    block, head = activation_bytes(one, 64, compute, masked, cuda=False)
+    activations = activation_bytes(one, 64, compute, masked, cuda=False)
+    block, head = activations.block, activations.head
     kept = kept_by_autograd(one, dtype, masked)
     # bf16 LayerNorm on a CPU keeps its statistics in bf16: a few bytes a vector less than on a GPU
     assert kept_by_autograd(two, dtype, masked) - kept == pytest.approx(block, abs=40)
@@ -144,20 +162,59 @@ def test_activations_are_what_autograd_keeps(fields: dict[str, Any], dtype: torc
     assert kept == pytest.approx(block + head + gradient, abs=150)  # tokens and RoPE's tables beside
 
 
-@pytest.mark.parametrize(
-    ("fields", "checkpointing"), [({"depth": 6}, False), ({"vocab_size": 20000}, False), ({"depth": 12}, True), ({"depth": 2}, True)]
-)
-def test_peak_of_a_forward_and_backward_pass(fields: dict[str, Any], checkpointing: bool) -> None:
+@pytest.mark.parametrize("fields", OPTIONS)
+def test_activations_under_selective_checkpointing(fields: dict[str, Any]) -> None:
+    """What a forward pass leaves allocated, by the allocator's own record, since what the second pass is given is not autograd's."""
+    left = []
+    for depth in (1, 2):
+        model = Transformer(network(depth=depth, **fields, residual_gain=0.5))
+        initialize(model, seed=0)
+        model.activation_checkpointing = ActivationCheckpointing(selective=depth)
+        tokens = torch.zeros(2, 64, dtype=torch.long)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            loss = model(tokens, tokens)
+        events: list[Any] = profiler.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
+        left.append(sum(event.nbytes() for event in events if event.name() == "[memory]") / tokens.numel())
+        del loss
+    one = network(depth=1, **fields, residual_gain=0.5)
+    assert left[1] - left[0] == pytest.approx(activation_bytes(one, 64, 4, False, cuda=False).selective, rel=0.03)
+
+
+@pytest.mark.parametrize("selective", [False, True])
+@pytest.mark.parametrize("fields", COMPILED)
+def test_activations_of_compiled_blocks(fields: dict[str, Any], selective: bool) -> None:
+    """What the partition of a compiled block's graph saves; the compiler may find less than the plan counts, never more."""
+    torch._dynamo.reset()
+    one, two = network(depth=1, **fields, residual_gain=0.5), network(depth=2, **fields, residual_gain=0.5)
+    first, both = (kept_by_autograd(config, torch.bfloat16, False, True, selective) for config in (one, two))
+    activations = activation_bytes(one, 64, 2, False, cuda=False, compiled=True)
+    planned = activations.selective if selective else activations.block
+    assert 0.8 * planned < both - first < 1.02 * planned
+
+
+CHECKPOINTING = [
+    ({"depth": 6}, (0, 0)),
+    ({"vocab_size": 20000}, (0, 0)),
+    ({"depth": 12}, (12, 0)),
+    ({"depth": 2}, (2, 0)),
+    ({"depth": 6}, (0, 6)),
+    ({"depth": 12}, (6, 6)),
+    ({"depth": 12}, (4, 4)),
+]
+
+
+@pytest.mark.parametrize(("fields", "checkpointing"), CHECKPOINTING)
+def test_peak_of_a_forward_and_backward_pass(fields: dict[str, Any], checkpointing: tuple[int, int]) -> None:
     """The allocator's own record of one pass, where activations, logits or what checkpointing leaves of them are most."""
     config = network(**fields)
     model = Transformer(config)
     initialize(model, seed=0)
-    model.activation_checkpointing = config.depth if checkpointing else 0
+    model.activation_checkpointing = ActivationCheckpointing(*checkpointing)
     tokens = torch.zeros(8, 64, dtype=torch.long)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, record_function("counted"):
         model(tokens, tokens).backward()
     parameters = count_parameters(config)
-    planned = recipe(micro_batch_size=8, activation_checkpointing=checkpointing)
+    planned = recipe(micro_batch_size=8)
     memory = predict(
         planned,
         config,
@@ -166,7 +223,7 @@ def test_peak_of_a_forward_and_backward_pass(fields: dict[str, Any], checkpointi
         world_size=1,
         accumulation=1,
         device="cpu",
-        recomputed=model.activation_checkpointing,
+        checkpointing=model.activation_checkpointing,
     )
     moments = [
         memory.phases["the loss"],
@@ -365,21 +422,27 @@ def test_no_ranks_at_all() -> None:
         print_plan(LoadedRecipe(recipe(), Path("x.yaml"), {}), 0)
 
 
-def test_auto_recomputes_as_few_blocks_as_fit() -> None:
-    """At the budget of a number of blocks exactly so many are chosen, and one byte below it one more."""
-    config = network(depth=6)
+def test_auto_takes_the_cheapest_checkpointing_that_fits() -> None:
+    """At the budget of a choice exactly that one, and one byte below it the next: blocks selectively one by one, then in full."""
+    config, parameters = network(depth=6), count_parameters(network(depth=6))
 
     def of(checkpointing: Any, gigabytes: float | None = None) -> Any:
         return plan(recipe(micro_batch_size=8, activation_checkpointing=checkpointing, memory_budget_gb=gigabytes), config, 1, device="cpu")
 
-    totals = [of(blocks).memory.total for blocks in range(7)]
-    assert totals == sorted(totals, reverse=True) and len(set(totals[:4])) == 4
-    assert of(True).memory == of(6).memory and of(False).memory == of(0).memory
-    for blocks in (0, 1, 2):
-        assert of("auto", totals[blocks] / 1e9).recomputed == blocks
-        assert of("auto", (totals[blocks] - 1) / 1e9).recomputed == blocks + 1
+    def total(choice: tuple[int, int]) -> int:
+        elements, chosen = 2 * parameters.total, ActivationCheckpointing(*choice)
+        return predict(recipe(micro_batch_size=8), config, parameters.tensor_sizes, elements, 1, 2, "cpu", checkpointing=chosen).total
+
+    choices = [*((0, n) for n in range(7)), *((n, 6 - n) for n in range(1, 7))]
+    totals = [total(choice) for choice in choices]
+    assert totals == sorted(totals, reverse=True) and len(set(totals[:9])) == 9
+    assert of(False).checkpointing == (0, 0) and of(True).checkpointing == (6, 0) and of(4).checkpointing == (4, 0)
+    assert of("selective").checkpointing == (0, 6) and of("selective").memory.total == totals[6]
+    for i in (0, 1, 4, 6, 7):
+        assert of("auto", totals[i] / 1e9).checkpointing == choices[i]
+        assert of("auto", (totals[i] - 1) / 1e9).checkpointing == choices[i + 1]
     with pytest.raises(InputError, match="auto finds nothing that fits"):
-        of("auto", (totals[6] - 1) / 1e9)
+        of("auto", (totals[-1] - 1) / 1e9)
 
 
 def test_what_only_some_steps_need_is_planned() -> None:
