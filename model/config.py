@@ -82,7 +82,7 @@ class ModelConfig:
     sequence_length: int  # the longest sequence the model accepts
     kv_heads: int | None = None  # grouped-query attention when below `heads`; default: `heads`
     head_dim: int | None = None  # default: width / heads
-    mlp_width: int | None = None  # default: 4 width; SwiGLU: 8/3 width, up to a multiple of 64
+    mlp_width: int | None = None  # default: 4 width; SwiGLU: 8/3 width, up to a multiple of 64; with attention_temperature: width
     block: Block = "pre_norm"
     norm: Norm = "rms_norm"  # simple_rms_norm: without a scale
     norm_epsilon: float = 1e-5
@@ -137,7 +137,7 @@ class ModelConfig:
             "kv_heads": self.heads,
             "head_dim": head_dim,
             "base_head_dim": head_dim if self.base_width else None,
-            "mlp_width": 64 * math.ceil(self.width * 8 / 3 / 64) if self.activation == "swiglu" else 4 * self.width,
+            "mlp_width": self._default_mlp_width(),
             "activation_slopes": (0.0, -1.0) if self.activation == "shaped_relu" else None,
             "attention": "shaped" if simplified else "softmax",
             "query_init": "zero" if self.is_shaped and self.attention_temperature is None else "normal",
@@ -180,6 +180,11 @@ class ModelConfig:
     def depth_exponent(self) -> float:
         """alpha of CompleteP's table: residual branches are multiplied by m_L^-alpha."""
         return DEPTH_EXPONENTS.get(self.parametrization, 0.0)
+
+    def _default_mlp_width(self) -> int:
+        if self.attention_temperature is not None:  # the theory of arXiv 2306.17759 has square matrices: variance stays only with them
+            return self.width
+        return 64 * math.ceil(self.width * 8 / 3 / 64) if self.activation == "swiglu" else 4 * self.width
 
     def _problems(self) -> list[str]:
         """Every wrong field, as `name: what is wrong`."""

@@ -7,12 +7,14 @@ alpha 0 for mup, 1/2 for depth_mup, 1 for complete_p. Factors on what the standa
     learning rate                   matrices of the blocks m_N^-1 m_L^(alpha-1),
                                     norms, biases, gains of the blocks m_L^(alpha-1)             `learning_factors`
     weight decay                    matrices of the blocks m_N                                   `learning_factors`
-    Adam's epsilon                  blocks m_N^-1 m_L^-alpha                                     `learning_factors`
+    Adam's epsilon                  blocks m_N^-1 m_L^-alpha, all else m_N^-1                    `learning_factors`
     both residual branches          m_L^-alpha                                                   model/blocks.py
     logits                          1 / m_N                                                      model/transformer.py
     attention scores                sqrt(base d_k) / d_k, which is 8 / d_k for heads of 64       model/attention.py
 
-Each is a plain number that follows from `ModelConfig`, so sharding, compiling, saving and exporting keep it; at the base all are 1.
+Epsilon outside the blocks is not in that table: gradients there carry the logits' 1 / m_N, and the authors' code has it since (commit
+3904404 of EleutherAI/nanoGPT-mup). Each is a plain number that follows from `ModelConfig`, so sharding, compiling, saving and exporting
+keep it; at the base all are 1.
 """
 
 from __future__ import annotations
@@ -109,9 +111,9 @@ def learning_factors(name: str, module: nn.Module, config: ModelConfig, by_root:
             norm grows with the root of the width, and AdamW's, whose entries agree in sign, with the width. Step x decay stays free of
             the width in any case.
     """
-    if not name.startswith("blocks."):
-        return LearningFactors()
     width, depth, alpha = config.width_ratio, config.depth_ratio, config.depth_exponent
+    if not name.startswith("blocks."):
+        return LearningFactors(epsilon=1 / width)
     rate, epsilon = depth ** (alpha - 1) if alpha else 1.0, depth**-alpha / width
     if not is_hidden(name, module):
         return LearningFactors(rate, 1.0, epsilon)

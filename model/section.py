@@ -38,7 +38,11 @@ class ModelSection(Section):
     )
     kv_heads: int | None = Field(default=None, ge=1, description="Key and value heads, for grouped-query attention; default: heads.")
     head_dim: int | None = Field(default=None, ge=1, description="Width of a head; default: width / heads.")
-    mlp_width: int | None = Field(default=None, ge=1, description="Hidden width of the MLP; default: 4 width, or 8/3 width for SwiGLU.")
+    mlp_width: int | None = Field(
+        default=None,
+        ge=1,
+        description="Hidden width of the MLP; default: 4 width, 8/3 width for SwiGLU, or width with attention_temperature.",
+    )
     block: Block = Field(
         default="pre_norm", description="simplified: SAS, no attention skip, values and projection are the identity; _parallel: SAS-P."
     )

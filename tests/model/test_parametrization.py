@@ -88,8 +88,8 @@ def test_every_tensor_learns_as_the_table_says(fields: dict[str, Any], parametri
     n, length, alpha = 4.0, 1.0 if parametrization == "mup" else 3.0, PARAMETRIZATIONS[parametrization]
     by_depth = length ** (alpha - 1) if alpha else 1.0
     table = {  # row: learning rate, weight decay, epsilon
-        "embeddings": (1.0, 1.0, 1.0),
-        "outside vectors": (1.0, 0.0, 1.0),
+        "embeddings": (1.0, 1.0, 1 / n),
+        "outside vectors": (1.0, 0.0, 1 / n),
         "hidden": (by_depth / n, n, length**-alpha / n),
         "block vectors": (by_depth, 0.0, length**-alpha / n),
     }
@@ -135,6 +135,32 @@ def test_a_step_moves_hidden_weights_as_its_width_demands_whatever_the_optimizer
         assert root_mean_square == pytest.approx((1 / 2 if kind == "muon" else 1 / 4) / math.sqrt(3), rel=0.1), name
         if kind == "muon":
             assert spectral == pytest.approx(1 / math.sqrt(3), rel=0.1), name
+
+
+def test_epsilon_follows_the_gradients_of_every_tensor() -> None:
+    """The first update over its learning rate, from real gradients, at an epsilon of their size: the same at 8 times the width.
+
+    |g| / (|g| + epsilon) tells whether epsilon was scaled as the gradient is, for what lies outside the blocks too. (But the final norm,
+    whose first gradient is mostly that of the first logits' own size, which falls with the width: `test_every_tensor` has it.)
+    """
+
+    def first_update(width: int, parametrization: str) -> dict[str, float]:
+        fields: dict[str, Any] = {**BASE, "width": width, "heads": width // 16, "tied_embeddings": False, "positions": "learned"}
+        model = make(**{**fields, **with_base(parametrization)})
+        section = OptimizerSection(learning_rate=1e-3, weight_decay=0.0, epsilon=1e-3)
+        optimizer = make_optimizer(model, section, sharded=True)
+        tokens = torch.randint(61, (64, 17), generator=torch.Generator().manual_seed(1))
+        (model(tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()).backward()
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        optimizer.step()
+        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        return {name: ((p.detach() - before[name]).abs().mean() / rates[id(p)]).item() for name, p in model.named_parameters()}
+
+    for parametrization in ("mup", "complete_p"):
+        base, large = first_update(32, parametrization), first_update(256, parametrization)
+        for name in ("embedding.weight", "position_embedding.weight", "unembedding.weight", "blocks.0.mlp.up.weight"):
+            assert 0.05 < base[name] < 0.95, name  # epsilon matters there
+            assert large[name] == pytest.approx(base[name], rel=0.15), name
 
 
 @pytest.mark.parametrize("parametrization", PARAMETRIZATIONS)
