@@ -33,6 +33,7 @@ from training.run_folder import sync, write_json
 
 _UNFINISHED = ".writing-"
 _REPLACED = ".replaced-"
+_ABANDONED = ".abandoned-"
 
 
 class Found(NamedTuple):
@@ -166,7 +167,45 @@ def _put_in_place(writing: Path, place: Path) -> None:
         os.rename(place, replaced)
     os.rename(writing, place)
     sync(place.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    for old in (replaced, place.with_name(f"{_ABANDONED}{place.name}")):
+        if old.exists():
+            _delete(old)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder that is not needed, out of sight at once, whole or not. What the disk keeps is named: the run goes on without it."""
+    hidden = folder if folder.name.startswith(".") else folder.with_name(f"{_UNFINISHED}{folder.name}")
+    try:
+        os.rename(folder, hidden)
+        shutil.rmtree(hidden)
+    except OSError as error:
+        print(f"warning: {error.filename or folder}: cannot be deleted: {error.strerror}", file=sys.stderr, flush=True)
+
+
+def put_aside(run: Path, step: int, ranks: Ranks) -> list[str]:
+    """Take checkpoints later than `step` out of sight: the run goes another way from there, and the next launch must not go on from them.
+
+    Each keeps a hidden name until the run saves its step again. Every rank calls it; returns the hidden names, on the first rank.
+
+    Raises:
+        InputError: on every rank alike: the disk refuses.
+    """
+    hidden, problem, folder = [], None, run / "checkpoints"
+    if ranks.is_first:
+        try:
+            for later in checkpoints(run):
+                if int(later.name.removeprefix("step-")) > step:
+                    aside = folder / f"{_ABANDONED}{later.name}"
+                    if aside.exists():  # of an earlier rewind
+                        _delete(aside)
+                    os.rename(later, aside)
+                    hidden.append(aside.name)
+            sync(folder)
+        except OSError as error:
+            where = error.filename or folder
+            problem = f"{where}: cannot be put aside: {error.strerror}; move the checkpoints after step {step} away by hand"
+    raise_together(problem)
+    return hidden
 
 
 def clean_up(run: Path) -> None:
@@ -177,7 +216,7 @@ def clean_up(run: Path) -> None:
         if not place.exists():  # killed between the two renames
             os.rename(replaced, place)
     for leftover in [*folder.glob(f"{_UNFINISHED}*"), *folder.glob(f"{_REPLACED}*")]:
-        shutil.rmtree(leftover)
+        _delete(leftover)
 
 
 def _with_advice(problem: str, writing: Path) -> str:
@@ -319,8 +358,8 @@ def load(engine: Engine, found: Found) -> None:
 def remove_old(run: Path, saved: int, keep_last: int | None, keep_every: int | None) -> None:
     """Delete checkpoints beyond the last `keep_last`, but for step 0 and those whose step divides by `keep_every`.
 
-    To be called by the first rank when step `saved` is in its place, which has been read back and is never deleted. Later steps, which
-    a run that went back left behind, do not count and stay until it comes to them again.
+    To be called by the first rank when step `saved` is in its place, which has been read back and is never deleted. Later steps,
+    which were damaged and passed over, do not count and stay until the run comes to them again.
     """
     if keep_last is None:
         return
@@ -328,9 +367,7 @@ def remove_old(run: Path, saved: int, keep_last: int | None, keep_every: int | N
     for step in [step for step in steps if step <= saved][:-keep_last]:
         folder = run / "checkpoints" / f"step-{step:08d}"
         if step > 0 and not (keep_every and step % keep_every == 0):
-            hidden = folder.with_name(f"{_UNFINISHED}{folder.name}")  # gone from sight at once, whole or not
-            os.rename(folder, hidden)
-            shutil.rmtree(hidden)
+            _delete(folder)
 
 
 def _random_state() -> dict[str, Any]:

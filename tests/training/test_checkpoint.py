@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from training.checkpoint import (
     _restore_random_state,
     checkpoints,
     newest_whole,
+    put_aside,
     read_manifest,
     remove_old,
     write,
@@ -188,8 +190,30 @@ def test_a_fault_of_ours_is_not_taken_for_the_disks(tmp_path: Path, monkeypatch:
         write(unwritten(tmp_path, 6), ALONE, CheckpointSection())
 
 
+def test_what_a_rewind_leaves_behind_is_out_of_sight_until_its_step_is_saved_again(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        (make_checkpoint(tmp_path, step) / "first").touch()
+    assert put_aside(tmp_path, 2, ALONE) == [".abandoned-step-00000004", ".abandoned-step-00000006"]
+    assert newest_step(tmp_path) == 2 and (tmp_path / "checkpoints" / ".abandoned-step-00000006" / "first").exists()
+    write(unwritten(tmp_path, 4), ALONE, CheckpointSection())
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        ".abandoned-step-00000006", "step-00000002", "step-00000004",
+    ]  # fmt: skip
+    make_checkpoint(tmp_path, 6)  # as if it had been killed before the older one was deleted
+    assert put_aside(tmp_path, 2, ALONE) == [".abandoned-step-00000004", ".abandoned-step-00000006"]
+    assert not (tmp_path / "checkpoints" / ".abandoned-step-00000006" / "first").exists()
+    assert put_aside(tmp_path, 2, ALONE) == []
+
+
+def test_a_rewind_that_cannot_put_aside_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_checkpoint(tmp_path, 4)
+    monkeypatch.setattr(os, "rename", lambda old, new: full(tmp_path))
+    with pytest.raises(InputError, match="cannot be put aside: No space left on device; move the checkpoints after step 2 away by hand"):
+        put_aside(tmp_path, 2, ALONE)
+
+
 def test_removal_never_takes_the_one_just_saved(tmp_path: Path) -> None:
-    """After a rewind there are later steps, left behind."""
+    """There are later steps, which were damaged and passed over."""
     for step in (2, 4, 6, 8, 10):
         make_checkpoint(tmp_path, step)
     remove_old(tmp_path, 6, keep_last=1, keep_every=None)
