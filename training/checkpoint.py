@@ -272,15 +272,24 @@ def newest_whole(run: Path, ranks: Ranks, at_most: int | None = None) -> Found |
         at_most: none of a later step.
 
     Raises:
-        InputError: on every rank alike: there are checkpoints, and none is whole. Beginning again is for a person to decide.
+        InputError: on every rank alike: there are checkpoints, and none is whole, so that beginning again is for a person to decide; or
+            the disk refuses.
     """
+    names, problem = [], None
     if ranks.is_first:
-        clean_up(run)
-    names = [[folder.name for folder in checkpoints(run)]]
+        try:
+            clean_up(run)
+            names = [folder.name for folder in checkpoints(run)]
+        except OSError as error:
+            problem = f"{error.filename or run / 'checkpoints'}: what a launch left half-done cannot be mended: {error.strerror}"
+    found = [(names, problem)]
     if ranks.world_size > 1:  # a shared folder may look older from another host
-        dist.broadcast_object_list(names, src=0)
+        dist.broadcast_object_list(found, src=0)
+    names, problem = found[0]
+    if problem is not None:
+        raise InputError(problem)
     problems = []
-    for folder in (run / "checkpoints" / name for name in reversed(names[0])):
+    for folder in (run / "checkpoints" / name for name in reversed(names)):
         if at_most is not None and int(folder.name.removeprefix("step-")) > at_most:
             continue
         manifest, problem = None, None
