@@ -26,7 +26,7 @@ from analysis.files import read_manifest as read_manifest_file
 from model.errors import InputError
 from model.pretrained import PretrainedDecoder
 from training import faults
-from training.distributed import Ranks, first_problem, raise_together
+from training.distributed import Ranks, TrainingStoppedError, first_problem, raise_together
 from training.engine import Engine
 from training.recipe import CheckpointSection
 from training.run_folder import sync, write_json
@@ -104,25 +104,35 @@ def write(contents: Contents, ranks: Ranks, keep: CheckpointSection, group: Any 
             one that nothing else uses.
 
     Raises:
-        InputError: on every rank alike: the disk refused. Nothing half-written is left, and earlier checkpoints are untouched.
+        InputError: on every rank alike: the disk refused.
+        TrainingStoppedError: another rank met a fault of ours, which is raised there as it is.
+
+    Whatever is raised, nothing half-written is left, and earlier checkpoints are untouched.
     """
     writing, step = contents.writing, contents.manifest["step"]
     place, digests = writing.with_name(writing.name.removeprefix(_UNFINISHED)), {}
 
-    def agree(share: tuple[str | None, dict[str, Any]]) -> list[tuple[str | None, dict[str, Any]]]:
-        """The problem and digests of every rank; ends here if any has a problem."""
+    def agree(digests: dict[str, Any], error: Exception | None) -> list[dict[str, Any]]:
+        """The digests of every rank; ends here, on all of them, if any has an error."""
+        refusal = _what_the_disk_says(error) if error is not None else None
+        fault = f"rank {ranks.rank}: {type(error).__name__}: {error}" if error is not None and refusal is None else None
+        share = (digests, refusal, fault)
         shares = [share]
         if ranks.world_size > 1:
             shares = [share] * ranks.world_size
             dist.all_gather_object(shares, share, group=group)
-        problem = next((problem for problem, _ in shares if problem), None)
-        if problem is not None:
-            if ranks.is_first:
-                shutil.rmtree(writing, ignore_errors=True)
-            raise InputError(_with_advice(f"{place.parent}: a checkpoint could not be written: {problem}", writing))
-        return shares
+        refusals, faults_of_ours = [r for _, r, _ in shares if r], [f for _, _, f in shares if f]
+        if not refusals and not faults_of_ours:
+            return [digests for digests, _, _ in shares]
+        if ranks.is_first:
+            shutil.rmtree(writing, ignore_errors=True)
+        if error is not None and fault is not None:
+            raise error
+        if refusals:
+            raise InputError(_with_advice(f"{place.parent}: a checkpoint could not be written: {refusals[0]}", writing))
+        raise TrainingStoppedError(f"{place.parent}: the checkpoint of step {step} could not be written: {faults_of_ours[0]}")
 
-    problem = None
+    error = None
     try:
         faults.at_save("saving", step, ranks.rank, writing)
         for path, content in contents.files.items():
@@ -133,31 +143,35 @@ def write(contents: Contents, ranks: Ranks, keep: CheckpointSection, group: Any 
                 write_json(writing / name, content)
                 digests[name] = _digest(writing / name)
         faults.at_save("written", step, ranks.rank, writing)
-    except (OSError, RuntimeError) as error:
-        problem = _what_the_disk_says(error)
-    shares = agree((problem, digests))
+    except Exception as caught:  # whatever it is, the other ranks wait to hear of it
+        error = caught
+    shares = agree(digests, error)
     if ranks.is_first:
         try:
-            files = {name: digest for _, part in shares for name, digest in sorted(part.items())}
+            files = {name: digest for part in shares for name, digest in sorted(part.items())}
             write_json(writing / "manifest.json", {**contents.manifest, "files": files})
             read_manifest(writing)  # every file is there
             sync(writing)
             faults.at_save("renaming", step, ranks.rank, writing)
             _put_in_place(writing, place)
             remove_old(place.parent.parent, step, keep.keep_last, keep.keep_every)
-        except (OSError, InputError) as error:
-            problem = _what_the_disk_says(error) if isinstance(error, OSError) else str(error)
-    agree((problem, {}))
+        except Exception as caught:
+            error = caught
+    agree({}, error)
     return place
 
 
-def _what_the_disk_says(error: OSError | RuntimeError) -> str:
-    """Why a file could not be written; an error that is not the disk's is raised again."""
+def _what_the_disk_says(error: Exception) -> str | None:
+    """Why a file could not be written, or was not there when it was looked for; None: the error is not the disk's."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    if not any(words in str(error) for words in ("PytorchStreamWriter", "inline_container", "Parent directory")):
-        raise error
-    return str(error).splitlines()[0].rstrip(".")
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("PytorchStreamWriter", "inline_container", "Parent directory")
+    ):
+        return str(error).splitlines()[0].rstrip(".")
+    return None
 
 
 def _put_in_place(writing: Path, place: Path) -> None:
