@@ -154,10 +154,11 @@ def write(contents: Contents, ranks: Ranks, keep: CheckpointSection, group: Any 
             sync(writing)
             faults.at_save("renaming", step, ranks.rank, writing)
             _put_in_place(writing, place)
-            remove_old(place.parent.parent, step, keep.keep_last, keep.keep_every)
         except Exception as caught:
             error = caught
     agree({}, error)
+    if ranks.is_first:
+        remove_old(place.parent.parent, step, keep.keep_last, keep.keep_every)
     return place
 
 

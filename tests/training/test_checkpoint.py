@@ -230,6 +230,29 @@ def test_what_is_removed_is_out_of_sight_first(tmp_path: Path, monkeypatch: pyte
     assert removed == [".writing-step-00000002"] and [p.name for p in checkpoints(tmp_path)] == ["step-00000004"]
 
 
+def test_an_old_one_that_cannot_be_removed_is_named_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The new one is whole. What is left of the old one is out of sight, and the next launch and the next save go on with it there."""
+    make_checkpoint(tmp_path, 3)
+    removal = shutil.rmtree
+
+    def keep(path: Path, **options: object) -> None:
+        if path.name.endswith("3"):
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path / "shard.pt"))
+        removal(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", keep)
+    warning = "shard.pt: cannot be deleted: Device or resource busy"
+    for step in (6, 9):
+        assert write(unwritten(tmp_path, step), ALONE, CheckpointSection(keep_last=1)).name == f"step-{step:08d}"
+        assert newest_step(tmp_path) == step
+        assert warning in capsys.readouterr().err
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000009"]
+    monkeypatch.undo()
+    assert newest_step(tmp_path) == 9 and not list((tmp_path / "checkpoints").glob(".*"))
+
+
 def test_random_state_travels_through_a_file(tmp_path: Path) -> None:
     torch.save(_random_state(), tmp_path / "random_state_rank_00000.pt")
     expected = (torch.rand(5), random.random())
