@@ -26,7 +26,7 @@ from analysis.files import read_manifest as read_manifest_file
 from model.errors import InputError
 from model.pretrained import PretrainedDecoder
 from training import faults
-from training.distributed import Ranks, TrainingStoppedError, first_problem, raise_together
+from training.distributed import Ranks, TrainingStoppedError, first_problem, heard_by_all, raise_together
 from training.engine import Engine
 from training.recipe import CheckpointSection
 from training.run_folder import sync, write_json
@@ -368,15 +368,9 @@ def load(engine: Engine, found: Found) -> None:
         InputError: on every rank alike: it is of another model or optimizer, or its files contradict one another.
     """
     folder, manifest = found
-    problem = None
-    try:
-        engine.load(folder, manifest["step"], manifest["skipped_steps"], with_moments=manifest["optimizer_steps"] > 0)
+    engine.load(folder, manifest["step"], manifest["skipped_steps"], with_moments=manifest["optimizer_steps"] > 0)
+    with heard_by_all(folder):
         _restore_random_state(folder, manifest, engine.ranks)
-    except InputError as error:
-        problem = str(error)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        problem = f"{folder}: damaged: {type(error).__name__}: {error}"
-    raise_together(problem)
 
 
 def remove_old(run: Path, saved: int, keep_last: int | None, keep_every: int | None) -> None:

@@ -49,7 +49,7 @@ from model.pretrained import PretrainedDecoder, PretrainedModel, pretrained_weig
 from model.pretrained import load as load_pretrained
 from model.transformer import Transformer
 from training.data import Batch
-from training.distributed import Ranks, largest_over_ranks, raise_together
+from training.distributed import Ranks, heard_by_all, largest_over_ranks, raise_together
 from training.network import make_network, mend_rotary
 from training.optimizers import JointOptimizer, make_optimizer
 from training.plan import count_parameters, recomputed_blocks
@@ -506,23 +506,25 @@ class Engine:
             with_moments: False for a checkpoint made before the first update.
 
         Raises:
-            InputError: not a checkpoint of this model and optimizer.
+            InputError: on every rank alike: not a checkpoint of this model and optimizer, or it cannot be read.
         """
         zero = self.recipe.deepspeed.get("zero_optimization", {})
         if any((zero.get(key) or {}).get("device") == "nvme" for key in ("offload_optimizer", "offload_param")):
             raise InputError(f"{folder}: a run whose state is offloaded to nvme cannot go on from a checkpoint; use device: cpu")
-        checkpoint = open_checkpoint(folder)
-        if self.recipe.optimizer.kind == "adamw":
-            self.masters.load(checkpoint, with_moments)
-        else:
-            self._load_whole(checkpoint)
+        with heard_by_all(folder):
+            checkpoint = open_checkpoint(folder)
+            if self.recipe.optimizer.kind == "adamw":
+                self.masters.read(checkpoint, with_moments)
+            else:
+                self._read_whole(checkpoint)
+        self.masters.push()
         self._load_untrained(checkpoint)
         self.deepspeed.global_steps, self.deepspeed.skipped_steps = step, skipped_steps
         self.deepspeed.global_samples = step * self.deepspeed.train_batch_size()
 
-    def _load_whole(self, checkpoint: Checkpoint) -> None:
+    def _read_whole(self, checkpoint: Checkpoint) -> None:
         """Weights and optimizer state at stage 0, where one file has both whole."""
-        self.masters.load(checkpoint, with_moments=False)
+        self.masters.read(checkpoint, with_moments=False)
         file, settings = checkpoint.path / "mp_rank_00_model_states.pt", [dict(group) for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(load_file(file)["optimizer"])
@@ -536,7 +538,7 @@ class Engine:
     def _load_untrained(self, checkpoint: Checkpoint) -> None:
         for name, _, parameter in owned_parameters(self.model):
             if not parameter.requires_grad:
-                with self._gather(parameter):
+                with self._gather(parameter), heard_by_all(checkpoint.path):
                     if parameter.numel():  # at ZeRO stage 3 whole on every rank within; the first rank's is kept
                         parameter.copy_(checkpoint.tensor(name))
 
