@@ -45,7 +45,7 @@ from model.config import ModelConfig
 from model.errors import InputError
 from model.linear_cross_entropy import FrozenHead
 from model.parametrization import initialize, owned_parameters
-from model.pretrained import PretrainedDecoder, PretrainedModel, pretrained_weights
+from model.pretrained import PretrainedDecoder, PretrainedModel, check_weights, pretrained_weights
 from model.pretrained import load as load_pretrained
 from model.transformer import Transformer
 from training.data import Batch
@@ -231,9 +231,9 @@ class Engine:
             model = make_network(model_config, recipe.context_pruning, recipe.run.seed, self._gather)
         if isinstance(model, PretrainedDecoder):
             mend_rotary(model)
-            weights = pretrained_weights(model.config.source) if self.stage < 3 or ranks.is_first else None
+            weights = self._pretrained_weights(model)
             _check_start(recipe, weights)
-            load_pretrained(model, weights, self._gather, recipe.run.seed)
+            load_pretrained(model, weights, self._gather, recipe.run.seed, self._share)
         else:
             initialize(model, recipe.run.seed, gather=self._gather)
         blocks = recomputed_blocks(recipe, model_config, ranks.world_size, accumulation, device.type)
@@ -260,6 +260,25 @@ class Engine:
     def _gather(self, parameter: torch.nn.Parameter) -> AbstractContextManager:
         """A context in which a ZeRO-3 parameter is whole; what rank 0 writes there is kept."""
         return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if self.stage == 3 else nullcontext()
+
+    def _pretrained_weights(self, decoder: PretrainedDecoder) -> dict[str, torch.Tensor] | None:
+        """What to fill the decoder with; at stage 3 on the first rank alone. Raises InputError on every rank, before any gathering."""
+        weights, problem = None, None
+        if self.stage < 3 or self.ranks.is_first:
+            try:
+                weights = pretrained_weights(decoder.config.source)
+                check_weights(decoder, weights)
+            except (InputError, OSError) as error:
+                problem = str(error)
+        raise_together(problem)
+        return weights
+
+    def _share(self, buffers: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+        """Those of the first rank, where at stage 3 the others have none."""
+        held = [buffers]
+        if self.stage == 3 and self.ranks.world_size > 1:
+            torch.distributed.broadcast_object_list(held, src=0)
+        return held[0] or {}
 
     def accumulate(self, batch: Batch, scale: float, frozen: FrozenHead | None = None) -> torch.Tensor:
         """Forward and backward of one micro-batch; gradients of `scale` x summed loss add up until `step`.
