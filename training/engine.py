@@ -333,6 +333,12 @@ class Engine:
             del base.step
         return StepResult(self.deepspeed.get_global_grad_norm(), applied=False)
 
+    def leave_out(self, norm: float) -> StepResult:
+        """Count a step that makes no update and for which nothing was accumulated; `norm`: of its gradient."""
+        self.deepspeed.global_steps += 1
+        self.deepspeed.global_samples += self.deepspeed.train_batch_size()
+        return StepResult(norm, applied=False)
+
     def _step_with_a_copy(self, gradient: Vector) -> None:
         step = self._base.step
 
