@@ -19,7 +19,7 @@ from scripts.recipe_schema import SCHEMA_PATH, schema_text
 from tests.training.tiny_pretrained import save_tiny_llama
 from training.plan import plan
 from training.recipe import model_config
-from training.recipe_file import load_recipe
+from training.recipe_file import MAY_CHANGE_ON_RESUME, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -197,6 +197,12 @@ def test_right_imports_are_left_alone(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     assert violations(tmp_path) == []
+
+
+def test_the_page_lists_what_may_change_on_resume() -> None:
+    listed = re.search(r"What may change: (.*?)\.\n", (ROOT / "docs" / "run_folder.md").read_text(), flags=re.DOTALL)
+    assert listed is not None
+    assert sorted(re.findall(r"`([\w.]+)`", listed[1])) == sorted(key.removesuffix(".") for key in MAY_CHANGE_ON_RESUME)
 
 
 def test_every_declared_package_has_a_pin() -> None:
