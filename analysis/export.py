@@ -142,7 +142,7 @@ def _folder(run: Run, checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, 
     for name, part in zip(names, parts, strict=True):
         write_safetensors(folder / name, checkpoint, part, dtype, prefix)
     if len(parts) > 1:
-        sizes = sum((folder / name).stat().st_size for name in names)
+        sizes = sum(_bytes(checkpoint, name, dtype) for part in parts for name in part)
         index = {
             "metadata": {"total_size": sizes},
             "weight_map": {prefix + tensor: name for name, part in zip(names, parts, strict=True) for tensor in part},
@@ -173,12 +173,16 @@ def _shape(checkpoint: Checkpoint, name: str) -> torch.Size:
     return checkpoint.buffers[name].shape if name in checkpoint.buffers else checkpoint.shapes[name]
 
 
+def _bytes(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> int:
+    return _shape(checkpoint, name).numel() * _written_dtype(checkpoint, name, dtype).itemsize
+
+
 def _shards(names: Sequence[str], checkpoint: Checkpoint, dtype: torch.dtype, gigabytes: float) -> list[list[str]]:
     """Names in order, cut so that each part stays below the size where a single tensor does not exceed it."""
     parts: list[list[str]] = [[]]
     filled = 0
     for name in names:
-        size = _shape(checkpoint, name).numel() * _written_dtype(checkpoint, name, dtype).itemsize
+        size = _bytes(checkpoint, name, dtype)
         if parts[-1] and filled + size > gigabytes * 1e9:
             parts.append([])
             filled = 0

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from model.hub import locate, one_line, open_decoder
 from model.linear_cross_entropy import IGNORED_TARGET
 
 Gather = Callable[[nn.Parameter], AbstractContextManager]
+Share = Callable[[dict[str, Tensor] | None], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -302,9 +303,24 @@ def pretrained_weights(source: str) -> dict[str, Tensor]:
     return weights_of(model)
 
 
+def check_weights(decoder: PretrainedDecoder, weights: dict[str, Tensor]) -> None:
+    """Raises InputError where what `load` takes from the weights is not among them, or has another shape."""
+    for name, tensor in (*decoder.model.named_parameters(), *_saved_buffers(decoder).items()):
+        if ".context_pruning." in name or ".lora_" in name:
+            continue
+        shape = tuple(getattr(tensor, "ds_shape", tensor.shape))  # at ZeRO stage 3 a parameter itself is flat
+        found = weights.get(_name_there(name))
+        if found is None or tuple(found.shape) != shape:
+            raise InputError(f"{decoder.config.source}: {name} is {shape}, found {None if found is None else tuple(found.shape)}")
+
+
 @torch.no_grad()
 def load(
-    decoder: PretrainedDecoder, weights: dict[str, Tensor] | None, gather: Gather = lambda parameter: nullcontext(), seed: int = 0
+    decoder: PretrainedDecoder,
+    weights: dict[str, Tensor] | None,
+    gather: Gather = lambda parameter: nullcontext(),
+    seed: int = 0,
+    share: Share = lambda buffers: buffers or {},
 ) -> None:
     """Fill the decoder's parameters, but those that decide about the context, and the buffers that are saved with them.
 
@@ -314,10 +330,13 @@ def load(
     Args:
         weights: from `pretrained_weights`; None on ranks whose copy is not taken, under ZeRO-3 all but the first.
         gather: wraps a parameter while it is written, so that a sharded one is whole inside.
+        share: returns the buffers among the weights, where `weights` is None those of the first.
 
     Raises:
-        InputError: a parameter that the file has not, or has in another shape.
+        InputError: as `check_weights`. Where other ranks have no weights, these are to hear of it before: they would wait in `gather`.
     """
+    if weights is not None:
+        check_weights(decoder, weights)
     for name, parameter in decoder.model.named_parameters():
         if ".context_pruning." in name:
             continue
@@ -331,20 +350,19 @@ def load(
                 bound = 1 / math.sqrt(parameter.shape[1])
                 parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
                 continue
-            if weights is None:
-                continue
-            _fill(decoder, name, parameter, weights)
-    if buffers := {name: tensor for name, tensor in weights_of(decoder.model).items() if not isinstance(tensor, nn.Parameter)}:
-        if torch.distributed.is_initialized():  # no `gather` brings these to the ranks without weights
-            held = [None if weights is None else {name: weights[name] for name in buffers if name in weights}]
-            torch.distributed.broadcast_object_list(held, src=0)
-            weights = held[0]
+            if weights is not None:
+                parameter.copy_(weights[_name_there(name)])
+    if buffers := _saved_buffers(decoder):
+        # no `gather` brings these to the ranks without weights
+        shared = share(None if weights is None else {_name_there(name): weights[_name_there(name)] for name in buffers})
         for name, buffer in buffers.items():
-            _fill(decoder, name, buffer, cast(dict[str, Tensor], weights))
+            buffer.copy_(shared[_name_there(name)])
 
 
-def _fill(decoder: PretrainedDecoder, name: str, tensor: Tensor, weights: dict[str, Tensor]) -> None:
-    found = weights.get(name.replace(".base_layer.", "."))
-    if found is None or found.shape != tensor.shape:
-        raise InputError(f"{decoder.config.source}: {name} is {tuple(tensor.shape)}, found {None if found is None else tuple(found.shape)}")
-    tensor.copy_(found)
+def _saved_buffers(decoder: PretrainedDecoder) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in weights_of(decoder.model).items() if not isinstance(tensor, nn.Parameter)}
+
+
+def _name_there(name: str) -> str:
+    """A tensor's name in the pretrained model, which has no adapters."""
+    return name.replace(".base_layer.", ".")

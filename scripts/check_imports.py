@@ -6,7 +6,8 @@ One arrow crosses: training reads checkpoints with the reader of analysis (analy
 takes apart what other ranks wrote. Nothing else of analysis is open to it, and analysis never imports training.
 
 Each room may import itself and the rooms, or modules, listed in `ALLOWED`; nothing imports scripts, and only tests import tests. The
-outside libraries in `FORBIDDEN` stay out of the rooms that must work without them. Imports inside functions count too.
+outside libraries in `FORBIDDEN`, and the parts of them in `FORBIDDEN_PARTS`, stay out of the rooms that must work without them. Imports
+inside functions count too.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ FORBIDDEN: dict[str, set[str]] = {
     "training": {"matplotlib"},
     "analysis": {"deepspeed"},
 }
+# room -> parts of libraries that it must not name, imported or not
+FORBIDDEN_PARTS: dict[str, set[str]] = {"model": {"torch.distributed"}}
 
 
 def imported_modules(tree: ast.Module, package: str) -> Iterator[tuple[int, str]]:
@@ -52,6 +55,21 @@ def imported_modules(tree: ast.Module, package: str) -> Iterator[tuple[int, str]
                     yield node.lineno, ".".join([*base, alias.name])
 
 
+def named_parts(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, LIBRARY.PART) of every part of a library that is imported, or reached from its name, as `torch.distributed` is."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            names = [f"{node.value.id}.{node.attr}"]
+        else:
+            continue
+        for name in names:
+            yield node.lineno, ".".join(name.split(".")[:2])
+
+
 def violations(root: Path) -> list[str]:
     """Every forbidden import below `root`, as `file:line: what is wrong`, in file order."""
     found = []
@@ -66,6 +84,9 @@ def violations(root: Path) -> list[str]:
                     found.append(f"{relative}:{line}: {room} must not import {name}")
                 elif target in FORBIDDEN.get(room, set()):
                     found.append(f"{relative}:{line}: {room} must not need {target}")
+            for line, part in sorted(set(named_parts(tree))):
+                if part in FORBIDDEN_PARTS.get(room, set()):
+                    found.append(f"{relative}:{line}: {room} must not need {part}")
     return found
 
 

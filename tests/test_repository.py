@@ -19,7 +19,7 @@ from scripts.recipe_schema import SCHEMA_PATH, schema_text
 from tests.training.tiny_pretrained import save_tiny_llama
 from training.plan import plan
 from training.recipe import model_config
-from training.recipe_file import load_recipe
+from training.recipe_file import MAY_CHANGE_ON_RESUME, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -174,6 +174,10 @@ def test_imports_point_one_way() -> None:
         ("train.py", "import analysis\n", "train.py:1: train must not import analysis"),
         ("scripts/x.py", "from tests.conftest import y\n", "scripts/x.py:1: scripts must not import tests.conftest"),
         ("model/x.py", "import sentencepiece\n", "model/x.py:1: model must not need sentencepiece"),
+        ("model/x.py", "import torch\n\ntorch.distributed.barrier()\n", "model/x.py:3: model must not need torch.distributed"),
+        ("model/x.py", "from torch import distributed as d\n", "model/x.py:1: model must not need torch.distributed"),
+        ("model/x.py", "import torch.distributed.nn as d\n", "model/x.py:1: model must not need torch.distributed"),
+        ("model/x.py", "from torch.distributed import nn\n", "model/x.py:1: model must not need torch.distributed"),
     ],
 )
 def test_a_wrong_import_is_caught(tmp_path: Path, file: str, text: str, expected: str) -> None:
@@ -185,7 +189,7 @@ def test_a_wrong_import_is_caught(tmp_path: Path, file: str, text: str, expected
 
 def test_right_imports_are_left_alone(tmp_path: Path) -> None:
     for file, text in {
-        "training/loop.py": "from model import config\nfrom . import data\nimport deepspeed\nimport modeling\n",
+        "training/loop.py": "from model import config\nfrom . import data\nimport deepspeed\nimport modeling\nimport torch.distributed\n",
         "analysis/report.py": "import model.config\nimport torch\n",
         "scripts/all.py": "import training, analysis, model, train\n",
     }.items():
@@ -193,6 +197,12 @@ def test_right_imports_are_left_alone(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     assert violations(tmp_path) == []
+
+
+def test_the_page_lists_what_may_change_on_resume() -> None:
+    listed = re.search(r"What may change: (.*?)\.\n", (ROOT / "docs" / "run_folder.md").read_text(), flags=re.DOTALL)
+    assert listed is not None
+    assert sorted(re.findall(r"`([\w.]+)`", listed[1])) == sorted(key.removesuffix(".") for key in MAY_CHANGE_ON_RESUME)
 
 
 def test_every_declared_package_has_a_pin() -> None:

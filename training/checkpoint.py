@@ -26,13 +26,14 @@ from analysis.files import read_manifest as read_manifest_file
 from model.errors import InputError
 from model.pretrained import PretrainedDecoder
 from training import faults
-from training.distributed import Ranks, first_problem, raise_together
+from training.distributed import Ranks, TrainingStoppedError, first_problem, heard_by_all, raise_together
 from training.engine import Engine
 from training.recipe import CheckpointSection
 from training.run_folder import sync, write_json
 
 _UNFINISHED = ".writing-"
 _REPLACED = ".replaced-"
+_ABANDONED = ".abandoned-"
 
 
 class Found(NamedTuple):
@@ -103,25 +104,35 @@ def write(contents: Contents, ranks: Ranks, keep: CheckpointSection, group: Any 
             one that nothing else uses.
 
     Raises:
-        InputError: on every rank alike: the disk refused. Nothing half-written is left, and earlier checkpoints are untouched.
+        InputError: on every rank alike: the disk refused.
+        TrainingStoppedError: another rank met a fault of ours, which is raised there as it is.
+
+    Whatever is raised, nothing half-written is left, and earlier checkpoints are untouched.
     """
     writing, step = contents.writing, contents.manifest["step"]
     place, digests = writing.with_name(writing.name.removeprefix(_UNFINISHED)), {}
 
-    def agree(share: tuple[str | None, dict[str, Any]]) -> list[tuple[str | None, dict[str, Any]]]:
-        """The problem and digests of every rank; ends here if any has a problem."""
+    def agree(digests: dict[str, Any], error: Exception | None) -> list[dict[str, Any]]:
+        """The digests of every rank; ends here, on all of them, if any has an error."""
+        refusal = _what_the_disk_says(error) if error is not None else None
+        fault = f"rank {ranks.rank}: {type(error).__name__}: {error}" if error is not None and refusal is None else None
+        share = (digests, refusal, fault)
         shares = [share]
         if ranks.world_size > 1:
             shares = [share] * ranks.world_size
             dist.all_gather_object(shares, share, group=group)
-        problem = next((problem for problem, _ in shares if problem), None)
-        if problem is not None:
-            if ranks.is_first:
-                shutil.rmtree(writing, ignore_errors=True)
-            raise InputError(_with_advice(f"{place.parent}: a checkpoint could not be written: {problem}", writing))
-        return shares
+        refusals, faults_of_ours = [r for _, r, _ in shares if r], [f for _, _, f in shares if f]
+        if not refusals and not faults_of_ours:
+            return [digests for digests, _, _ in shares]
+        if ranks.is_first:
+            shutil.rmtree(writing, ignore_errors=True)
+        if error is not None and fault is not None:
+            raise error
+        if refusals:
+            raise InputError(_with_advice(f"{place.parent}: a checkpoint could not be written: {refusals[0]}", writing))
+        raise TrainingStoppedError(f"{place.parent}: the checkpoint of step {step} could not be written: {faults_of_ours[0]}")
 
-    problem = None
+    error = None
     try:
         faults.at_save("saving", step, ranks.rank, writing)
         for path, content in contents.files.items():
@@ -132,31 +143,36 @@ def write(contents: Contents, ranks: Ranks, keep: CheckpointSection, group: Any 
                 write_json(writing / name, content)
                 digests[name] = _digest(writing / name)
         faults.at_save("written", step, ranks.rank, writing)
-    except (OSError, RuntimeError) as error:
-        problem = _what_the_disk_says(error)
-    shares = agree((problem, digests))
+    except Exception as caught:  # whatever it is, the other ranks wait to hear of it
+        error = caught
+    shares = agree(digests, error)
     if ranks.is_first:
         try:
-            files = {name: digest for _, part in shares for name, digest in sorted(part.items())}
+            files = {name: digest for part in shares for name, digest in sorted(part.items())}
             write_json(writing / "manifest.json", {**contents.manifest, "files": files})
             read_manifest(writing)  # every file is there
             sync(writing)
             faults.at_save("renaming", step, ranks.rank, writing)
             _put_in_place(writing, place)
-            remove_old(place.parent.parent, step, keep.keep_last, keep.keep_every)
-        except (OSError, InputError) as error:
-            problem = _what_the_disk_says(error) if isinstance(error, OSError) else str(error)
-    agree((problem, {}))
+        except Exception as caught:
+            error = caught
+    agree({}, error)
+    if ranks.is_first:
+        remove_old(place.parent.parent, step, keep.keep_last, keep.keep_every)
     return place
 
 
-def _what_the_disk_says(error: OSError | RuntimeError) -> str:
-    """Why a file could not be written; an error that is not the disk's is raised again."""
+def _what_the_disk_says(error: Exception) -> str | None:
+    """Why a file could not be written, or was not there when it was looked for; None: the error is not the disk's."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    if not any(words in str(error) for words in ("PytorchStreamWriter", "inline_container", "Parent directory")):
-        raise error
-    return str(error).splitlines()[0].rstrip(".")
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("PytorchStreamWriter", "inline_container", "Parent directory")
+    ):
+        return str(error).splitlines()[0].rstrip(".")
+    return None
 
 
 def _put_in_place(writing: Path, place: Path) -> None:
@@ -166,7 +182,45 @@ def _put_in_place(writing: Path, place: Path) -> None:
         os.rename(place, replaced)
     os.rename(writing, place)
     sync(place.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    for old in (replaced, place.with_name(f"{_ABANDONED}{place.name}")):
+        if old.exists():
+            _delete(old)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder that is not needed, out of sight at once, whole or not. What the disk keeps is named: the run goes on without it."""
+    hidden = folder if folder.name.startswith(".") else folder.with_name(f"{_UNFINISHED}{folder.name}")
+    try:
+        os.rename(folder, hidden)
+        shutil.rmtree(hidden)
+    except OSError as error:
+        print(f"warning: {error.filename or folder}: cannot be deleted: {error.strerror}", file=sys.stderr, flush=True)
+
+
+def put_aside(run: Path, step: int, ranks: Ranks) -> list[str]:
+    """Take checkpoints later than `step` out of sight: the run goes another way from there, and the next launch must not go on from them.
+
+    Each keeps a hidden name until the run saves its step again. Every rank calls it; returns the hidden names, on the first rank.
+
+    Raises:
+        InputError: on every rank alike: the disk refuses.
+    """
+    hidden, problem, folder = [], None, run / "checkpoints"
+    if ranks.is_first:
+        try:
+            for later in checkpoints(run):
+                if int(later.name.removeprefix("step-")) > step:
+                    aside = folder / f"{_ABANDONED}{later.name}"
+                    if aside.exists():  # of an earlier rewind
+                        _delete(aside)
+                    os.rename(later, aside)
+                    hidden.append(aside.name)
+            sync(folder)
+        except OSError as error:
+            where = error.filename or folder
+            problem = f"{where}: cannot be put aside: {error.strerror}; move the checkpoints after step {step} away by hand"
+    raise_together(problem)
+    return hidden
 
 
 def clean_up(run: Path) -> None:
@@ -177,7 +231,7 @@ def clean_up(run: Path) -> None:
         if not place.exists():  # killed between the two renames
             os.rename(replaced, place)
     for leftover in [*folder.glob(f"{_UNFINISHED}*"), *folder.glob(f"{_REPLACED}*")]:
-        shutil.rmtree(leftover)
+        _delete(leftover)
 
 
 def _with_advice(problem: str, writing: Path) -> str:
@@ -233,15 +287,24 @@ def newest_whole(run: Path, ranks: Ranks, at_most: int | None = None) -> Found |
         at_most: none of a later step.
 
     Raises:
-        InputError: on every rank alike: there are checkpoints, and none is whole. Beginning again is for a person to decide.
+        InputError: on every rank alike: there are checkpoints, and none is whole, so that beginning again is for a person to decide; or
+            the disk refuses.
     """
+    names, problem = [], None
     if ranks.is_first:
-        clean_up(run)
-    names = [[folder.name for folder in checkpoints(run)]]
+        try:
+            clean_up(run)
+            names = [folder.name for folder in checkpoints(run)]
+        except OSError as error:
+            problem = f"{error.filename or run / 'checkpoints'}: what a launch left half-done cannot be mended: {error.strerror}"
+    found = [(names, problem)]
     if ranks.world_size > 1:  # a shared folder may look older from another host
-        dist.broadcast_object_list(names, src=0)
+        dist.broadcast_object_list(found, src=0)
+    names, problem = found[0]
+    if problem is not None:
+        raise InputError(problem)
     problems = []
-    for folder in (run / "checkpoints" / name for name in reversed(names[0])):
+    for folder in (run / "checkpoints" / name for name in reversed(names)):
         if at_most is not None and int(folder.name.removeprefix("step-")) > at_most:
             continue
         manifest, problem = None, None
@@ -305,22 +368,16 @@ def load(engine: Engine, found: Found) -> None:
         InputError: on every rank alike: it is of another model or optimizer, or its files contradict one another.
     """
     folder, manifest = found
-    problem = None
-    try:
-        engine.load(folder, manifest["step"], manifest["skipped_steps"], with_moments=manifest["optimizer_steps"] > 0)
+    engine.load(folder, manifest["step"], manifest["skipped_steps"], with_moments=manifest["optimizer_steps"] > 0)
+    with heard_by_all(folder):
         _restore_random_state(folder, manifest, engine.ranks)
-    except InputError as error:
-        problem = str(error)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        problem = f"{folder}: damaged: {type(error).__name__}: {error}"
-    raise_together(problem)
 
 
 def remove_old(run: Path, saved: int, keep_last: int | None, keep_every: int | None) -> None:
     """Delete checkpoints beyond the last `keep_last`, but for step 0 and those whose step divides by `keep_every`.
 
-    To be called by the first rank when step `saved` is in its place, which has been read back and is never deleted. Later steps, which
-    a run that went back left behind, do not count and stay until it comes to them again.
+    To be called by the first rank when step `saved` is in its place, which has been read back and is never deleted. Later steps,
+    which were damaged and passed over, do not count and stay until the run comes to them again.
     """
     if keep_last is None:
         return
@@ -328,9 +385,7 @@ def remove_old(run: Path, saved: int, keep_last: int | None, keep_every: int | N
     for step in [step for step in steps if step <= saved][:-keep_last]:
         folder = run / "checkpoints" / f"step-{step:08d}"
         if step > 0 and not (keep_every and step % keep_every == 0):
-            hidden = folder.with_name(f"{_UNFINISHED}{folder.name}")  # gone from sight at once, whole or not
-            os.rename(folder, hidden)
-            shutil.rmtree(hidden)
+            _delete(folder)
 
 
 def _random_state() -> dict[str, Any]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -124,6 +125,22 @@ def raise_together(problem: str | None) -> None:
     """Raise the same `InputError` on every rank if any rank has a problem, so that none is left waiting for the others."""
     if found := _problems(problem):
         raise InputError("\n".join(found))
+
+
+@contextmanager
+def heard_by_all(folder: Path) -> Iterator[None]:
+    """What is read of a checkpoint within. A rank that cannot read its part has every rank raise the same `InputError` at the end of it,
+    so that none goes on into a collective and waits there. Every rank enters; no collective may stand within."""
+    problem = None
+    try:
+        yield
+    except InputError as error:
+        problem = str(error)
+    except OSError as error:
+        problem = f"{error.filename or folder}: cannot be read: {error.strerror or error}"
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        problem = f"{folder}: damaged: {type(error).__name__}: {error}"
+    raise_together(problem)
 
 
 def _problems(problem: str | None) -> list[str]:

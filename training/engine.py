@@ -45,11 +45,11 @@ from model.config import ModelConfig
 from model.errors import InputError
 from model.linear_cross_entropy import FrozenHead
 from model.parametrization import initialize, owned_parameters
-from model.pretrained import PretrainedDecoder, PretrainedModel, pretrained_weights
+from model.pretrained import PretrainedDecoder, PretrainedModel, check_weights, pretrained_weights
 from model.pretrained import load as load_pretrained
 from model.transformer import Transformer
 from training.data import Batch
-from training.distributed import Ranks, raise_together
+from training.distributed import Ranks, heard_by_all, raise_together
 from training.network import make_network, mend_rotary
 from training.optimizers import JointOptimizer, make_optimizer
 from training.plan import choose_checkpointing, count_parameters, with_memory_budget
@@ -232,9 +232,9 @@ class Engine:
             model = make_network(model_config, recipe.context_pruning, recipe.run.seed, self._gather)
         if isinstance(model, PretrainedDecoder):
             mend_rotary(model)
-            weights = pretrained_weights(model.config.source) if self.stage < 3 or ranks.is_first else None
+            weights = self._pretrained_weights(model)
             _check_start(recipe, weights)
-            load_pretrained(model, weights, self._gather, recipe.run.seed)
+            load_pretrained(model, weights, self._gather, recipe.run.seed, self._share)
         else:
             initialize(model, recipe.run.seed, gather=self._gather)
         model.activation_checkpointing = choose_checkpointing(recipe, model_config, ranks.world_size, accumulation, device.type)
@@ -260,6 +260,25 @@ class Engine:
     def _gather(self, parameter: torch.nn.Parameter) -> AbstractContextManager:
         """A context in which a ZeRO-3 parameter is whole; what rank 0 writes there is kept."""
         return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if self.stage == 3 else nullcontext()
+
+    def _pretrained_weights(self, decoder: PretrainedDecoder) -> dict[str, torch.Tensor] | None:
+        """What to fill the decoder with; at stage 3 on the first rank alone. Raises InputError on every rank, before any gathering."""
+        weights, problem = None, None
+        if self.stage < 3 or self.ranks.is_first:
+            try:
+                weights = pretrained_weights(decoder.config.source)
+                check_weights(decoder, weights)
+            except (InputError, OSError) as error:
+                problem = str(error)
+        raise_together(problem)
+        return weights
+
+    def _share(self, buffers: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+        """Those of the first rank, where at stage 3 the others have none."""
+        held = [buffers]
+        if self.stage == 3 and self.ranks.world_size > 1:
+            torch.distributed.broadcast_object_list(held, src=0)
+        return held[0] or {}
 
     def accumulate(self, batch: Batch, scale: float, frozen: FrozenHead | None = None) -> torch.Tensor:
         """Forward and backward of one micro-batch; gradients of `scale` x summed loss add up until `step`.
@@ -313,6 +332,12 @@ class Engine:
         finally:
             del base.step
         return StepResult(self.deepspeed.get_global_grad_norm(), applied=False)
+
+    def leave_out(self, norm: float) -> StepResult:
+        """Count a step that makes no update and for which nothing was accumulated; `norm`: of its gradient."""
+        self.deepspeed.global_steps += 1
+        self.deepspeed.global_samples += self.deepspeed.train_batch_size()
+        return StepResult(norm, applied=False)
 
     def _step_with_a_copy(self, gradient: Vector) -> None:
         step = self._base.step
@@ -506,23 +531,25 @@ class Engine:
             with_moments: False for a checkpoint made before the first update.
 
         Raises:
-            InputError: not a checkpoint of this model and optimizer.
+            InputError: on every rank alike: not a checkpoint of this model and optimizer, or it cannot be read.
         """
         zero = self.recipe.deepspeed.get("zero_optimization", {})
         if any((zero.get(key) or {}).get("device") == "nvme" for key in ("offload_optimizer", "offload_param")):
             raise InputError(f"{folder}: a run whose state is offloaded to nvme cannot go on from a checkpoint; use device: cpu")
-        checkpoint = open_checkpoint(folder)
-        if self.recipe.optimizer.kind == "adamw":
-            self.masters.load(checkpoint, with_moments)
-        else:
-            self._load_whole(checkpoint)
+        with heard_by_all(folder):
+            checkpoint = open_checkpoint(folder)
+            if self.recipe.optimizer.kind == "adamw":
+                self.masters.read(checkpoint, with_moments)
+            else:
+                self._read_whole(checkpoint)
+        self.masters.push()
         self._load_untrained(checkpoint)
         self.deepspeed.global_steps, self.deepspeed.skipped_steps = step, skipped_steps
         self.deepspeed.global_samples = step * self.deepspeed.train_batch_size()
 
-    def _load_whole(self, checkpoint: Checkpoint) -> None:
+    def _read_whole(self, checkpoint: Checkpoint) -> None:
         """Weights and optimizer state at stage 0, where one file has both whole."""
-        self.masters.load(checkpoint, with_moments=False)
+        self.masters.read(checkpoint, with_moments=False)
         file, settings = checkpoint.path / "mp_rank_00_model_states.pt", [dict(group) for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(load_file(file)["optimizer"])
@@ -536,7 +563,7 @@ class Engine:
     def _load_untrained(self, checkpoint: Checkpoint) -> None:
         for name, _, parameter in owned_parameters(self.model):
             if not parameter.requires_grad:
-                with self._gather(parameter):
+                with self._gather(parameter), heard_by_all(checkpoint.path):
                     if parameter.numel():  # at ZeRO stage 3 whole on every rank within; the first rank's is kept
                         parameter.copy_(checkpoint.tensor(name))
 

@@ -280,7 +280,8 @@ def restore(found: checkpoint.Found, spikes: LossSpikes) -> int:
 def rewind(engine: Engine, run: Path, spikes: LossSpikes, pruning: PruningController | None, done: int, back: int, metrics: Metrics) -> int:
     """Load the newest whole checkpoint at least `back` steps before step `done`, and pass over the data since; returns its step.
 
-    Where there is none, nothing is loaded and `done` is returned: the step's update, which was not made, is left out.
+    Later checkpoints are put aside. Where there is none to go back to, nothing is loaded and `done` is returned: the step's update, which
+    was not made, is left out.
     """
     found = checkpoint.newest_whole(run, engine.ranks, at_most=max(0, done - back))
     if found is None:
@@ -288,10 +289,13 @@ def rewind(engine: Engine, run: Path, spikes: LossSpikes, pruning: PruningContro
         return done
     checkpoint.load(engine, found)
     to_step, state = found.manifest["step"], found.manifest["state"]
+    aside = checkpoint.put_aside(run, to_step, engine.ranks)
     spikes.go_back(done, to_step, state.get("loss_spikes", {}))
     if pruning is not None and "context_pruning" in state:
         pruning.restore(state["context_pruning"])
     metrics.say(f"step {done}: back to step {to_step}, past the data of {done - to_step} steps ({spikes.data_ahead} in all)")
+    if aside:
+        metrics.say(f"step {done}: put aside, each until its step is saved again: {', '.join(aside)} in {run / 'checkpoints'}")
     metrics.record({"step": done, "rewound_to_step": to_step, "data_steps_passed_over": spikes.data_ahead})
     return to_step
 

@@ -162,10 +162,11 @@ class MasterWeights:
     # ------------------------------------------------------------------ from a checkpoint
 
     @torch.no_grad()
-    def load(self, checkpoint: Checkpoint, with_moments: bool) -> None:
+    def read(self, checkpoint: Checkpoint, with_moments: bool) -> None:
         """Masters, and AdamW's moments and step, from a checkpoint that any ranks wrote at any ZeRO stage.
 
-        A rank reads its own elements and no others. Every rank calls it; the forward weights follow.
+        A rank reads its own elements and no others, and waits for no other rank. The forward weights follow with `push`, when every rank
+        has read its own.
 
         Args:
             with_moments: False for a checkpoint made before the first update, which has none.
@@ -184,7 +185,6 @@ class MasterWeights:
                 self.base.state[master]["step"] = torch.tensor(float(step), dtype=torch.float32, device=master.device)
         else:
             self.base.state.clear()
-        self.push()
 
     def _require_same_tensors(self, checkpoint: Checkpoint) -> None:
         for name, shape in zip(self.names, self.shapes, strict=True):

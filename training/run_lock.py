@@ -5,7 +5,9 @@ Two locks, since folders differ in what they can do:
     mounted with locks it holds between hosts too.
   * a beat in `.lock.json`, for folders whose locks are missing, or hold on one host alone: the holder, on whichever host, writes its
     name and a growing number every few seconds. A launch that finds another host's name there watches the number: if it moves, the
-    folder is in use; if it stands still for `PATIENCE` seconds, its writer is dead. No clock is read, so clocks may differ or jump.
+    folder is in use; if it stands still for `PATIENCE` seconds, its writer is dead. No clock is read, so clocks may differ or jump. Where
+    there are no locks at all, a launch waits for two beats and goes on only if the name there is still its own: of two that began at the
+    same time one finds the other's, and so does one that took a living launch of this host for dead.
 """
 
 from __future__ import annotations
@@ -42,13 +44,13 @@ class RunLock:
             self._file: IO[str] = (folder / ".lock").open("a")
         except OSError as error:
             raise InputError(f"{folder}: the run folder cannot be written: {error.strerror}") from None
+        locked = True
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            locked = False
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise InputError(
-                    f"{folder}: in use by another launch{self._holder()}; wait for it, stop it, or choose another run.name"
-                ) from None
+                raise InputError(self._in_use()) from None
             if error.errno not in NO_LOCKS:
                 raise InputError(f"{folder}: the run folder cannot be locked: {error.strerror}") from None
             print(
@@ -59,6 +61,10 @@ class RunLock:
             self._write(0)
         except OSError as error:
             raise InputError(f"{folder}: the run folder cannot be written: {error.strerror}") from None
+        if not locked:
+            time.sleep(2 * beat)
+            if {key: (self._read() or {}).get(key) for key in self._me} != self._me:
+                raise InputError(self._in_use())
         self._thread = threading.Thread(target=self._keep_beating, name="run lock", daemon=True)
         self._thread.start()
 
@@ -83,9 +89,7 @@ class RunLock:
             if now is None:
                 return
             if now != found:
-                raise InputError(
-                    f"{self.folder}: in use by another launch{self._holder()}; wait for it, stop it, or choose another run.name"
-                )
+                raise InputError(self._in_use())
 
     def _keep_beating(self) -> None:
         number = 0
@@ -108,9 +112,10 @@ class RunLock:
             return None
         return found if isinstance(found, dict) else None
 
-    def _holder(self) -> str:
+    def _in_use(self) -> str:
         found = self._read()
-        return f" (process {found.get('process')} on {found.get('host')})" if found else ""
+        holder = f" (process {found.get('process')} on {found.get('host')})" if found else ""
+        return f"{self.folder}: in use by another launch{holder}; wait for it, stop it, or choose another run.name"
 
 
 def _boot() -> str:

@@ -76,7 +76,7 @@ class Saver:
             state: what else the loop needs to go on, in JSON's types; it comes back in the manifest.
 
         Raises:
-            InputError: on every rank alike: the disk refused this one, or the one before.
+            InputError: on every rank alike: the disk refused this one, or the one before. TrainingStoppedError: as `checkpoint.write`.
         """
         self.wait()
         saved, began = Saved(step, tokens), time.perf_counter()

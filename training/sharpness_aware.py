@@ -82,9 +82,8 @@ def take_step(
         outcome = _sharpness_aware_step(engine, batches, 1.0 / valid_tokens, rate, radius, split, logged, watch, accept)
         if outcome is not None:
             return outcome
+        # The first gradient is not finite, and neither is the plain step's, which is skipped, counted and reported like any other.
         watch = nullcontext()
-        # The first gradient is not finite, and neither is the plain step's, which is skipped, counted and reported like any other; or
-        # the loss was not accepted, and will not be again.
     losses = torch.zeros((), device=engine.device)
     with watch as watched:
         for batch in batches:
@@ -124,7 +123,8 @@ def _sharpness_aware_step(
     watch: AbstractContextManager,
     accept: Callable[[Tensor, int], bool],
 ) -> Outcome | None:
-    """Two passes and an update; None, with nothing changed, where the first pass's gradient is not finite or its loss not accepted."""
+    """Two passes and an update, or none where the loss of the first is not accepted; None, with nothing changed, where the first pass's
+    gradient is not finite."""
     optimizer, options, masters = engine.recipe.optimizer, engine.recipe.optimizer.sharpness, engine.masters
     functional = optimizer.sharpness_aware == "functional_sam"
     logged = logged or split
@@ -139,9 +139,12 @@ def _sharpness_aware_step(
             if functional and options.rest == "perturbed":  # the rest of the batch needs its derivative at the logits as well
                 for batch in rest:
                     losses += engine.summed_loss(batch, training=True)
-        if gradient is None or not accept(losses, _counted(batches if functional and options.rest == "perturbed" else ascent)):
+        if gradient is None:
             _set_random_state(random_state, engine.device)
             return None
+        judged = _counted(batches if functional and options.rest == "perturbed" else ascent)
+        if not accept(losses, judged):
+            return Outcome(engine.leave_out(masters.norm(gradient)), losses, judged, {}, watched=watched, refused=True)
         if options.rest == "plain":  # these are done with; the perturbed pass goes over the others
             for batch in rest:
                 losses += engine.accumulate(batch, scale)

@@ -42,6 +42,8 @@ def test_a_folder_loads_as_a_transformers_model_and_reads_back(tmp_path, capsys,
     assert "largest difference 0," in capsys.readouterr().out
     files = sorted((tmp_path / "folder").glob("*.safetensors"))
     assert len(files) > 2
+    index = json.loads((tmp_path / "folder" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for file in files for tensor in load_file(file).values())  # no headers
     assert sum("unembedding.weight" in name for file in files for name in load_file(file)) == (0 if live.config.tied_embeddings else 1)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
     tokens = torch.randint(64, (2, 20), generator=torch.Generator().manual_seed(0))

@@ -224,9 +224,9 @@ def invariants(path: str, ranks: Ranks, device: torch.device, *options: str) -> 
             return all(torch.equal(one[name], other[name]) for name in one)
         return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
-    def step(number: int) -> Any:
+    def step(number: int, **arguments: Any) -> Any:
         counted = float((sequences(number, 6 * ranks.world_size)[1] != -100).sum())
-        return take_step(engine, batches(number, ranks, 3), counted, number, 100, True)
+        return take_step(engine, batches(number, ranks, 3), counted, number, 100, True, **arguments)
 
     # a gradient leaves nothing behind: twice the same bits, and the reference's norm
     reference = Reference(engine.recipe, engine.model.config)
@@ -269,6 +269,16 @@ def invariants(path: str, ranks: Ranks, device: torch.device, *options: str) -> 
         hook.remove()
         seen[f"{name}_skipped"] = [outcome.result.applied, outcome.ascent_was_finite, engine.skipped_steps]
         seen[f"{name}_untouched"] = same(bits(), kept) and same(weights_of(engine), weights) and clean(engine)
+    # one whose loss is refused, where it would be accepted if it were asked for again
+    kept, weights, asked = bits(), weights_of(engine), []
+
+    def refuse_once(loss_sum: Tensor, tokens: int) -> bool:
+        asked.append(tokens)
+        return len(asked) > 1
+
+    outcome = step(1, accept=refuse_once)
+    seen["refused"] = [outcome.refused, outcome.result.applied, len(asked), engine.skipped_steps]
+    seen["refused_untouched"] = same(bits(), kept) and same(weights_of(engine), weights) and clean(engine)
     outcome = step(2)
     seen["after"] = outcome.result.applied and math.isfinite(outcome.result.grad_norm) and clean(engine)
     seen["values"] = {key: value for key, value in outcome.values.items() if isinstance(value, float)}

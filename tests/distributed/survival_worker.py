@@ -138,6 +138,10 @@ def main() -> None:
     for stage in (0, 2, 3):
         launch(f"spike {stage}", f"spike{stage}", 2, *SPIKES, "training.loss_spikes.action=skip", stage=stage, faults="spike@6")
     launch("rewound", "rewound", 2, *SPIKES, "training.loss_spikes.action=rewind", "checkpoint.every=2", faults="spike@6")
+    # far enough back that the stop, asked for before the spike, comes before the step of a checkpoint that was put aside
+    launch("rewound far", "rewound_far", 2, *REWIND_FAR, faults="spike@8")
+    launch("rewound and stopped", "rewound_and_stopped", 2, *REWIND_FAR, faults="spike@8,stop@8:1")
+    launch("rewound again", "rewound_and_stopped", 2, *REWIND_FAR)
     launch("no way back", "no_way_back", 2, *SPIKES, "training.loss_spikes.action=rewind", "checkpoint.every=8", faults="spike@6")
     launch("too many", "too_many", 1, *SPIKES, "training.loss_spikes.action=skip", faults="spike@5,spike@6,spike@7")
 
@@ -179,6 +183,7 @@ SPIKES = (
     "training.loss_spikes.warmup=4", "training.loss_spikes.window=8", "training.loss_spikes.rewind_steps=1",
     "training.loss_spikes.limit=2", "training.loss_spikes.threshold=1.0",
 )  # fmt: skip
+REWIND_FAR = (*SPIKES[:2], *SPIKES[3:], "training.loss_spikes.rewind_steps=6", "training.loss_spikes.action=rewind", "checkpoint.every=2")
 
 # checkpoints written beside training: the one of step 4 takes three seconds, which is the time of many steps
 BESIDE = {

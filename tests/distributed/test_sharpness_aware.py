@@ -80,7 +80,14 @@ def test_a_step_that_is_not_finite_leaves_clean_weights(name: str, seen: dict[in
     assert run["second_skipped"] == [False, True, 1] and run["second_untouched"]
     assert run["first_skipped"] == [False, False, 2] and run["first_untouched"]
     assert run["after"]
-    assert run["counters"] == [4, 12]  # two passes are one step to DeepSpeed
+    assert run["counters"] == [5, 12]  # two passes are one step to DeepSpeed, and so is a refused one, with no micro-batch
+
+
+@pytest.mark.parametrize("name", SHARDINGS)
+def test_a_refused_step_is_left_out_at_once(name: str, seen: dict[int, dict[str, Any]]) -> None:
+    """It is not asked for a second time, by a plain pass: not applied, no skipped step, everything as before to the bit."""
+    run = seen[2][name]
+    assert run["refused"] == [True, False, 1, 2] and run["refused_untouched"]
 
 
 def test_a_vector_is_the_same_however_it_is_cut(seen: dict[int, dict[str, Any]]) -> None:

@@ -229,6 +229,20 @@ def test_a_rewound_run_goes_back_and_passes_over_the_data(seen: dict[str, Any], 
     assert manifest["state"]["loss_spikes"]["data_ahead"] == 2
 
 
+def test_a_rewind_survives_a_stop(seen: dict[str, Any], workplace: Path) -> None:
+    """Stopped after step 4 of the second try, with the steps 4 and 6 of the first saved before: the next launch goes on from the second."""
+    assert "step 8: back to step 2, past the data of 6 steps (6 in all)" in seen["rewound far"]["log"]
+    stopped = seen["rewound and stopped"]
+    assert stopped["codes"] == [75, 75] and list(stopped["checkpoints"]) == ["step-00000002", "step-00000004"]
+    assert "put aside, each until its step is saved again: .abandoned-step-00000004, .abandoned-step-00000006 in " in stopped["log"]
+    again = seen["rewound again"]
+    assert again["codes"] == [0, 0] and "from step 4," in again["log"]
+    assert again["losses"] == seen["rewound far"]["losses"]
+    for name in ("rewound_far", "rewound_and_stopped"):  # every step has been saved again
+        kept = sorted(path.name for path in (workplace / RUNS / name / "checkpoints").iterdir())
+        assert kept == [f"step-{step:08d}" for step in (2, 4, 6, 8)]
+
+
 def test_where_no_checkpoint_is_old_enough_to_go_back_to_the_step_is_left_out(seen: dict[str, Any]) -> None:
     found = seen["no way back"]
     assert found["codes"] == [0, 0] and "step 6: no checkpoint of step 5 or before to go back to" in found["log"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from training.checkpoint import (
     _restore_random_state,
     checkpoints,
     newest_whole,
+    put_aside,
     read_manifest,
     remove_old,
     write,
@@ -188,8 +190,30 @@ def test_a_fault_of_ours_is_not_taken_for_the_disks(tmp_path: Path, monkeypatch:
         write(unwritten(tmp_path, 6), ALONE, CheckpointSection())
 
 
+def test_what_a_rewind_leaves_behind_is_out_of_sight_until_its_step_is_saved_again(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        (make_checkpoint(tmp_path, step) / "first").touch()
+    assert put_aside(tmp_path, 2, ALONE) == [".abandoned-step-00000004", ".abandoned-step-00000006"]
+    assert newest_step(tmp_path) == 2 and (tmp_path / "checkpoints" / ".abandoned-step-00000006" / "first").exists()
+    write(unwritten(tmp_path, 4), ALONE, CheckpointSection())
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        ".abandoned-step-00000006", "step-00000002", "step-00000004",
+    ]  # fmt: skip
+    make_checkpoint(tmp_path, 6)  # as if it had been killed before the older one was deleted
+    assert put_aside(tmp_path, 2, ALONE) == [".abandoned-step-00000004", ".abandoned-step-00000006"]
+    assert not (tmp_path / "checkpoints" / ".abandoned-step-00000006" / "first").exists()
+    assert put_aside(tmp_path, 2, ALONE) == []
+
+
+def test_a_rewind_that_cannot_put_aside_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_checkpoint(tmp_path, 4)
+    monkeypatch.setattr(os, "rename", lambda old, new: full(tmp_path))
+    with pytest.raises(InputError, match="cannot be put aside: No space left on device; move the checkpoints after step 2 away by hand"):
+        put_aside(tmp_path, 2, ALONE)
+
+
 def test_removal_never_takes_the_one_just_saved(tmp_path: Path) -> None:
-    """After a rewind there are later steps, left behind."""
+    """There are later steps, which were damaged and passed over."""
     for step in (2, 4, 6, 8, 10):
         make_checkpoint(tmp_path, step)
     remove_old(tmp_path, 6, keep_last=1, keep_every=None)
@@ -204,6 +228,29 @@ def test_what_is_removed_is_out_of_sight_first(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(shutil, "rmtree", lambda path, **options: removed.append(path.name))
     remove_old(tmp_path, 4, keep_last=1, keep_every=None)
     assert removed == [".writing-step-00000002"] and [p.name for p in checkpoints(tmp_path)] == ["step-00000004"]
+
+
+def test_an_old_one_that_cannot_be_removed_is_named_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The new one is whole. What is left of the old one is out of sight, and the next launch and the next save go on with it there."""
+    make_checkpoint(tmp_path, 3)
+    removal = shutil.rmtree
+
+    def keep(path: Path, **options: object) -> None:
+        if path.name.endswith("3"):
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path / "shard.pt"))
+        removal(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", keep)
+    warning = "shard.pt: cannot be deleted: Device or resource busy"
+    for step in (6, 9):
+        assert write(unwritten(tmp_path, step), ALONE, CheckpointSection(keep_last=1)).name == f"step-{step:08d}"
+        assert newest_step(tmp_path) == step
+        assert warning in capsys.readouterr().err
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-00000009"]
+    monkeypatch.undo()
+    assert newest_step(tmp_path) == 9 and not list((tmp_path / "checkpoints").glob(".*"))
 
 
 def test_random_state_travels_through_a_file(tmp_path: Path) -> None:

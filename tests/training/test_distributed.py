@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 import torch
 
 from model.errors import InputError
-from training.distributed import Ranks, discover, leave, one_clear_line, sum_over_ranks
+from training.distributed import Ranks, TrainingStoppedError, discover, one_clear_line, sum_over_ranks
 from training.engine import gpu_of
 
 
@@ -61,13 +63,25 @@ def test_sum_keeps_float64() -> None:
     assert sum_over_ranks(torch.tensor(3.0), small, device=torch.device("cpu")) == [3.0, small]
 
 
-def test_one_clear_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (InputError("x: wrong; do y"), 2, "x: wrong; do y"),
+        (TrainingStoppedError("stopped at step 7"), 1, "stopped at step 7"),
+        (OSError(errno.ENOSPC, "No space left", "a/b"), 2, "a/b: No space left; make room or allow writing, and launch again"),
+    ],
+)
+def test_one_clear_line(error: Exception, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     codes = []
     monkeypatch.setattr("training.distributed.leave", codes.append)
     monkeypatch.delenv("RANK", raising=False)
     with one_clear_line():
-        raise InputError("x: wrong; do y")
-    assert codes == [2] and capsys.readouterr().err == "error: x: wrong; do y\n"
-    with pytest.raises(ZeroDivisionError), one_clear_line():
-        _ = 1 / 0
-    assert callable(leave)
+        raise error
+    assert codes == [code] and capsys.readouterr().err == f"error: {said}\n"
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), OSError(errno.ENOENT, "No such file", "a/b")])
+def test_a_fault_of_ours_keeps_its_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.distributed.leave", lambda code: pytest.fail("it was taken for another's"))
+    with pytest.raises(type(error)), one_clear_line():
+        raise error

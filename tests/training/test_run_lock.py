@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -60,12 +61,40 @@ def test_it_beats(tmp_path: Path) -> None:
     lock.release()
 
 
-def test_a_file_system_without_locks_is_said_and_the_beat_guards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(file: object, how: int) -> None:
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    RunLock(tmp_path).release()
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_a_file_system_without_locks_is_said_and_the_beat_guards(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    RunLock(tmp_path, beat=0.05).release()
     assert "has no locks" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_without_locks_the_last_of_two_that_begin_together_has_the_folder(tmp_path: Path) -> None:
+    """The other has written its name after this one looked for one, and reads it back."""
+    timer = threading.Timer(0.2, another_hosts, (tmp_path, 0))
+    timer.start()
+    with pytest.raises(InputError, match=r"in use by another launch \(process 7 on elsewhere\)"):
+        RunLock(tmp_path, beat=1.0)
+    timer.join()
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_without_locks_a_launch_of_this_host_that_lives_is_found_by_its_beat(tmp_path: Path) -> None:
+    """Its name does not say whether it lives, since its lock says nothing."""
+    holder = RunLock(tmp_path, beat=0.1)
+    holder._me["process"] = 7  # as if it were another process's
+    with pytest.raises(InputError, match=r"in use by another launch \(process 7 on"):
+        RunLock(tmp_path, beat=0.5)
+    holder.release()
+
+
+def test_a_start_with_locks_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waited"))
+    RunLock(tmp_path).release()
