@@ -189,6 +189,11 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 problems.append(f"{name}: {value} is not a positive number")
+        scales = ("init_std", "residual_gain", "embedding_multiplier", "mlp_input_scale", "norm_epsilon", "rope_base")
+        for name in (*scales, "attention_softcap", "attention_temperature"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                problems.append(f"{name}: {value} is not a positive number")
         if problems:
             return problems
         if self.head_dim is None and self.width % self.heads:
@@ -218,8 +223,6 @@ class ModelConfig:
             problems.append("attention_gains: only shaped attention has them; leave it out, or use attention shaped")
         if self.attention_temperature is not None and self.parametrization != "standard":
             problems.append(f"attention_temperature: {self.parametrization} scales the scores by itself; leave one of the two out")
-        if self.attention_temperature is not None and self.attention_temperature <= 0:
-            problems.append(f"attention_temperature: {self.attention_temperature} is not a positive number")
         if self.activation_slopes is not None and self.activation != "shaped_relu":
             problems.append(f"activation_slopes: {self.activation} has none; leave it out, or use activation shaped_relu")
         if self.activation_slopes is not None and len(self.activation_slopes) != 2:
