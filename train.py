@@ -28,8 +28,9 @@ def main() -> None:
         path, overrides = arguments.recipe, arguments.overrides
         if arguments.resume:
             run = Path(arguments.resume).resolve()
-            here = [f"run.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in (("folder", str(run.parent)), ("name", run.name))]
-            overrides = [*([path] if path else []), *overrides, *here]  # in quotes: the name 2024 is no number
+            here = {"folder": str(run.parent), "name": run.name}  # in quotes, since the name 2024 is no number
+            overrides = [*([path] if path else []), *overrides]
+            overrides += [f"run.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in here.items()]
             path = run / "recipe.yaml"
             if not path.exists():
                 raise InputError(f"{run}: not a run folder: it has no recipe.yaml")
