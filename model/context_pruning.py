@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -103,6 +103,15 @@ class Settings:
     live: dict[int, Tensor] = field(default_factory=dict)
     calls: int = 0
     above: dict[int, Tensor] = field(default_factory=dict)  # propagate_in_depth: log I with that of all layers before, by place
+
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """Within it, the model is as it was without pruning."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
 
     def objective(self, loss: Tensor, logits: Tensor, targets: Tensor, dense_logits: Callable[[], Tensor]) -> Tensor:
         """What training descends, with the value of the plain loss: gamma x the kept share and the distillation have gradients alone.
@@ -565,15 +574,9 @@ def find_threshold(
     return best, abs(known[best] - budget) <= 5 * CLOSE_ENOUGH * budget
 
 
-@contextmanager
-def dense(model: nn.Module) -> Iterator[None]:
+def dense(model: nn.Module) -> AbstractContextManager[None]:
     """The model as it is without pruning."""
-    settings = settings_of(model)
-    before, settings.enabled = settings.enabled, False
-    try:
-        yield
-    finally:
-        settings.enabled = before
+    return settings_of(model).switched_off()
 
 
 @contextmanager

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from model.context_pruning import settings_of, structure_of
-from model.errors import InputError
-from model.hub import one_line, open_decoder
+from model.errors import InputError, one_line
+from model.hub import open_decoder
 from model.pretrained import Gather, LoraShape, add_lora, linear_maps, weights_of
 from model.pruning_hooks import attach
 
@@ -218,7 +218,9 @@ def fill(parameters: dict[str, nn.Parameter], folder: Path, gather: Gather = lam
     except (OSError, SafetensorError) as error:
         raise InputError(f"{origin}: cannot be read: {error}") from None
     if found != recorded:
-        raise InputError(f"{origin}: not the tensors that {DESCRIPTION} was written with: saving was cut off, or one of the two was replaced")
+        raise InputError(
+            f"{origin}: not the tensors that {DESCRIPTION} was saved with: saving was cut off, or a file replaced; save it again"
+        )
     for name, parameter in parameters.items():
         with gather(parameter):
             if name not in tensors or tensors[name].shape != parameter.shape:

@@ -306,7 +306,7 @@ def test_damaged_files_are_one_clear_line(base: Path, trained: Any, tmp_path: Pa
 
     refused(hold({n: t for n, t in tensors.items() if n != name}), f"{name}: expected a tensor .* found none")
     refused(hold({**tensors, name: torch.zeros(2)}), r"expected a tensor \(1,\), found \(2,\)")
-    refused(hold({**tensors, name: torch.zeros(1)}, description["tensors"]), "not the tensors that context_pruning.json was written with")
+    refused(hold({**tensors, name: torch.zeros(1)}, description["tensors"]), "not the tensors that context_pruning.json was saved with")
 
 
 @pytest.mark.parametrize("calls", [1, 2, 3, 4])
@@ -344,7 +344,7 @@ def test_a_save_over_another_is_the_old_the_new_or_refused(
         assert settings_of(found).threshold == 0.1
         torch.testing.assert_close(logits(found), logits(trained), rtol=0, atol=1e-5)
     else:
-        with pytest.raises(InputError, match=r"not the tensors that context_pruning\.json was written with"):
+        with pytest.raises(InputError, match=r"not the tensors that context_pruning\.json was saved with"):
             load(folder)
     save(other, folder, base=str(base), lora=LORA, alone=True)
     assert settings_of(load(folder)).threshold == 0.3
