@@ -69,8 +69,8 @@ NORM_PLACES: tuple[NormPlace, ...] = ("query_key", "value", "mlp")
 class ModelConfig:
     """The shape of a decoder. Every field left at None takes the default of its block or its width.
 
-    After construction no field is None: `ModelConfig(width=128, depth=4, heads=4, ...)` is complete, and
-    `ModelConfig(**config.to_dict()) == config`.
+    After construction None means that there is none: of attention_softcap, attention_window, attention_temperature, activation_slopes and
+    the base's sizes. No other field is None, and `ModelConfig(**config.to_dict()) == config`.
 
     Raises `InputError`, naming every wrong field at once.
     """
