@@ -72,7 +72,8 @@ class Settings:
         standards: of each layer (m, s).
         from_attention: while `recording`, decisions are taught by the attention of the network without pruning
             (model/attention_need.py), which is what then runs.
-        level: with soft decisions, the gradient moves no layer's decisions all together: a threshold is steered instead.
+        level: with soft decisions, subtract from each layer's decision gradient its mean over undecided pairs: training chooses which
+            pairs to keep, the threshold how many.
         sparsity_weight: gamma, what a token's whole context costs, in nats; with gradient, while `recording`.
         distillation_weight: share of the objective that is the divergence from the network without pruning.
         kept: of each layer, while `recording`: (sum of I over pairs j < k that see each other, with gradient; their number).

@@ -323,7 +323,7 @@ def memory_advice(plan: Plan, during: str) -> Iterator[None]:
         advice = "; ".join(what_would_fit(plan))
         raise InputError(
             f"out of memory during {during}: the plan counts {plan.memory.total / 1e9:.2f} GB of tensors on a rank, most at "
-            f"{plan.memory.peak_phase}. By the plan less would do with {advice or 'more ranks, or a smaller model'}"
+            f"{plan.memory.peak_phase}. According to the plan, these need less memory: {advice or 'more ranks, or a smaller model'}"
         ) from None
 
 
