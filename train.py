@@ -6,6 +6,7 @@ python train.py --resume runs/X                                go on from the ne
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from model.errors import InputError
@@ -26,8 +27,10 @@ def main() -> None:
     with one_clear_line():
         path, overrides = arguments.recipe, arguments.overrides
         if arguments.resume:
-            run = Path(arguments.resume)
-            overrides = [*([path] if path else []), *overrides, f"run.folder={run.parent}", f"run.name={run.name}"]
+            run = Path(arguments.resume).resolve()
+            here = {"folder": str(run.parent), "name": run.name}  # in quotes, since the name 2024 is no number
+            overrides = [*([path] if path else []), *overrides]
+            overrides += [f"run.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in here.items()]
             path = run / "recipe.yaml"
             if not path.exists():
                 raise InputError(f"{run}: not a run folder: it has no recipe.yaml")

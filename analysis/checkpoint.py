@@ -160,15 +160,6 @@ class Checkpoint:
         self.read(name, 0, flat, kind)
         return flat.view(self.shapes[self.owner(name)])
 
-    def adam_moments(self, name: str) -> tuple[Tensor, Tensor]:
-        """First and second moment of a parameter (`exp_avg`, `exp_avg_sq`), float32, each of the parameter's shape."""
-        return self.tensor(name, "exp_avg"), self.tensor(name, "exp_avg_sq")
-
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, float32 tensor) of each parameter, one in memory at a time; tied weights once, buffers not."""
-        for name in self.shapes:
-            yield name, self.tensor(name)
-
     def load_into(self, model: nn.Module) -> None:
         """Fill a model's parameters and persistent buffers in place, cast to their dtype; tied ones once.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -101,7 +100,6 @@ def analyze_context(paths: list[str], options: Options, verify: bool = True, pro
         "definitions": DEFINITIONS,
         "options": {"length": options.length, "methods": list(options.methods), "precision": options.precision, "sinks": SINKS},
         "checkpoints": [found[number] for number in range(len(paths))],
-        "lm_eval": "not run: " + ("lm_eval is not installed" if find_spec("lm_eval") is None else "this verb does not call it"),
     }
     return result, pages
 
@@ -349,7 +347,7 @@ def describe(result: dict[str, Any]) -> str:
             for values in entry["points"]:
                 if values["point"] == point:
                     lines.append(_row(f"  {values['method']}", values) + ("" if values.get("reached", True) else "  (not the budget)"))
-    return "\n".join([*lines, "lm-eval's tasks: " + result["lm_eval"]])
+    return "\n".join(lines)
 
 
 def _row(name: str, values: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from analysis.context_options import METHODS
 from analysis.lifetimes import CLASSES
-from analysis.pictures import _STYLE, MAP_COLOURS, RUN_COLOURS, _save
+from analysis.pictures import MAP_COLOURS, RUN_COLOURS, STYLE, save_figure
 
 LABELS = {"pruning": "context pruning", "window": "window", "sinks_window": "sinks + window", "tova": "TOVA", "h2o": "H2O"}
 LINES = ("-", "--", ":", "-.")  # a checkpoint
@@ -26,7 +26,7 @@ def context_picture(result: dict[str, Any], path: Path) -> Path:
     """Perplexity against the share of context kept: a colour a method, a kind of line a checkpoint, dense as a level; needles beside it."""
     checkpoints = result["checkpoints"]
     needles = "needle" in checkpoints[0]["dense"]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(1, 1 + needles, figsize=(7.5 + 6 * needles, 5), layout="constrained", squeeze=False)
         figure.suptitle(f"Perplexity and context kept, texts of {result['options']['length']} tokens", x=0.01, ha="left", fontsize=12)
         axis = axes[0, 0]
@@ -52,7 +52,7 @@ def context_picture(result: dict[str, Any], path: Path) -> Path:
             named = zip(checkpoints, LINES * len(checkpoints), strict=False)
             handles += [Line2D([], [], color="#222222", ls=line, label=entry["name"]) for entry, line in named]
         axis.legend(handles=handles, fontsize=8)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _lines(axis: Axes, entry: dict[str, Any], line: str, value: Any, needle: bool = False) -> None:
@@ -74,7 +74,7 @@ def lifetimes_picture(entry: dict[str, Any], path: Path) -> Path:
         return [[missing if value is None else value for value in row] for row in values]
 
     labels = [f"{name}\n{found['tokens'][name]:,}" for name in classes]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(16, 2.4 + 0.16 * len(layers)), layout="constrained")
         figure.suptitle(f"{entry['name']}: which tokens are dropped, layer by layer", x=0.01, ha="left", fontsize=12)
         dropped = np.array(of_classes("dropped_share", np.nan))
@@ -86,7 +86,7 @@ def lifetimes_picture(entry: dict[str, Any], path: Path) -> Path:
         ticks = list(range(0, len(found["positions"]), max(1, len(found["positions"]) // 8)))
         axes[2].set_xticks(ticks, [str(found["positions"][tick]) for tick in ticks])
         axes[2].set(xlabel="its position in the text")
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _map(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from analysis.runs import Run, find_run, read_json
 from analysis.shards import Checkpoint
 from model.config import ModelConfig
-from model.errors import InputError
+from model.errors import InputError, one_line
 from model.transformer import Transformer
 
 LONGEST_SEQUENCE = 1024  # of a Hugging Face model, whose configuration may allow sequences that no machine here would hold
@@ -85,7 +85,7 @@ class Pretrained:
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True, trust_remote_code=False, **self._from())
         except Exception as error:  # each family fails in its own way
-            raise InputError(f"{self.path}: no tokenizer that can be read here: {_one_line(error)}") from None
+            raise InputError(f"{self.path}: no tokenizer that can be read here: {one_line(error)}") from None
         return lambda text: tokenizer.encode(text, add_special_tokens=False)
 
     def load(self) -> Decoder:
@@ -103,7 +103,7 @@ class Pretrained:
                 **self._from(),
             )
         except Exception as error:
-            raise InputError(f"{self.path}: not a decoder that transformers can load: {_one_line(error)}") from None
+            raise InputError(f"{self.path}: not a decoder that transformers can load: {one_line(error)}") from None
         if isinstance(model, BurnishForCausalLM):
             decoder = run_decoder(model.network)
         else:
@@ -274,7 +274,3 @@ def _burnish_projections(block: Any) -> Projections:
     attention, mlp = block.attention, block.mlp
     inputs, output = linear(attention.query, attention.key, attention.value), linear(attention.output)
     return Projections(inputs, output, linear(mlp.up, mlp.gate), linear(mlp.down))
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

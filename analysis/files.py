@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import mmap
@@ -10,7 +11,7 @@ import re
 import zipfile
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -171,15 +172,21 @@ def _check_stored(path: Path) -> None:
 
 def check_crc(path: Path) -> None:
     """Read a torch file whole and compare each record with its CRC-32. Raises InputError; a file of another kind passes."""
-    if not zipfile.is_zipfile(path):
-        return
+    with contextlib.suppress(zipfile.BadZipFile):  # its end alone is damaged: `check_archive` says so
+        if not zipfile.is_zipfile(path):
+            return
+    check_archive(path, str(path))
+
+
+def check_archive(file: Path | IO[bytes], what: str) -> None:
+    """Read a torch archive whole and compare each record with its CRC-32. Raises InputError, which names it by `what`."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             altered = archive.testzip()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise InputError(f"{path}: truncated or damaged: {error}") from None
+    except Exception as error:  # a damaged archive can fail anywhere inside zipfile
+        raise InputError(f"{what}: truncated or damaged: {type(error).__name__}: {error}") from None
     if altered is not None:
-        raise InputError(f"{path}: altered since it was saved: the CRC-32 of {altered} does not fit; restore the file")
+        raise InputError(f"{what}: altered since it was saved: the CRC-32 of {altered} does not fit; restore the file")
 
 
 def _check_claims(path: Path, value: Any, name: str = "") -> None:

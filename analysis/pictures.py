@@ -22,7 +22,7 @@ from analysis.output import short, write_whole
 RUN_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: told apart by everyone
 MAP_COLOURS = "viridis"
 
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -44,7 +44,7 @@ _STYLE: Any = {
 def trajectory_picture(result: dict[str, Any], path: Path) -> Path:
     """Both maps, the path's principal components, angles and lengths along the run, and directional similarity by layer and kind."""
     network, steps = result["network"], result["steps"]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(2, 4, figsize=(17.5, 7.6), layout="constrained")
         figure.suptitle(f"{result['run']}: trajectory through weight space, {len(steps)} checkpoints", x=0.01, ha="left", fontsize=12)
         _heat_map(axes[0, 0], network["trajectory_map"], steps, f"From the origin, ω = {_value(network['omega'])}")
@@ -77,13 +77,13 @@ def trajectory_picture(result: dict[str, Any], path: Path) -> Path:
             _step_axis(axis)
         _path(axes[0, 3], network["principal_components"], steps)
         _shares(axes[1, 3], network, result["null_values"])
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def outliers_picture(result: dict[str, Any], path: Path) -> Path:
     """By layer at the last checkpoint: kurtosis and the neurons that carry most; below it, over training where there is more than one."""
     several = len(result["steps"]) > 1
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(1 + several, 2, figsize=(12, 4.2 * (1 + several)), layout="constrained", squeeze=False)
         figure.suptitle(
             f"{result['run']}: outlier features in the residual stream, {result['tokens']:,} tokens", x=0.01, ha="left", fontsize=12
@@ -96,7 +96,7 @@ def outliers_picture(result: dict[str, Any], path: Path) -> Path:
             _by_layer(axes[1, 1], result, "max_median_ratio_mean")
             axes[1, 1].set(title="Largest over median activation, mean over positions")
             axes[1, 1].legend(fontsize=8, ncols=2)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def overview_picture(runs: list[dict[str, Any]], path: Path) -> Path:
@@ -106,7 +106,7 @@ def overview_picture(runs: list[dict[str, Any]], path: Path) -> Path:
         runs: as `report.gather` returns them.
     """
     maps = [run for run in runs if run["trajectory"]][:3]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         columns = 2 + max(1, len(maps))
         figure, axes = plt.subplots(
             1, columns, figsize=(3.6 * columns, 3.4), layout="constrained", width_ratios=[1.25, 1.25] + [1] * (columns - 2)
@@ -127,13 +127,13 @@ def overview_picture(runs: list[dict[str, Any]], path: Path) -> Path:
             _heat_map(axis, result["network"]["relative_map"], result["steps"][1:], title, bar=run is maps[-1])
         if not maps:
             axes[2].set_axis_off()
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def quantization_picture(result: dict[str, Any], path: Path) -> Path:
     """What each recipe adds to the perplexity, one group of bars a checkpoint."""
     checkpoints, recipes = result["checkpoints"], result["options"]["recipes"]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(max(6.5, 1.5 + 1.9 * len(checkpoints)), 4.4), layout="constrained")
         width = 0.8 / len(recipes)
         for i, recipe in enumerate(recipes):
@@ -161,7 +161,7 @@ def quantization_picture(result: dict[str, Any], path: Path) -> Path:
         axis.set(title="What quantisation adds to the perplexity", ylabel="perplexity after − before   (linear below 0.1)")
         axis.margins(y=0.12)
         axis.legend(ncols=2, fontsize=8)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _losses(axis: Axes, runs: list[dict[str, Any]]) -> None:
@@ -301,7 +301,7 @@ def _value(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.3f}"
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     plt.close(figure)
@@ -310,7 +310,7 @@ def _save(figure: Figure, path: Path) -> Path:
 
 def curvature_picture(result: dict[str, Any], path: Path) -> Path:
     """The density of the Hessian's eigenvalues, of the whole and of each part, and the largest eigenvalue of each part."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(15.5, 4.2), layout="constrained")
         figure.suptitle(f"{result['run']}: curvature at step {result['step']}, {result['tokens']:,} tokens", x=0.01, ha="left", fontsize=12)
         nodes = np.asarray(result["density"]["nodes"])
@@ -347,14 +347,14 @@ def curvature_picture(result: dict[str, Any], path: Path) -> Path:
         axes[2].set_yticks(places, names)
         axes[2].set(title="Density of each part's eigenvalues (Hessian, log)", xlabel="eigenvalue")
         axes[2].grid(visible=False)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def covariance_picture(result: dict[str, Any], path: Path) -> Path:
     """Mean correlation over depth of three networks and the SDE, and where networks and SDE end, as densities."""
     setting, statistics = result["setting"], result["statistics"]
     names = {"shaped": "shaped", "softmax": "softmax, same skip", "pre_norm": "pre-norm"}
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(13.5, 4.2), layout="constrained")
         figure.suptitle(
             f"Covariance of {setting['tokens']} tokens, {setting['mask']}{', MLP' if setting['slopes'] else ''}: "
@@ -388,7 +388,7 @@ def covariance_picture(result: dict[str, Any], path: Path) -> Path:
                 ylabel="density",
             )
             axis.legend(fontsize=8)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def signal_picture(result: dict[str, Any], path: Path) -> Path:
@@ -404,7 +404,7 @@ def signal_picture(result: dict[str, Any], path: Path) -> Path:
     colours = list(RUN_COLOURS[: len(networks)])
     if len(networks) > len(colours):
         colours = [layer_colour(i / (len(networks) - 1)) for i in range(len(networks))]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(2, 3, figsize=(13.5, 7.6), layout="constrained")
         figure.suptitle("How the signal gets through the layers (dots: after the final norm)", x=0.01, ha="left", fontsize=12)
         for axis, (measure, title) in zip(axes.flat, panels.items(), strict=False):
@@ -427,14 +427,14 @@ def signal_picture(result: dict[str, Any], path: Path) -> Path:
         ratios.set(title="Gradient of queries over values' (dashed: keys')", xlabel="layer")
         if ratios.lines:
             _log_axis(ratios)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def coordinate_picture(result: dict[str, Any], path: Path) -> Path:
     """A row a parametrisation, a column a module: mean magnitude over size, a line a step."""
     found, sizes = result["parametrizations"], result["sizes"]
     modules = list(next(iter(found.values()))["slopes"])
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(
             len(found), len(modules), figsize=(2.9 * len(modules), 2.8 * len(found)), layout="constrained", squeeze=False, sharey="col"
         )
@@ -449,14 +449,14 @@ def coordinate_picture(result: dict[str, Any], path: Path) -> Path:
                 _log_axis(axis)
                 axis.set_xscale("log", base=2)
                 axis.set_xticks(sizes, [str(size) for size in sizes])
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def transfer_picture(result: dict[str, Any], path: Path) -> Path:
     """A column a parametrisation: loss over the learning rate, a curve a size; below, where it was followed, sharpness over steps."""
     found, sizes = result["parametrizations"], result["sizes"]
     rows = 1 + any(one["sharpness"] for one in found.values())
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(
             rows, len(found), figsize=(3.8 * len(found), 3.6 * rows), layout="constrained", squeeze=False, sharey="row"
         )
@@ -482,7 +482,7 @@ def transfer_picture(result: dict[str, Any], path: Path) -> Path:
             axes[0, 0].set_ylim(min(best) - 0.05 * (max(best) - min(best) + 0.2), max(best) + max(best) - min(best) + 0.3)
         axes[0, 0].set_ylabel("validation loss, nats a token")
         axes[0, 0].legend(fontsize=8)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _path(axis: Axes, components: dict[str, Any] | None, steps: list[int]) -> None:
@@ -513,7 +513,7 @@ def weights_picture(result: dict[str, Any], path: Path) -> Path:
     matrices = {name: found for name, found in result["tensors"].items() if found.get("spectrum")}
     layers = sorted({found["layer"] for found in matrices.values() if found["layer"] is not None})
     kinds = list(dict.fromkeys(found["kind"] for found in matrices.values() if found["layer"] is not None))
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
         figure.suptitle(f"{result['run']}: spectra of the weights at step {result['step']}", x=0.01, ha="left", fontsize=12)
         for found in matrices.values():
@@ -530,7 +530,7 @@ def weights_picture(result: dict[str, Any], path: Path) -> Path:
             axis.set(title=f"{title} by layer", xlabel="layer")
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes[1].legend(fontsize=8)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def step_picture(result: dict[str, Any], path: Path) -> Path:
@@ -539,7 +539,7 @@ def step_picture(result: dict[str, Any], path: Path) -> Path:
     groups += [(f"layer {layer}", found) for layer, found in result["layers"].items()] if len(result["layers"]) <= 12 else []
     groups += list(result["kinds"].items())
     places = np.arange(len(groups))[::-1]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(1, 4, figsize=(16, 1.6 + 0.28 * len(groups)), layout="constrained", sharey=True)
         figure.suptitle(f"{result['run']}: the step that ended at {result['step']}, from Adam's moments", x=0.01, ha="left", fontsize=12)
         for axis, measure, title in (
@@ -558,13 +558,13 @@ def step_picture(result: dict[str, Any], path: Path) -> Path:
             axes[3].plot([tenth, ninetieth], [place, place], color=RUN_COLOURS[2], lw=5)
             axes[3].plot(median, place, "o", ms=4, color="#222222")
         axes[3].set(title="log₁₀ of squared gradients", xlabel="1, 10, 50, 90, 99 percent of the coordinates")
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def benchmark_picture(result: dict[str, Any], path: Path) -> Path:
     """Tokens per second of each subject of scripts/benchmark.py, over the fastest peer's, with the spread of the rounds."""
     rows, best = result["subjects"], result["best_peer"]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(7.2, 0.6 + 0.32 * len(rows)), layout="constrained")
         unit = rows[best]["tokens_per_second"] if best else 1.0
         for place, (name, row) in enumerate(rows.items()):
@@ -579,4 +579,4 @@ def benchmark_picture(result: dict[str, Any], path: Path) -> Path:
         axis.grid(visible=False, axis="y")
         axis.set_xlabel(f"tokens per second over those of {best.replace('_', ' ')}" if best else "tokens per second")
         axis.set_title(f"{result['size']}, {result['precision']}, length {result['sequence_length']}: Burnish (blue) and peers (orange)")
-        return _save(figure, path)
+        return save_figure(figure, path)

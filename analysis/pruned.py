@@ -68,12 +68,8 @@ class Subject:
     @contextmanager
     def dense(self, adapters: bool = True) -> Iterator[None]:
         """Without pruning; and, if asked, without LoRA adapters."""
-        self.settings.enabled = False
-        try:
-            with nullcontext() if adapters else without_lora(self.network):
-                yield
-        finally:
-            self.settings.enabled = True
+        with self.settings.switched_off(), nullcontext() if adapters else without_lora(self.network):
+            yield
 
     @contextmanager
     def with_policy(self, policy: Policy) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""The processes that share one analysis: alone, or started by torchrun, DeepSpeed's launcher or srun-like settings of the environment.
+"""The processes that share one analysis: alone, or started by a launcher that sets RANK and WORLD_SIZE (torchrun, DeepSpeed).
 
 A rank works on its share and the sums are added up. Nothing here needs a GPU.
 """

@@ -126,11 +126,12 @@ def read_recipe(path: str, overrides: list[str]) -> tuple[ModelSection, int, int
         InputError: the file or an override cannot be read, or does not describe a network.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: no such recipe: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from None
+    tree = read_yaml(text, path)
     if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
         raise InputError(f"{path}: not a recipe: it has no model section")
     for override in overrides:
@@ -138,17 +139,43 @@ def read_recipe(path: str, overrides: list[str]) -> tuple[ModelSection, int, int
         *sections, leaf = key.split(".")
         if sections != ["model"]:
             raise InputError(f"{override}: here only the network can be changed: model.key=value")
-        tree["model"][leaf] = yaml.safe_load(value)
+        tree["model"][leaf] = read_yaml(value, override)
     try:
-        section = ModelSection(**tree["model"])
+        section = ModelSection.model_validate(tree["model"])
     except ValidationError as error:
         problems = "; ".join(f"model.{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
         raise InputError(f"{path}: {problems}") from None
     missing = [name for name in ("width", "depth", "heads") if getattr(section, name) is None]
     if missing:
         raise InputError(f"{path}: model: give a size, or also {' and '.join(missing)}")
-    data, training = tree.get("data") or {}, tree.get("training") or {}
-    return section, int((data.get("tokenizer") or {}).get("vocab_size", 16384)), int(training.get("sequence_length", 1024))
+    vocab_size = size_in(tree, "data.tokenizer.vocab_size", 16384, path)
+    return section, vocab_size, size_in(tree, "training.sequence_length", 1024, path)
+
+
+def read_yaml(text: str, origin: str) -> Any:
+    """What YAML text says. Raises InputError, which names where it comes from."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: the 99th of a month
+        raise InputError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def size_in(tree: dict[str, Any], key: str, default: int, path: str) -> int:
+    """The positive number at a dotted key of a recipe. Raises InputError."""
+    value: Any = tree
+    for part in key.split("."):
+        if not isinstance(value, dict):
+            raise InputError(f"{path}: {key}: expected a mapping with {part}, found {value!r}")
+        value = value.get(part)
+        if value is None:
+            return default
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = 0.0
+    if not (number >= 1 and number.is_integer()):
+        raise InputError(f"{path}: {key}: expected a positive whole number, found {value!r}")
+    return int(number)
 
 
 def initial_decoder(config: ModelConfig, seed: int) -> Decoder:

@@ -86,13 +86,10 @@ def inner_product(first: Tensor, second: Tensor) -> float:
 
 def largest_singular_values(matrix: Tensor, count: int, seed: int = 0, iterations: int = 6) -> tuple[Tensor, Tensor]:
     """Left vectors (rows, count) and values (count,) of the largest singular values; matrix (rows <= columns)."""
-    generator = torch.Generator().manual_seed(seed)
-    sketch = min(count + 32, matrix.shape[0])
-    basis = torch.linalg.qr(matrix @ torch.randn(matrix.shape[1], sketch, generator=generator)).Q
-    for _ in range(iterations):
-        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
-    vectors, values, _ = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
-    return basis @ vectors[:, :count], values[:count]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # svd_lowrank takes no generator; torch.manual_seed would seed GPUs as well
+        left, values, _ = torch.svd_lowrank(matrix, min(count + 32, matrix.shape[0]), iterations)
+    return left[:, :count], values[:count]
 
 
 def entropy_by_lanczos(matrix: Tensor, total: float, left: Tensor, trace: float, seed: int = 0, probes: int = 8, depth: int = 48) -> float:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 NEGLIGIBLE = 1e-4  # a share of attention
-UNSEEN = 0.25  # pairs (k, j) of which less than this share of the text's length follows on k say little of what will be needed
+# Pairs (k, j) with fewer than this share of the text's tokens after k are left out: too little of the future is seen to tell what it needs.
+UNSEEN = 0.25
 
 
 @torch.no_grad()

@@ -108,10 +108,11 @@ class Block(nn.Module):
 
     def _add(self, x: Tensor, branch: Tensor, gain: Tensor | float | None) -> Tensor:
         """lambda x + m_L^-alpha gain branch, the sum in one pass over memory."""
+        assert gain is not None  # simplified blocks have none for attention, and do not add it
         x = _scaled(x, self.skip_gain)
         if isinstance(gain, Tensor):
             return torch.addcmul(x, branch, gain, value=self.multiplier)
-        return torch.add(x, branch, alpha=self.multiplier * (gain or 1.0))
+        return torch.add(x, branch, alpha=self.multiplier * gain)
 
 
 def _scaled(x: Tensor, factor: float) -> Tensor:

@@ -69,8 +69,8 @@ NORM_PLACES: tuple[NormPlace, ...] = ("query_key", "value", "mlp")
 class ModelConfig:
     """The shape of a decoder. Every field left at None takes the default of its block or its width.
 
-    After construction no field is None: `ModelConfig(width=128, depth=4, heads=4, ...)` is complete, and
-    `ModelConfig(**config.to_dict()) == config`.
+    After construction None means that there is none: of attention_softcap, attention_window, attention_temperature, activation_slopes and
+    the base's sizes. No other field is None, and `ModelConfig(**config.to_dict()) == config`.
 
     Raises `InputError`, naming every wrong field at once.
     """
@@ -194,6 +194,11 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 problems.append(f"{name}: {value} is not a positive number")
+        scales = ("init_std", "residual_gain", "embedding_multiplier", "mlp_input_scale", "norm_epsilon", "rope_base")
+        for name in (*scales, "attention_softcap", "attention_temperature"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                problems.append(f"{name}: {value} is not a positive number")
         if problems:
             return problems
         if self.head_dim is None and self.width % self.heads:
@@ -223,8 +228,6 @@ class ModelConfig:
             problems.append("attention_gains: only shaped attention has them; leave it out, or use attention shaped")
         if self.attention_temperature is not None and self.parametrization != "standard":
             problems.append(f"attention_temperature: {self.parametrization} scales the scores by itself; leave one of the two out")
-        if self.attention_temperature is not None and self.attention_temperature <= 0:
-            problems.append(f"attention_temperature: {self.attention_temperature} is not a positive number")
         if self.activation_slopes is not None and self.activation != "shaped_relu":
             problems.append(f"activation_slopes: {self.activation} has none; leave it out, or use activation shaped_relu")
         if self.activation_slopes is not None and len(self.activation_slopes) != 2:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -72,7 +72,8 @@ class Settings:
         standards: of each layer (m, s).
         from_attention: while `recording`, decisions are taught by the attention of the network without pruning
             (model/attention_need.py), which is what then runs.
-        level: with soft decisions, the gradient moves no layer's decisions all together: a threshold is steered instead.
+        level: with soft decisions, subtract from each layer's decision gradient its mean over undecided pairs: training chooses which
+            pairs to keep, the threshold how many.
         sparsity_weight: gamma, what a token's whole context costs, in nats; with gradient, while `recording`.
         distillation_weight: share of the objective that is the divergence from the network without pruning.
         kept: of each layer, while `recording`: (sum of I over pairs j < k that see each other, with gradient; their number).
@@ -103,6 +104,15 @@ class Settings:
     live: dict[int, Tensor] = field(default_factory=dict)
     calls: int = 0
     above: dict[int, Tensor] = field(default_factory=dict)  # propagate_in_depth: log I with that of all layers before, by place
+
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """Within it, the model is as it was without pruning."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
 
     def objective(self, loss: Tensor, logits: Tensor, targets: Tensor, dense_logits: Callable[[], Tensor]) -> Tensor:
         """What training descends, with the value of the plain loss: gamma x the kept share and the distillation have gradients alone.
@@ -565,15 +575,9 @@ def find_threshold(
     return best, abs(known[best] - budget) <= 5 * CLOSE_ENOUGH * budget
 
 
-@contextmanager
-def dense(model: nn.Module) -> Iterator[None]:
+def dense(model: nn.Module) -> AbstractContextManager[None]:
     """The model as it is without pruning."""
-    settings = settings_of(model)
-    before, settings.enabled = settings.enabled, False
-    try:
-        yield
-    finally:
-        settings.enabled = before
+    return settings_of(model).switched_off()
 
 
 @contextmanager

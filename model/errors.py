@@ -7,3 +7,8 @@ class InputError(Exception):
     Raised at every boundary (recipe, data, checkpoint, command line). Entry points print the message
     alone and exit with code 2; any other exception is a fault of ours and keeps its traceback.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what a library says, or the kind of error where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from model.errors import InputError
+from model.errors import InputError, one_line
 
 
 def locate(source: str) -> tuple[str, dict[str, Any]]:
@@ -65,8 +65,3 @@ def open_tokenizer(source: str) -> Any:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **arguments)
     except Exception as error:
         raise InputError(f"{source}: no tokenizer can be read from it: {one_line(error)}") from None
-
-
-def one_line(error: Exception) -> str:
-    """The first line of what a library says, or the kind of error where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

@@ -25,8 +25,6 @@ from model.parametrization import initialize
 from model.pruned_cache import PrunedLayer
 from model.transformer import Transformer
 
-PREFIX = "network."  # before each of the Transformer's own names in an exported folder
-
 
 class BurnishConfig(PretrainedConfig):
     """`ModelConfig` as a transformers configuration: its fields lie under `network`, the names transformers looks for beside it."""

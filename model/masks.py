@@ -1,4 +1,4 @@
-"""Who may look at whom: the first key of each query, and what the attention kernels take for it."""
+"""Attention masks: the first visible key of each query, as an additive mask or a FlexAttention BlockMask."""
 
 from __future__ import annotations
 

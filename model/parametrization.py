@@ -83,9 +83,13 @@ def _initial_value(name: str, module: nn.Module, shape: torch.Size, config: Mode
         # 2 depth branches add up in the residual stream (GPT-2); a block with a residual gain has that for it, and so has a
         # parametrization that follows the depth
         standard_deviation /= math.sqrt(2 * (config.base_depth or config.depth))
+    return torch.empty(shape).normal_(0.0, standard_deviation, generator=generator_of(seed, name))
+
+
+def generator_of(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """Random numbers that depend on a seed and a parameter's name alone: not on ranks, nor on what else there is."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    return torch.empty(shape).normal_(0.0, standard_deviation, generator=generator)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 def is_hidden(name: str, module: nn.Module) -> bool:

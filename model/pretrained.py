@@ -219,14 +219,12 @@ class PretrainedDecoder(nn.Module):
     @torch.no_grad()
     def dense_logits(self, tokens: Tensor, document_ids: Tensor | None) -> Tensor:
         """Of the network without pruning and, where there are LoRA adapters, without them: the network as it was."""
-        settings, training = self.context_pruning_settings, self.training
-        settings.enabled = False
+        training = self.training
         self.eval()
         try:
-            with without_lora(self.model):
+            with self.context_pruning_settings.switched_off(), without_lora(self.model):
                 return self.logits(tokens, document_ids)
         finally:
-            settings.enabled = True
             self.train(training)
 
 

@@ -49,7 +49,7 @@ class PrunedLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Append tokens; returns keys and values of all slots in use, (batch, kv_heads, used, head_dim)."""
         if self.staged is None:
-            raise InputError("past_key_values: a cache that shrinks, and the model's pruning is off: begin with a new cache")
+            raise InputError("past_key_values: this is a pruning cache, but the model's pruning is switched off; start with a new cache")
         new = key_states.shape[2]
         if not self.is_initialized:
             self._allocate(key_states, value_states, new)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -27,8 +28,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from model.context_pruning import settings_of, structure_of
-from model.errors import InputError
-from model.hub import one_line, open_decoder
+from model.errors import InputError, one_line
+from model.hub import open_decoder
 from model.pretrained import Gather, LoraShape, add_lora, linear_maps, weights_of
 from model.pruning_hooks import attach
 
@@ -75,12 +76,29 @@ def save(model: Any, folder: str | Path, base: str | None = None, lora: LoraShap
         if not alone:
             model.config.context_pruning = description
             model.save_pretrained(folder, state_dict=whole)
-        save_file(trained, folder / TENSORS, metadata={"format": "pt"})
-        (folder / DESCRIPTION).write_text(json.dumps(description | known, indent=2) + "\n")
+        _write_pair(folder, trained, description | known)
     except OSError as error:
         raise InputError(f"{folder}: cannot be written: {error.strerror or error}") from None
     except ValueError as error:
         raise InputError(f"{folder}: transformers does not save this model: {one_line(error)}") from None
+
+
+def _write_pair(folder: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
+    """Both files, each written beside and renamed; the description last, with the digest by which a mixed pair is known."""
+    beside = folder / f".{TENSORS}.writing", folder / f".{DESCRIPTION}.writing"
+    try:
+        save_file(tensors, beside[0], metadata={"format": "pt"})
+        beside[1].write_text(json.dumps({**description, "tensors": _digest(beside[0])}, indent=2) + "\n")
+        os.replace(beside[0], folder / TENSORS)
+        os.replace(beside[1], folder / DESCRIPTION)
+    finally:
+        for path in beside:
+            path.unlink(missing_ok=True)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -191,13 +209,18 @@ def _is_same(description: dict[str, Any], weights: dict[str, Tensor]) -> bool | 
 def fill(parameters: dict[str, nn.Parameter], folder: Path, gather: Gather = lambda parameter: nullcontext()) -> None:
     """Copy a folder's tensors into the parameters of the same names.
 
-    Raises InputError unless each has one, of its shape, and none is left over.
+    Raises InputError unless they are those of the description, each has one, of its shape, and none is left over.
     """
-    origin = folder / TENSORS
+    origin, recorded = folder / TENSORS, read_description(folder).get("tensors")  # older folders have no digest
     try:
         tensors = load_file(origin)
+        found = _digest(origin) if recorded is not None else None
     except (OSError, SafetensorError) as error:
         raise InputError(f"{origin}: cannot be read: {error}") from None
+    if found != recorded:
+        raise InputError(
+            f"{origin}: not the tensors that {DESCRIPTION} was saved with: saving was cut off, or a file replaced; save it again"
+        )
     for name, parameter in parameters.items():
         with gather(parameter):
             if name not in tensors or tensors[name].shape != parameter.shape:

@@ -130,7 +130,8 @@ def _pruned_layer(cache: Any, number: int) -> PrunedLayer:
 def _before_model(longest: int | None, module: Any, arguments: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     settings: Settings = module.context_pruning_settings
     if not settings.enabled:
-        return  # a teacher's pass comes between one with pruning and its gradient, which what that left is for
+        # a teacher's pass runs between a pruned forward pass and its backward pass, which still needs what the forward pass recorded
+        return
     settings.calls = 0
     settings.live.clear()
     settings.above.clear()

@@ -86,9 +86,11 @@ class ModelSection(Section):
         default=None, description="Initial query weights; default: zero for shaped attention without a temperature, so that softmax is C."
     )
     attention_window: int | None = Field(
-        default=None, ge=1, description="Each token sees itself and so many less one before it; the mask is held whole; default: all."
+        default=None,
+        ge=1,
+        description="Each token attends to itself and the attention_window - 1 tokens before it; default: all previous tokens.",
     )
-    skip_gain: float = Field(default=1.0, description="lambda, on what both branches are added to.")
+    skip_gain: float = Field(default=1.0, description="lambda: factor on the residual stream before a branch is added.")
     parametrization: Parametrization = Field(
         default="standard",
         description="How scales follow the size: mup by width, depth_mup and complete_p by depth too; these need the base.",
@@ -99,7 +101,8 @@ class ModelSection(Section):
         default=None, ge=1, description="Scores over head_dim / sqrt(base_head_dim); default: head_dim, so that width grows by heads."
     )
     final_norm: bool | None = Field(
-        default=None, description="Norm before the unembedding; default: pre_norm, and simplified with norms, yes, others no."
+        default=None,
+        description="Norm before the unembedding; default: true for pre_norm and for simplified blocks with norms, else false.",
     )
     embedding_multiplier: float | None = Field(
         default=None, gt=0, description="Factor on the embeddings; blocks without norms: 1 / init_std."

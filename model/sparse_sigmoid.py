@@ -13,13 +13,13 @@ by Newton's method, for the power of whichever of p and 1 - p keeps the slope of
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from model.config import SMALLEST_ALPHA
 
-CLOSED_FORMS = (1.5, 2.0, 3.0, 4.0, 5.0)
 _NEWTON_STEPS = 40  # at most; 4 to 8 do nearly always
 
 
@@ -40,6 +40,21 @@ def sparse_sigmoid(x: Tensor, alpha: float) -> Tensor:
         return (x > 0).to(x.dtype)
     result: Tensor = _SparseSigmoid.apply(x, alpha)  # pyright: ignore[reportAssignmentType]
     return result
+
+
+def _smaller_at_3_halves(x: Tensor) -> Tensor:
+    """1/2 - (s/2) sqrt(2 - s^2) with s = x / 2, multiplied out so that no near numbers are subtracted."""
+    s = (x / 2).clamp(max=1.0)
+    return (1 - s * s) ** 2 / 2 / (1 + s * torch.sqrt(2 - s * s))
+
+
+CLOSED_FORMS: dict[float, Callable[[Tensor], Tensor]] = {  # alpha -> 1 - sigma_alpha(x), for 0 <= x < 1 / (alpha - 1)
+    1.5: _smaller_at_3_halves,
+    2.0: lambda x: (1 - x) / 2,
+    3.0: lambda x: (1 - 2 * x) / 2,
+    4.0: lambda x: 0.5 - torch.sinh(torch.asinh(6 * x) / 3),
+    5.0: lambda x: 0.5 - torch.sinh(torch.asinh(12 * math.sqrt(3) * x) / 3) / math.sqrt(3),
+}
 
 
 class _SparseSigmoid(torch.autograd.Function):
@@ -68,15 +83,8 @@ def _smaller(x: Tensor, alpha: float) -> Tensor:
     """1 - sigma_alpha(x) for x >= 0, in [0, 1/2]."""
     a = alpha - 1
     inside = x < 1 / a
-    if alpha == 1.5:  # 1/2 - (s/2) sqrt(2 - s^2) with s = x / 2, multiplied out so that no near numbers are subtracted
-        s = (x / 2).clamp(max=1.0)
-        smaller = (1 - s * s) ** 2 / 2 / (1 + s * torch.sqrt(2 - s * s))
-    elif alpha in (2.0, 3.0):
-        smaller = (1 - a * x) / 2
-    elif alpha == 4.0:
-        smaller = 0.5 - torch.sinh(torch.asinh(6 * x) / 3)
-    elif alpha == 5.0:
-        smaller = 0.5 - torch.sinh(torch.asinh(12 * math.sqrt(3) * x) / 3) / math.sqrt(3)
+    if alpha in CLOSED_FORMS:
+        smaller = CLOSED_FORMS[alpha](x)
     else:
         smaller = torch.zeros_like(x)
         smaller[inside] = _solve(x[inside], a)

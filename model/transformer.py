@@ -101,12 +101,8 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def dense_logits(self, tokens: Tensor, document_ids: Tensor | None) -> Tensor:
         """Logits of the network without its context pruning."""
-        settings = self.context_pruning_settings
-        settings.enabled = False
-        try:
+        with self.context_pruning_settings.switched_off():
             return self.unembedding(self.hidden_states(tokens, document_ids))
-        finally:
-            settings.enabled = True
 
     def hidden_states(self, tokens: Tensor, document_ids: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """What the unembedding is given, (batch, length, width); arguments as in `forward`."""

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from analysis.output import write_json
 from analysis.pictures import RUN_COLOURS
 from analysis.runs import find_run, read_metrics
 from scripts.many_runs import run_python
@@ -54,7 +55,6 @@ def main() -> int:
     quantized = {entry["name"]: entry for entry in json.loads((scratch / "quantization.json").read_text())["checkpoints"]}
     found = {name: [figures(folders[f"{name}_seed{seed}"], seed, quantized) for seed in arguments.seeds] for name in arguments.networks}
     out = Path(arguments.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     environment = json.loads((next(iter(folders.values())) / "environment.json").read_text())
     del environment["command"]  # of that run alone
     result = {
@@ -62,7 +62,7 @@ def main() -> int:
         "environment": environment,
         "networks": {name: {"what": ABLATION[name][0], **summary(seeds), "seeds": seeds} for name, seeds in found.items()},
     }
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(out, result)
     draw(folders, arguments.networks, arguments.seeds, out.with_suffix(".png"))
     print(table(result))
     return 0

@@ -47,6 +47,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from analysis.output import write_json
 from analysis.pictures import benchmark_picture
 from model.config import ModelConfig
 from model.errors import InputError
@@ -199,8 +200,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
             if ranks.is_first:
                 result = summarise(bench, seconds, ceilings, flops, parameters.total, absent)
                 if arguments.out:  # after every round, should the machine be needed for something else
-                    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-                    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+                    write_json(arguments.out, result)
             now = time.perf_counter()
             longest = max(longest, now - turn_began)
             if is_time_up(now - began + longest, arguments.minutes, device):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from analysis.output import write_json
 from model.attention import Attention, Context
 from model.config import SIZES, ModelConfig
 from model.parametrization import initialize
@@ -59,7 +60,7 @@ def main() -> int:
     }
     print(json.dumps(result, indent=2))
     if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(arguments.out, result)
     return 0
 
 

@@ -20,11 +20,13 @@ import json
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
+from analysis.output import write_json
 from model.config import PruningConfig
 from model.context_pruning import Settings, find_threshold
 from model.pruned_cache import PrunedLayer
@@ -47,7 +49,7 @@ def main() -> int:
     parser.add_argument("--chunk", type=int, default=256, metavar="N", help="tokens of the prompt at once (default: 256)")
     parser.add_argument("--bytes", action="store_true", help="count the bytes of the cache alone")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--out", metavar="FILE")
+    parser.add_argument("--out", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, settings = build(arguments, device)
@@ -65,11 +67,9 @@ def main() -> int:
         "precision": arguments.precision,
         "results": results,
     }
-    text = json.dumps(result, indent=2)
-    print(text)
+    print(json.dumps(result, indent=2))
     if arguments.out:
-        with open(arguments.out, "w") as file:
-            file.write(text + "\n")
+        write_json(arguments.out, result)
     return 0
 
 

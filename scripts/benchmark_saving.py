@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from analysis.output import write_json
 from training import checkpoint
 from training.data import Batch
 from training.distributed import Ranks, discover, leave, one_clear_line, sum_over_ranks
@@ -119,7 +120,7 @@ def benchmark(arguments: argparse.Namespace, scratch: Path) -> None:
         }
         print(json.dumps(result["median"], indent=2))
         if arguments.out:
-            arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+            write_json(arguments.out, result)
     dist.barrier()
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -22,8 +21,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
+from analysis.output import write_json
+from scripts.measure_memory import recorded_peak
 from training.data import Batch
 from training.distributed import discover, leave, one_clear_line
 from training.engine import Engine, start_distributed
@@ -90,7 +91,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
             engine.recipe = recipes[name]
             if turn == 0:  # warm up, and measure memory apart from time
                 step()
-                peaks[name] = peak_of(step, device, held.weights + held.optimizer)
+                peaks[name] = height_of(step, device, held.weights + held.optimizer)
                 continue
             dist.barrier()
             started = clock()
@@ -123,8 +124,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
             "environment": describe_environment(ranks.world_size, device),
         }
         if arguments.out:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+            write_json(arguments.out, result)
 
 
 def of_kind(recipe: Recipe, options: dict[str, Any]) -> Recipe:
@@ -134,21 +134,16 @@ def of_kind(recipe: Recipe, options: dict[str, Any]) -> Recipe:
     return recipe.model_copy(update={"optimizer": recipe.optimizer.model_copy(update=update)})
 
 
-def peak_of(step: Callable[[], None], device: torch.device, held: int) -> int:
+def height_of(step: Callable[[], None], device: torch.device, held: int) -> int:
     """Bytes at the height of a step; `held`: weights and optimizer state, for a CPU, whose allocator keeps no account."""
     gc.collect()  # a tensor in a reference cycle is there until Python's collector happens to run
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return torch.cuda.max_memory_allocated(device)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, record_function("counted"):
         step()
-    events: Any = profiler.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
-    now = peak = 0
-    for _, change in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
-        now += change
-        peak = max(peak, now)
-    return held + peak
+    return held + recorded_peak(profiler)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ tokenizer is trained first; that takes no part.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -23,6 +22,7 @@ from typing import Any
 
 import sentencepiece
 
+from analysis.output import write_json
 from model.errors import InputError
 from training.recipe import DataSection
 from training.sources import PythonSource, ReadCounts, read_documents
@@ -112,7 +112,7 @@ def main() -> int:
     print(f"ratio to the best of SentencePiece x {result['workers']}: {result['ratio']:.3f}")
     print(f"ratio of processor times, SentencePiece alone to ours: {result['processor_time_ratio']:.3f}")
     if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(arguments.out, result)
     return 0
 
 

@@ -39,6 +39,7 @@ import torch
 from safetensors.torch import load_file
 
 from analysis.grams import increment_grams
+from analysis.output import write_json
 from analysis.shards import open_checkpoint
 
 
@@ -285,7 +286,7 @@ def main() -> None:
         shutil.rmtree(arguments.folder, ignore_errors=True)
     print(json.dumps(result, indent=1))
     if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(arguments.out, result)
 
 
 if __name__ == "__main__":

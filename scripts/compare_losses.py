@@ -36,6 +36,7 @@ from typing import Any
 
 import torch
 
+from analysis.output import write_json
 from model.errors import InputError
 from training.data import prepare
 from training.distributed import one_clear_line
@@ -96,8 +97,7 @@ def compare(arguments: argparse.Namespace) -> int:
             "losses": curves,
             "environment": {key: value for key, value in describe_environment(arguments.ranks, device).items() if key != "command"},
         }
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(described, indent=1) + "\n")
+        write_json(arguments.out, described)
     return 1 if verdict["verdict"] == "different" else 0
 
 

@@ -20,6 +20,7 @@ import argparse
 import itertools
 import json
 import math
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -268,8 +269,7 @@ def slope(sizes: list[int], values: list[float | None]) -> float | None:
     if len(positive) < len(values):
         return None
     x, y = [math.log2(size) for size in sizes], [math.log2(value) for value in positive]
-    middle, height = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - middle) * (b - height) for a, b in zip(x, y, strict=True)) / sum((a - middle) ** 2 for a in x)
+    return statistics.linear_regression(x, y).slope
 
 
 def problem_of(values: dict[int, dict[str, list[float | None]]], axis: str) -> str | None:

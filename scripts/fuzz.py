@@ -35,6 +35,7 @@ from typing import Any
 import torch
 import yaml
 
+from analysis.output import write_json
 from scripts.soak import environment, free_port, import_before_forks, losses, write_recipe
 from training.run_folder import describe_environment
 
@@ -367,7 +368,7 @@ def main() -> int:
                 if (number + 1) % 25 == 0 or number + 1 == getattr(arguments, kind):
                     print(f"{kind}: {number + 1}/{getattr(arguments, kind)}, {len(result.faults)} faults", flush=True)
                     if arguments.out:
-                        arguments.out.write_text(json.dumps(asdict(result), indent=2) + "\n")
+                        write_json(arguments.out, asdict(result))
     for fault in result.faults:
         print(fault, file=sys.stderr)
     return 1 if result.faults else 0

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from analysis.output import write_json
 from training.recipe_file import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +51,7 @@ def main() -> None:
             "seed": load_recipe(out / name / "recipe.yaml").recipe.run.seed,
             **environment,
         }
-    (out / "quickstart.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(out / "quickstart.json", summary)
     print(f"done in {summary['seconds']} s. Open {(out / 'report.html').resolve()}")
 
 

@@ -41,6 +41,7 @@ from typing import Any
 import torch
 import yaml
 
+from analysis.output import write_json
 from training.run_folder import describe_environment
 
 STEPS, TOLERANCE, LIMIT = 24, 2e-6, 180  # steps of a run; relative difference of losses; seconds until a launch counts as hung
@@ -334,7 +335,7 @@ def main() -> int:
 
     def keep() -> None:
         if arguments.out:
-            arguments.out.write_text(json.dumps(asdict(result), indent=2) + "\n")
+            write_json(arguments.out, asdict(result))
 
     with tempfile.TemporaryDirectory(prefix="soak") as folder:
         recipe = write_recipe(Path(folder))

@@ -205,6 +205,12 @@ def test_the_page_lists_what_may_change_on_resume() -> None:
     assert sorted(re.findall(r"`([\w.]+)`", listed[1])) == sorted(key.removesuffix(".") for key in MAY_CHANGE_ON_RESUME)
 
 
+def test_the_result_of_a_script_appears_when_it_is_whole() -> None:
+    """What --out names is written beside and renamed: a script that is ended while it writes leaves what was there."""
+    directly = re.compile(r"\bout\.write_text\(|open\((arguments\.)?out\b|write_text\(json\.dumps\((result|summary|described)\b")
+    assert [path.name for path in (ROOT / "scripts").glob("*.py") if directly.search(path.read_text())] == []
+
+
 def test_every_declared_package_has_a_pin() -> None:
     """`make setup` gives everybody the same versions: each dependency of pyproject.toml is pinned, within its range."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -1,8 +1,8 @@
 """Save, verify, find the newest whole one, resume at any number of ranks and any ZeRO stage.
 
 A checkpoint is written into a hidden folder beside its place, read back from the disk, hashed into a manifest, flushed and renamed: a
-folder named `step-00001000` is complete, and what a crash leaves behind is never taken for one. Nothing that is whole is deleted
-before what follows it has come so far.
+folder named `step-00001000` is complete, and what a crash leaves behind is never taken for one. A whole checkpoint is deleted only
+after a newer one is whole.
 """
 
 from __future__ import annotations

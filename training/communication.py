@@ -1,4 +1,4 @@
-"""What a step sends between ranks, and what that leaves of a GPU's speed: the plan's formulas, on paper.
+"""Communication volume of a step, and the scaling efficiency it predicts (not measured).
 
 With G ranks, weights and gradients of N parameters in b bytes each (2 in bf16), A micro-batches a step and r = (G - 1) / G, what a rank
 sends in a step, over rings (reduce-scatter and all-gather each send r of the data, an all-reduce both):
@@ -36,7 +36,7 @@ def bytes_sent(stage: int, parameters: int, ranks: int, accumulation: int, width
 
 @dataclass(frozen=True)
 class Scaling:
-    """Tokens per second of all ranks, and the share that is left of so many GPUs alone: hidden and exposed communication."""
+    """Predicted tokens/s of all ranks and parallel efficiency, with communication fully overlapped (hidden) and not at all (exposed)."""
 
     ranks: int
     sent: float

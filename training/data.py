@@ -30,9 +30,10 @@ from model.errors import InputError
 from model.transformer import IGNORED_TARGET
 from training.distributed import Ranks
 from training.recipe import DataSection
+from training.run_folder import sync
 from training.run_lock import NO_LOCKS
 from training.sources import Source, file_state, listing_digest, open_source
-from training.token_shards import FORMAT, SPLITS, Split, build, sync_folder
+from training.token_shards import FORMAT, SPLITS, Split, build
 from training.tokenizer import token_dtype
 
 # ---------------------------------------------------------------------------------------------------------- opened shards
@@ -285,7 +286,7 @@ def _build_and_rename(data: DataSection, source: Source, folder: Path) -> None:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
             shutil.rmtree(building)
-        sync_folder(folder.parent)
+        sync(folder.parent)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise

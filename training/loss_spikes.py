@@ -1,4 +1,5 @@
-"""Loss spikes: a step whose loss stands far out of the last steps' is left out, or the run goes back before it and past its data.
+"""Loss spikes: a step whose loss is far above the recent ones is skipped, or the run is rewound to a checkpoint before it and its data
+passed over.
 
 A loss is a spike when it is above median + threshold x spread of the last `window` accepted losses, with spread 1.4826 x their median
 absolute deviation (the standard deviation, were they normal), and at least a thousandth of the median. Unlike mean and deviation, these

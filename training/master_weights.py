@@ -9,7 +9,6 @@ Used by training/engine.py alone, whose docstring lists what this relies on insi
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from analysis.checkpoint import Checkpoint, Kind
 from model.errors import InputError
-from model.parametrization import owned_parameters
+from model.parametrization import generator_of, owned_parameters
 
 MOMENTS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")  # of AdamW
 Vector = list[Tensor]
@@ -95,10 +94,8 @@ class MasterWeights:
         vector = self.zeros()
         for segment in self.segments:
             name, shape = self.names[segment.tensor], self.shapes[segment.tensor]
-            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             device = vector[segment.index].device
-            generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-            whole = torch.randn(shape, generator=generator, device=device).flatten()
+            whole = torch.randn(shape, generator=generator_of(seed, name, device), device=device).flatten()
             self.part(vector, segment).copy_(whole[segment.offset : segment.offset + segment.length])
         return vector
 

@@ -40,8 +40,9 @@ def peak_flops(device: torch.device) -> float | None:
 def peak_of(name: str) -> float | None:
     """Dense bf16 peak of a GPU by the name that its driver gives; a part of one, and slower kinds of it, are not known."""
     words = name.replace("-", " ").split()
-    slower = {"MIG", *(("PCIe", "NVL") if "H100" in words else ())}
-    return None if slower & set(words) else next((peak for kind, peak in PEAK_FLOPS.items() if kind in words), None)
+    kind = next((kind for kind in PEAK_FLOPS if kind in words), None)
+    slower = {"MIG", *(("PCIe", "NVL") if kind in ("H100", "H200", "H800") else ())}
+    return None if kind is None or slower & set(words) else PEAK_FLOPS[kind]
 
 
 class PeakMemory:

@@ -25,6 +25,7 @@ from model.pretrained import PretrainedModel
 from model.transformer import Transformer
 from training.distributed import smallest_over_ranks
 from training.memory import Memory, predict
+from training.metrics import duration
 from training.network import Network, make_network
 from training.optimizers import state_elements
 from training.recipe import ContextPruningSection, Recipe, model_config, zero_stage
@@ -351,7 +352,7 @@ def memory_advice(plan: Plan, during: str) -> Iterator[None]:
         advice = "; ".join(what_would_fit(plan))
         raise InputError(
             f"out of memory during {during}: the plan counts {plan.memory.total / 1e9:.2f} GB of tensors on a rank, most at "
-            f"{plan.memory.peak_phase}. By the plan less would do with {advice or 'more ranks, or a smaller model'}"
+            f"{plan.memory.peak_phase}. According to the plan, these need less memory: {advice or 'more ranks, or a smaller model'}"
         ) from None
 
 
@@ -399,7 +400,7 @@ def format_plan(plan: Plan) -> str:
             "",
             f"FLOPs {plan.flops_per_token:.4g} a token and pass, {plan.flops:.4g} in all{_passes_note(plan)}",
             *(f"    {line}" for line in FLOPS_CONVENTION),
-            f"time {_duration(plan.flops / batch.ranks / 1e14)} at 100 TFLOP/s sustained on each rank, in proportion at other speeds",
+            f"time {duration(plan.flops / batch.ranks / 1e14)} at 100 TFLOP/s sustained on each rank, in proportion at other speeds",
             f"data {_data_note(plan)}",
         ]
     )
@@ -486,10 +487,3 @@ def _mebibytes(count: int) -> str:
 
 def _many(count: int, thing: str) -> str:
     return f"{count} {thing}" if count == 1 else f"{count} {thing}{'es' if thing.endswith('ch') else 's'}"
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} seconds"

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from training.run_folder import write_whole
+
 # The first kind one of whose words is in an operation's or a kernel's name; what none names is "everything else".
 KINDS: dict[str, tuple[str, ...]] = {
     "communication": ("nccl", "gloo", "c10d", "all_reduce", "allreduce", "all_gather", "reduce_scatter", "broadcast"),
@@ -53,8 +55,11 @@ def profiled(folder: Path, step: int, wanted: bool) -> Iterator[None]:
         if cuda:
             torch.cuda.synchronize()
     folder.mkdir(parents=True, exist_ok=True)
-    recorded.export_chrome_trace(str(folder / f"step-{step:08d}.json.gz"))
-    (folder / f"step-{step:08d}.txt").write_text(summary(recorded, step, cuda))
+    trace = folder / f"step-{step:08d}.json.gz"
+    beside = trace.with_name(f".writing-{trace.name}")  # torch compresses what ends in .gz
+    recorded.export_chrome_trace(str(beside))
+    beside.replace(trace)
+    write_whole(folder / f"step-{step:08d}.txt", summary(recorded, step, cuda))
 
 
 def summary(recorded: Any, step: int, cuda: bool) -> str:

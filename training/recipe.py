@@ -94,7 +94,7 @@ class LossSpikesSection(Section):
 
 
 class TrainingSection(Section):
-    """How much, how long, how large a bite."""
+    """Tokens, batch and sequence length, precision, and what to do about bad steps."""
 
     tokens: int = Field(description="Tokens to train on.", gt=0)
     tokens_per_step: int = Field(
@@ -274,7 +274,9 @@ class ContextPruningSection(Section):
     )
     alpha_start: float = Field(default=4.0, ge=1, description="alpha of the sparse sigmoid at the first step.")
     alpha_end: float = Field(default=8.0, ge=1, description="alpha from alpha_fraction of the steps on; decisions are hard in generation.")
-    alpha_fraction: float = Field(default=0.75, gt=0, le=1, description="Share of the steps in which alpha goes over, by a cosine.")
+    alpha_fraction: float = Field(
+        default=0.75, gt=0, le=1, description="Share of the steps over which alpha moves from alpha_start to alpha_end, on a cosine."
+    )
     sparsity_weight: float = Field(default=0.0, ge=0, description="gamma: nats that a token's whole context costs; the paper's own way.")
     target_kept: float | None = Field(
         default=None,

@@ -130,7 +130,7 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """An error waits for the save under way as well, unless a rank is gone, without which it cannot be made; so does no Ctrl-C."""
+        """After an error the save under way is awaited too, unless a rank is lost (it could not finish) or the error is Ctrl-C."""
         if error is None:
             self.wait()
         elif isinstance(error, Exception) and not is_lost_connection(error):

@@ -37,7 +37,7 @@ class Outcome:
     """What a training step did.
 
     Attributes:
-        loss_sum: summed loss at the unperturbed weights of those tokens of this rank that it is known for, a float32 scalar.
+        loss_sum: summed loss, at the unperturbed weights, of those of this rank's tokens for which it was computed, a float32 scalar.
         loss_tokens: how many those are.
         values: what is logged beside; empty for a plain step.
         ascent_was_finite: of a step that was not applied: only the second pass was at fault.

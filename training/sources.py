@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.errors import InputError
+from model.errors import InputError, one_line
 from training.tokenizer import cut_position
 
 if TYPE_CHECKING:
@@ -334,7 +334,7 @@ def _parquet_texts(file: Path, field: str) -> Iterator[bytes]:
                     number += 1
                     yield _encoded(text, f"{file}: row {number}, column {field!r}")
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is not a whole parquet file of text ({_first_line(error)})") from error
+        raise InputError(f"{file} is not a whole parquet file of text ({one_line(error)})") from error
 
 
 # ----------------------------------------------------------------------------------------------------------- huggingface
@@ -399,14 +399,9 @@ class HuggingFaceSource:
         # The hub client and the readers of its many formats raise exceptions of many libraries, all of which mean the same here.
         except Exception as error:
             raise InputError(
-                f"data.dataset {self.dataset}: cannot read row {number + 1} ({_first_line(error)}): "
+                f"data.dataset {self.dataset}: cannot read row {number + 1} ({one_line(error)}): "
                 "check the name, the split and the connection, or give a local folder"
             ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 # ------------------------------------------------------------------------------------------------------------------- all

@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from training.recipe import DataSection
+from training.run_folder import sync
 from training.sources import Document, HuggingFaceSource, ReadCounts, Source, read_documents
 from training.tokenizer import Tokenizer, cut_position, encode_in_parallel, pretrained_tokenizer, token_dtype, train_sentencepiece
 
@@ -68,7 +69,7 @@ def build(data: DataSection, source: Source, folder: Path) -> dict[str, Any]:
         json.dump(manifest, file, indent=2)
         _sync(file)
     for path in (*(folder / "tokenizer").iterdir(), folder / "tokenizer", folder):
-        sync_folder(path)
+        sync(path)
     return manifest
 
 
@@ -218,14 +219,6 @@ class _ShardWriter:
 def _sync(file: IO[Any]) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _expected_bytes(data: DataSection, source: Source) -> int | None:

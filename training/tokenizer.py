@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from model.errors import InputError
+from model.errors import InputError, one_line
 from model.hub import locate
 
 END_OF_TEXT = "<|end_of_text|>"
@@ -269,8 +269,7 @@ def pretrained_tokenizer(path: str) -> PretrainedTokenizer:
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=False, **arguments)
     # Missing names, no connection, broken files and unknown classes raise exceptions of many libraries, which mean the same here.
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"data.tokenizer.path: no tokenizer can be loaded from {path} ({reason})") from error
+        raise InputError(f"data.tokenizer.path: no tokenizer can be loaded from {path} ({one_line(error)})") from error
     return PretrainedTokenizer(tokenizer, path)
 
 

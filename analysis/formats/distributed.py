@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from analysis.checkpoint import Checkpoint, Kind, Segment, block_segments, precision_of
-from analysis.files import map_file, mapped_tensor, named_member, some
+from analysis.files import check_archive, map_file, mapped_tensor, named_member, some
 from analysis.formats.tensor_files import is_buffer
 from model.errors import InputError
 
@@ -168,9 +168,8 @@ class DistributedCheckpoint(Checkpoint):
         super().check_contents()
         for name, blocks in self._blocks.items():
             for _, _, where in blocks:
-                with zipfile.ZipFile(cast(IO[bytes], _Window(self._window(where)[1]))) as archive:
-                    if archive.testzip() is not None:
-                        raise InputError(f"{self.path / where.relative_path}: the block of {name} was altered: its CRC-32 does not fit")
+                window = _Window(self._window(where)[1])
+                check_archive(cast(IO[bytes], window), f"{self.path / where.relative_path}: the block of {name}")
 
     def _segments(self, name: str, kind: Kind) -> list[Segment]:
         if (name, kind) not in self._stored:

@@ -125,7 +125,7 @@ def test_its_numbers_are_those_of_decoding_with_the_cache_that_shrinks(place, tm
     else:
         assert entry["without_adapters"] is None
     said = capsys.readouterr().out
-    assert "lm-eval's tasks: not run" in said and "sinks_window" in said
+    assert "sinks_window" in said
     assert {path.name for path in tmp_path.iterdir()} == {"context.json", "context.png", "lifetimes.png", "lifetimes.html"}
 
 

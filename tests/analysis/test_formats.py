@@ -504,7 +504,7 @@ def test_damaged_and_hostile_distributed_checkpoints_are_named(deepspeed_checkpo
     flipped = bytearray(content)
     flipped[content.index(first) + 5] ^= 64
     file.write_bytes(flipped)
-    assert "the block of model.rows was altered" in problem_of(folder, capsys)
+    assert "the block of model.rows: altered since it was saved" in problem_of(folder, capsys)
     metadata = copy() / ".metadata"
     metadata.write_bytes(pickle.dumps(Payload(proof)))
     assert "refused: it asks to run posix.system" in problem_of(folder, capsys)
@@ -514,6 +514,22 @@ def test_damaged_and_hostile_distributed_checkpoints_are_named(deepspeed_checkpo
         where.relative_path = "../" + where.relative_path
     metadata.write_bytes(pickle.dumps(honest))
     assert "which is not a plain file name" in problem_of(folder, capsys)
+
+
+@pytest.mark.parametrize("part", [b"PK\x01\x02", b"PK\x03\x04", b"PK\x05\x06"])
+def test_a_damaged_block_is_named_wherever_it_is_damaged(part, tmp_path, capsys):
+    """The archive's directory, a record's header, and the directory's end; of the block that is not the last of its file."""
+    folder = tmp_path / "step-1"
+    weights = {"first": torch.arange(12.0), "second": torch.randn(5, 2)}
+    torch.distributed.checkpoint.save(weights, checkpoint_id=folder, no_dist=True)
+    assert main(["inspect", str(folder)]) == 0
+    (file,) = folder.glob("*.distcp")
+    original = file.read_bytes()
+    for byte in range(len(part)):
+        content = bytearray(original)
+        content[original.index(part) + byte] ^= 64
+        file.write_bytes(content)
+        assert "the block of first" in problem_of(folder, capsys)
 
 
 @pytest.mark.distributed

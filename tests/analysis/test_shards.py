@@ -94,8 +94,9 @@ def test_padding_of_stage_3_is_never_read(deepspeed_checkpoints, tmp_path):
                 start += chunk
         assert poisoned > 0
         torch.save(state, path)
-        for name, tensor in open_checkpoint(folder).named_tensors():
-            assert torch.equal(tensor, {**truth["parameters"], **truth["frozen"]}[name]), name
+        checkpoint = open_checkpoint(folder)
+        for name in checkpoint.shapes:
+            assert torch.equal(checkpoint.tensor(name), {**truth["parameters"], **truth["frozen"]}[name]), name
 
 
 def param_shapes(folder: Path) -> list[dict]:

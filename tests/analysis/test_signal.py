@@ -370,6 +370,32 @@ def test_what_is_refused(words: list[str], message: str, tmp_path: Path, capsys:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("changed", "overrides", "message"),
+    [
+        ({}, ["model.attention=["], "model.attention=[: not valid YAML: while parsing"),
+        ({}, ["model.seed=2024-99-99"], "model.seed=2024-99-99: not valid YAML: month must be"),
+        ({"{tokenizer: {vocab_size: 300}}": "[1, 2]"}, [], "data.tokenizer.vocab_size: expected a mapping with tokenizer, found [1, 2]"),
+        ({"{vocab_size: 300}": "some"}, [], "data.tokenizer.vocab_size: expected a mapping with vocab_size, found 'some'"),
+        ({"vocab_size: 300": "vocab_size: many"}, [], "data.tokenizer.vocab_size: expected a positive whole number, found 'many'"),
+        ({"{tokens: 1e6, sequence_length: 24}": "[24]"}, [], "training.sequence_length: expected a mapping with sequence_length"),
+        ({"sequence_length: 24": "sequence_length: 0.5"}, [], "training.sequence_length: expected a positive whole number, found 0.5"),
+        ({"sequence_length: 24": "sequence_length: .inf"}, [], "training.sequence_length: expected a positive whole number, found inf"),
+        ({"{width: 16,": "{1: 16,"}, [], "model.1"),
+        ({"{width: 16,": "[" * 3000}, [], "not valid YAML"),
+    ],
+)
+def test_a_recipe_of_another_form_is_refused_in_one_line(
+    changed: dict[str, str], overrides: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = RECIPE
+    for before, after in changed.items():
+        text = text.replace(before, after)
+    assert main(["signal", recipe(tmp_path, text), *overrides, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and "Traceback" not in said
+
+
 def test_text_that_does_not_fit(tmp_path: Path) -> None:
     small = recipe(tmp_path, RECIPE.replace("vocab_size: 300", "vocab_size: 100"))
     with pytest.raises(InputError, match="a recipe reads text as bytes, and its vocabulary of 100 has not 256"):

@@ -44,7 +44,9 @@ def test_randomised_methods_against_all_singular_values(power, shape):
     matrix = matrix if shape[0] <= shape[1] else matrix.T
     if power == 0.0:
         matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))  # the hardest: no gap anywhere
+    before = torch.get_rng_state()
     exact, quick = spectrum_of(matrix), spectrum_of(matrix, exact=16)
+    assert torch.equal(torch.get_rng_state(), before) and spectrum_of(matrix, exact=16) == quick
     singular = torch.linalg.svdvals(matrix.double())
     assert (exact["exact"], quick["exact"]) == (True, False)
     np.testing.assert_allclose(exact["spectrum"], singular[:32], rtol=1e-5)

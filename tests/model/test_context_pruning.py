@@ -671,6 +671,19 @@ def test_after_a_pass_that_was_broken_off_dense_is_dense() -> None:
         assert torch.equal(whole(model, tokens), expected)
 
 
+def test_dense_logits_leave_pruning_as_it_was() -> None:
+    """Switched on or off; of our network, and of a pretrained one."""
+    ours = make("burnish")
+    pretrained = PretrainedDecoder(PretrainedModel("tiny", fields_of(FAMILIES["llama"]()), LENGTH))
+    attach(pretrained, DROPS)
+    ours.network.context_pruning_settings = settings_of(ours)
+    for network in (ours.network, pretrained):
+        for enabled in (True, False):
+            settings_of(network).enabled = enabled
+            network.dense_logits(tokens_of(), None)
+            assert settings_of(network).enabled is enabled
+
+
 def test_other_caches_are_refused() -> None:
     model, tokens = make("llama"), tokens_of()
     with pytest.raises(InputError, match="holds every token"):

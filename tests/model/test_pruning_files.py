@@ -15,6 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from model import pruning_files
 from model.config import PruningConfig
 from model.context_pruning import dense, settings_of
 from model.errors import InputError
@@ -296,11 +297,65 @@ def test_damaged_files_are_one_clear_line(base: Path, trained: Any, tmp_path: Pa
     tensors = load_file(good / TENSORS)
     name = next(name for name in tensors if name.endswith("bias"))
 
-    def retensor(folder: Path) -> None:
-        save_file({n: t for n, t in tensors.items() if n != name}, folder / TENSORS)
+    def hold(tensors: dict[str, torch.Tensor], digest: str | None = None) -> Any:
+        def change(folder: Path) -> None:
+            save_file(tensors, folder / TENSORS)
+            describe(tensors=digest)(folder)
 
-    refused(retensor, f"{name}: expected a tensor .* found none")
-    refused(lambda folder: save_file({**tensors, name: torch.zeros(2)}, folder / TENSORS), r"expected a tensor \(1,\), found \(2,\)")
+        return change
+
+    refused(hold({n: t for n, t in tensors.items() if n != name}), f"{name}: expected a tensor .* found none")
+    refused(hold({**tensors, name: torch.zeros(2)}), r"expected a tensor \(1,\), found \(2,\)")
+    refused(hold({**tensors, name: torch.zeros(1)}, description["tensors"]), "not the tensors that context_pruning.json was saved with")
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3, 4])
+def test_a_save_over_another_is_the_old_the_new_or_refused(
+    calls: int, base: Path, trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off before each of the steps: writing the one, the other, and renaming them."""
+    other, folder = copy.deepcopy(trained), tmp_path / "saved"
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if ".context_pruning." in name:
+                parameter += 1.0
+    settings_of(other).threshold = 0.3
+    save(trained, folder, base=str(base), lora=LORA, alone=True)
+    steps = 0
+
+    def cut(function: Any) -> Any:
+        def step(*arguments: Any, **options: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            if steps == calls:
+                raise OSError(28, "No space left on device")
+            return function(*arguments, **options)
+
+        return step
+
+    with monkeypatch.context() as patched:
+        for owner, name in ((pruning_files, "save_file"), (Path, "write_text"), (pruning_files.os, "replace")):
+            patched.setattr(owner, name, cut(getattr(owner, name)))
+        with pytest.raises(InputError, match="No space left"):
+            save(other, folder, base=str(base), lora=LORA, alone=True)
+    assert {path.name for path in folder.iterdir()} == {DESCRIPTION, TENSORS}
+    if calls < 4:
+        found = load(folder)
+        assert settings_of(found).threshold == 0.1
+        torch.testing.assert_close(logits(found), logits(trained), rtol=0, atol=1e-5)
+    else:
+        with pytest.raises(InputError, match=r"not the tensors that context_pruning\.json was saved with"):
+            load(folder)
+    save(other, folder, base=str(base), lora=LORA, alone=True)
+    assert settings_of(load(folder)).threshold == 0.3
+
+
+def test_a_folder_without_a_digest_still_loads(base: Path, trained: Any, tmp_path: Path) -> None:
+    save(trained, tmp_path, base=str(base), lora=LORA, alone=True)
+    description = json.loads((tmp_path / DESCRIPTION).read_text())
+    assert description.pop("tensors") == hashlib.sha256((tmp_path / TENSORS).read_bytes()).hexdigest()
+    (tmp_path / DESCRIPTION).write_text(json.dumps(description))
+    torch.testing.assert_close(logits(load(tmp_path)), logits(trained), rtol=0, atol=1e-5)
 
 
 def test_what_cannot_be_saved_is_refused(base: Path, trained: Any, tmp_path: Path) -> None:

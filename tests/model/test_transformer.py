@@ -17,6 +17,7 @@ from model.attention import Context, rotary_tables, rotate, softcapped_attention
 from model.config import PRESETS, SIZES, ModelConfig
 from model.errors import InputError
 from model.parametrization import initialize, is_decayed, owned_parameters
+from model.section import ModelSection
 from model.transformer import IGNORED_TARGET, Transformer
 
 SMALL = {"width": 48, "depth": 3, "heads": 4, "vocab_size": 97, "sequence_length": 32}
@@ -462,6 +463,15 @@ def test_a_sequence_that_is_too_long_is_refused() -> None:
     model = make()
     with pytest.raises(InputError, match=r"33 tokens.*at most 32"):
         model(torch.zeros(1, 33, dtype=torch.long))
+
+
+@pytest.mark.parametrize("value", [0.0, -0.1, math.nan])
+def test_scales_that_are_not_positive_are_refused_as_in_a_recipe(value: float) -> None:
+    bounded = {name for name, field in ModelSection.model_fields.items() if any(hasattr(bound, "gt") for bound in field.metadata)}
+    assert {"residual_gain", "init_std"} <= bounded
+    with pytest.raises(InputError) as error:
+        ModelConfig(**SMALL, **dict.fromkeys(bounded, value))
+    assert sorted(str(error.value).splitlines()) == sorted(f"model.{name}: {value} is not a positive number" for name in bounded)
 
 
 def test_wrong_shapes_are_named_together() -> None:

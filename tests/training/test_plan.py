@@ -413,7 +413,9 @@ def test_what_recipes_say_that_they_need_is_the_plans() -> None:
 
 def test_the_peak_of_a_gpu_is_that_of_its_kind_or_not_known() -> None:
     assert peak_of("NVIDIA H100 80GB HBM3") == peak_of("NVIDIA H200") == 989.5e12 and peak_of("NVIDIA A100-SXM4-80GB") == 312e12
-    for name in ("NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GeForce RTX 4090"):
+    assert peak_of("NVIDIA A100 80GB PCIe") == 312e12  # as fast as the other kind
+    hopper = [f"NVIDIA {name} {kind}" for name in ("H100", "H200", "H800") for kind in ("PCIe", "NVL", "80GB HBM3 MIG 1g.10gb")]
+    for name in (*hopper, "NVIDIA H200 MIG 1g.18gb", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA GeForce RTX 4090"):
         assert peak_of(name) is None
 
 

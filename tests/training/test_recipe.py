@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import train
 from model.errors import InputError
 from training.plan import print_plan
 from training.recipe import Recipe, model_config
@@ -177,6 +180,24 @@ def test_every_recipe_loads_again_from_its_run_folder(path: Path, tmp_path: Path
     saved.write_text(dump_recipe(loaded))
     assert load_recipe(saved).recipe == loaded.recipe
     assert differences(saved, loaded) == []
+
+
+@pytest.mark.parametrize("name", ["2024", "a: b", "1e3", "null", "it's # one", "\u00fc\U0001f525"])
+def test_resume_takes_the_name_of_a_folder_as_it_is(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, resumed = tmp_path / "7" / name, []
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text(MINIMAL)
+
+    def look(loaded: Any, ranks: int) -> None:
+        resumed.append(loaded.run_folder)
+
+    monkeypatch.setattr("training.plan.print_plan", look)
+    monkeypatch.setattr("training.distributed.leave", sys.exit)
+    for folder, written in ((tmp_path, f"7/{name}"), (tmp_path / "7", name), (run, "."), (tmp_path, str(run))):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["train.py", "--resume", written, "--dry-run", "run.seed=3"])
+        train.main()
+    assert resumed == [run] * 4
 
 
 def test_differences_ignore_what_changes_no_weight(recipe: Path) -> None:
