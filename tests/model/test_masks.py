@@ -88,8 +88,8 @@ def test_other_documents_do_not_compile_a_block_again(monkeypatch: pytest.Monkey
         block.compile()
     with torch.no_grad():
         found = [model(tokens, document_ids=documents(2, 256, 0.01, seed)) for seed in (0, 1)]
-        monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
-        found += [model(tokens, document_ids=documents(2, 256, 0.03, seed)) for seed in (2, 3)]
+        with torch._dynamo.config.patch(error_on_recompile=True):  # monkeypatch would leave the setting hidden from torch
+            found += [model(tokens, document_ids=documents(2, 256, 0.03, seed)) for seed in (2, 3)]
         torch._dynamo.reset()
         monkeypatch.setattr("model.transformer.has_block_kernel", lambda *ignored: False)
         plain = Transformer(config)
