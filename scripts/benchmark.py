@@ -2,12 +2,13 @@
 
     python -m scripts.benchmark [--size 17m] [--precision fp32] [--rounds 5] [--out FILE.json] [section.key=value ...]
     torchrun --nproc_per_node 2 -m scripts.benchmark ...
-    python -m scripts.benchmark --size 130m --precision bf16 --steps 12 training.compile=true        # one GPU
+    python -m scripts.benchmark --size 130m 320m 1b 7b --precision bf16 --minutes 9 training.compile=true     # one GPU, its whole table
 
 Subjects, each built anew for its turn, on random tokens in batches of one shape; a step is a forward and a backward pass, clipping and
 AdamW, and reads no value but the last loss. All ours are `training.engine` and `training.sharpness_aware`, as the loop has them:
     pre_norm, outlier_protected, shaped, simplified     blocks of one size; pre_norm is what the peers train
     sam, functional_sam                                 pre_norm with two passes a step: tokens count once
+    selective_checkpointing, full_checkpointing         pre_norm whose blocks keep their products, or their input alone
     loop                                                `training.loop.train` itself, data, logging and TensorBoard included (small sizes)
     products_and_attention                              nothing but the matrix products and the attention of a step: what its shape allows
 Peers:
@@ -19,8 +20,10 @@ Peers:
                         python -m venv runs/litgpt && runs/litgpt/bin/pip install litgpt
 Rounds are interleaved, each begins with another subject, and figures are medians of ratios within a round, so that a machine whose speed
 drifts treats all alike. The ceiling is the fastest of a few large matrix products in that precision, measured in every round; a share
-of it counts 6 N_matmul + 12 depth width length FLOPs a token. On a GPU the table has MFU and peak memory; --minutes ends it after a whole
-round. With --clock processor times are those of the process on its cores: what other programs do disturbs that less.
+of it counts 6 N_matmul + 12 depth width length FLOPs a token. On a GPU the table has MFU and peak memory. Several sizes come one after
+another, each with an equal share of what is left of --minutes and a file of its own, FILE_SIZE.json; a subject that the first round has no
+time for, or the machine no memory, is named and left out. 7b is there to be seen to fit, alone, by the plan's own choice of checkpointing.
+With --clock processor times are those of the process on its cores: what other programs do disturbs that less.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +53,7 @@ from torch import Tensor, nn
 
 from analysis.output import write_json
 from analysis.pictures import benchmark_picture
+from model.activation_checkpointing import ActivationCheckpointing
 from model.config import ModelConfig
 from model.errors import InputError
 from model.linear_cross_entropy import chunk_rows
@@ -68,22 +73,41 @@ from training.sharpness_aware import take_step
 from training.token_shards import FORMAT, SPLITS
 from training.tokenizer import token_dtype
 
-# name -> (model section, vocabulary, length, micro-batch, steps a turn)
-SHAPES: dict[str, tuple[dict[str, Any], int, int, int, int]] = {
-    "1m": ({"width": 128, "depth": 4, "heads": 4}, 4096, 512, 8, 8),
-    "17m": ({"width": 384, "depth": 6, "heads": 6}, 16384, 512, 8, 4),
-    "100m": ({"width": 768, "depth": 12, "heads": 12}, 16384, 512, 4, 3),
-    "130m": ({"size": "130m"}, 50304, 2048, 16, 12),
-    "320m": ({"size": "320m"}, 50304, 2048, 8, 12),
-    "1b": ({"size": "1b"}, 50304, 2048, 4, 8),
-}
+
+@dataclass(frozen=True)
+class Shape:
+    """What all subjects of a size train: a network, and batches of micro_batch x length tokens a rank."""
+
+    model: dict[str, Any]
+    vocabulary: int
+    length: int
+    micro_batch: int
+    steps: int  # counted ones of a turn
+    recipe: dict[str, Any] = field(default_factory=dict)  # sections beside
+    subjects: tuple[str, ...] | None = None  # None: all that can run
+
+
+SHAPES = {
+    "1m": Shape({"width": 128, "depth": 4, "heads": 4}, 4096, 512, 8, 8),
+    "17m": Shape({"width": 384, "depth": 6, "heads": 6}, 16384, 512, 8, 4),
+    "100m": Shape({"width": 768, "depth": 12, "heads": 12}, 16384, 512, 4, 3),
+    "130m": Shape({"size": "130m"}, 50304, 2048, 16, 12),
+    "320m": Shape({"size": "320m"}, 50304, 2048, 8, 12),
+    "1b": Shape({"size": "1b"}, 50304, 2048, 4, 8),
+    "7b": Shape(
+        {"size": "7b"}, 50304, 2048, 4, 3,
+        {"training": {"activation_checkpointing": "auto"}, "deepspeed": {"zero_optimization": {"stage": 0}}}, ("pre_norm",),
+    ),
+}  # fmt: skip
 OURS: dict[str, dict[str, Any]] = {
     "pre_norm": {},
     "outlier_protected": {"model": {"block": "outlier_protected"}},
     "shaped": {"model": {"attention": "shaped"}},
+    "functional_sam": {"optimizer": {"sharpness_aware": "functional_sam"}},
     "simplified": {"model": {"block": "simplified"}},
     "sam": {"optimizer": {"sharpness_aware": "sam"}},
-    "functional_sam": {"optimizer": {"sharpness_aware": "functional_sam"}},
+    "selective_checkpointing": {"training": {"activation_checkpointing": "selective"}},
+    "full_checkpointing": {"training": {"activation_checkpointing": True}},
 }
 BOUND = "products_and_attention"
 PEERS = ("bare_pytorch", "bare_deepspeed", "hf_trainer", "litgpt")
@@ -94,12 +118,12 @@ WARM_UP = 2
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for all of ours; peers follow in precision and compile")
-    parser.add_argument("--size", choices=SHAPES, default="17m")
+    parser.add_argument("--size", nargs="+", choices=SHAPES, default=["17m"])
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help=f"optimizer steps of a turn after {WARM_UP} that are not counted")
     parser.add_argument("--subjects", nargs="+", choices=[*OURS, "loop", BOUND, *PEERS], help="default: all that can run here")
-    parser.add_argument("--minutes", type=float, help="begin no further round that would, as long as the longest, end after this")
+    parser.add_argument("--minutes", type=float, help="begin no round that would, as long as the longest, end after this")
     parser.add_argument("--clock", choices=("wall", "processor"), default="wall")
     parser.add_argument("--litgpt", type=Path, default=Path("runs/litgpt/bin/python"), help="python of an environment that has litgpt")
     parser.add_argument("--out", type=Path, help="where to write the result as JSON, and a picture beside it")
@@ -111,22 +135,24 @@ def main() -> None:
 class Bench:
     """What every subject is given: the recipe of the baseline, the ranks, and how steps are counted and timed."""
 
-    def __init__(self, arguments: argparse.Namespace, ranks: Ranks, device: torch.device, scratch: Path) -> None:
-        model, self.vocabulary, self.length, self.micro_batch, steps = SHAPES[arguments.size]
-        self.arguments, self.ranks, self.device, self.scratch = arguments, ranks, device, scratch
-        self.steps = arguments.steps or steps
+    def __init__(self, arguments: argparse.Namespace, size: str, ranks: Ranks, device: torch.device, scratch: Path) -> None:
+        shape = SHAPES[size]
+        self.vocabulary, self.length, self.micro_batch = shape.vocabulary, shape.length, shape.micro_batch
+        self.arguments, self.size, self.ranks, self.device, self.scratch = arguments, size, ranks, device, scratch
+        self.steps = arguments.steps or shape.steps
         self.tokens_per_step = self.micro_batch * self.length * ranks.world_size
         self.memory: dict[str, int] = {}  # peak bytes on the GPU, by subject
-        self.base = scratch / "recipe.yaml"
+        self.checkpointing: dict[str, ActivationCheckpointing] = {}  # by subject
+        self.base = scratch / f"{size}.yaml"
         tree = {
             "run": {"folder": str(scratch)},
-            "model": model,
+            "model": shape.model,
             "data": {"tokenizer": {"vocab_size": self.vocabulary}},
             "training": {
                 "tokens": 10**6 * self.tokens_per_step, "tokens_per_step": self.tokens_per_step, "micro_batch_size": self.micro_batch,
-                "sequence_length": self.length, "precision": arguments.precision,
+                "sequence_length": self.length, "precision": arguments.precision, **shape.recipe.get("training", {}),
             },
-            "deepspeed": {"zero_optimization": {"stage": 2}},
+            "deepspeed": shape.recipe.get("deepspeed", {"zero_optimization": {"stage": 2}}),
         }  # fmt: skip
         if ranks.is_first:
             self.base.write_text(json.dumps(tree))
@@ -170,60 +196,90 @@ def benchmark(arguments: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
         scratch: list[str] = [stack.enter_context(tempfile.TemporaryDirectory())] if ranks.is_first else [""]
         dist.broadcast_object_list(scratch)
-        bench = Bench(arguments, ranks, device, Path(scratch[0]))
-        parameters = count_parameters(bench.config)
-        flops = flops_per_token(bench.config, parameters, bench.length)
-        subjects, absent = choose(bench, parameters.total)
-        if not subjects:
-            raise InputError(f"--subjects: none of them can run here: {absent}")
-        seconds: dict[str, list[float]] = {name: [] for name in subjects}
-        ceilings: list[float] = []
-        began, longest = time.perf_counter(), 0.0
-        result: dict[str, Any] = {}
-        for turn in range(arguments.rounds):
-            turn_began = time.perf_counter()
-            names, offset = list(subjects), turn * max(1, len(subjects) // arguments.rounds)
-            ceilings.append(ceiling(bench))
-            for name in names[offset % len(names) :] + names[: offset % len(names)]:
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats(device)
-                seconds[name].append(statistics.median(subjects[name]()))
-                if device.type == "cuda":
-                    bench.memory[name] = max(bench.memory.get(name, 0), torch.cuda.max_memory_allocated(device))
-                clear(device)
-                dist.barrier()
-                if ranks.is_first:
-                    print(
-                        f"round {turn + 1}/{arguments.rounds}  {name:<20}{bench.tokens_per_step / seconds[name][-1]:>12,.0f} tokens/s",
-                        flush=True,
-                    )
-            if ranks.is_first:
-                result = summarise(bench, seconds, ceilings, flops, parameters.total, absent)
-                if arguments.out:  # after every round, should the machine be needed for something else
-                    write_json(arguments.out, result)
-            now = time.perf_counter()
-            longest = max(longest, now - turn_began)
-            if is_time_up(now - began + longest, arguments.minutes, device):
-                break
-        if ranks.is_first:
-            report(result, arguments.out)
+        began = time.perf_counter()
+        for number, size in enumerate(arguments.size):
+            share = None
+            if arguments.minutes is not None:
+                share = (60 * arguments.minutes - (time.perf_counter() - began)) / (len(arguments.size) - number)
+            out: Path | None = arguments.out
+            if out is not None and len(arguments.size) > 1:
+                out = out.with_name(f"{out.stem}_{size}{out.suffix}")
+            in_rounds(Bench(arguments, size, ranks, device, Path(scratch[0])), share, out)
 
 
-def is_time_up(seconds: float, minutes: float | None, device: torch.device) -> bool:
-    """Whether one more round would end after `minutes`, as the slowest rank sees it, on every rank alike."""
-    return minutes is not None and largest_over_ranks(round(seconds), device) > 60 * minutes
+def in_rounds(bench: Bench, share: float | None, out: Path | None) -> None:
+    """All subjects of a size in turn, round after round, within `share` seconds."""
+    rounds, device, is_first = bench.arguments.rounds, bench.device, bench.ranks.is_first
+    parameters = count_parameters(bench.config)
+    flops = flops_per_token(bench.config, parameters, bench.length)
+    subjects, absent = choose(bench, parameters.total)
+    if not subjects:
+        raise InputError(f"--subjects: none of them can run here: {absent}")
+    seconds: dict[str, list[float]] = {name: [] for name in subjects}
+    ceilings: list[float] = []
+    began, longest = time.perf_counter(), 0.0
+    result: dict[str, Any] = {}
+    for turn in range(rounds):
+        turn_began = time.perf_counter()
+        names, offset = list(subjects), turn * max(1, len(subjects) // rounds)
+        ceilings.append(ceiling(bench))
+        for name in names[offset % len(names) :] + names[: offset % len(names)]:
+            why = None
+            if turn == 0 and name != names[0] and is_time_up(time.perf_counter() - began, share, device):
+                why = "--minutes left no time for it"
+            else:
+                why = take_turn(bench, name, subjects[name], seconds[name])
+            if why is not None:
+                absent[name] = why
+                del subjects[name], seconds[name]
+            elif is_first:
+                rate = bench.tokens_per_step / seconds[name][-1]
+                print(f"{bench.size}  round {turn + 1}/{rounds}  {name:<24}{rate:>12,.0f} tokens/s", flush=True)
+        if is_first and seconds:
+            result = summarise(bench, seconds, ceilings, flops, parameters.total, absent)
+            if out:  # after every round, should the machine be needed for something else
+                write_json(out, result)
+        now = time.perf_counter()
+        longest = max(longest, now - turn_began)
+        if not subjects or is_time_up(now - began + longest, share, device):
+            break
+    if is_first:
+        report(bench.size, result, absent, out)
+
+
+def take_turn(bench: Bench, name: str, subject: Callable[[], list[float]], seconds: list[float]) -> str | None:
+    """Add the median of a turn's steps to `seconds`; or why there is none: no memory, of one rank alone."""
+    cuda, device = bench.device.type == "cuda", bench.device
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        seconds.append(statistics.median(subject()))
+    except torch.OutOfMemoryError:
+        if bench.ranks.world_size > 1:  # the others wait for this one
+            raise
+        clear(device)
+        return "out of memory"
+    if cuda:
+        bench.memory[name] = max(bench.memory.get(name, 0), torch.cuda.max_memory_allocated(device))
+    clear(device)
+    dist.barrier()
+    return None
+
+
+def is_time_up(seconds: float, share: float | None, device: torch.device) -> bool:
+    """Whether so many seconds are more than the share, as the slowest rank sees it, on every rank alike."""
+    return share is not None and largest_over_ranks(round(seconds), device) > share
 
 
 def choose(bench: Bench, parameters: int) -> tuple[dict[str, Callable[[], list[float]]], dict[str, str]]:
     """What runs here, in order, and of the others why they do not."""
     absent = {}
-    found: dict[str, Callable[[], list[float]]] = {name: lambda name=name: ours(bench, name) for name in OURS}
+    # first what the first comparison needs, should there be time for no more
+    mine: dict[str, Callable[[], list[float]]] = {name: lambda name=name: ours(bench, name) for name in OURS}
+    found = {"pre_norm": mine["pre_norm"], "bare_pytorch": lambda: bare_pytorch(bench)}
+    found["litgpt"] = lambda: peer(bench, "litgpt", str(bench.arguments.litgpt))
+    found |= mine | {"hf_trainer": lambda: peer(bench, "hf_trainer", sys.executable), "bare_deepspeed": lambda: bare_deepspeed(bench)}
     found |= {"loop": lambda: loop(bench), BOUND: lambda: products_and_attention(bench)}
-    found |= {"bare_pytorch": lambda: bare_pytorch(bench), "bare_deepspeed": lambda: bare_deepspeed(bench)}
-    found |= {
-        "hf_trainer": lambda: peer(bench, "hf_trainer", sys.executable),
-        "litgpt": lambda: peer(bench, "litgpt", str(bench.arguments.litgpt)),
-    }
     if parameters > LARGEST_LOOP:
         absent["loop"] = f"more than {LARGEST_LOOP:,} parameters: its checkpoints would be most of the time"
     if bench.arguments.clock == "processor":
@@ -234,7 +290,7 @@ def choose(bench: Bench, parameters: int) -> tuple[dict[str, Callable[[], list[f
         absent["litgpt"] = "not compiled on a CPU"
     if not bench.arguments.litgpt.exists():
         absent.setdefault("litgpt", f"{bench.arguments.litgpt} does not exist: see --help")
-    wanted = bench.arguments.subjects or list(found)
+    wanted = bench.arguments.subjects or SHAPES[bench.size].subjects or list(found)
     return {name: run for name, run in found.items() if name in wanted and name not in absent}, {
         n: w for n, w in absent.items() if n in wanted
     }
@@ -244,6 +300,7 @@ def ours(bench: Bench, name: str) -> list[float]:
     overrides = [f"{section}.{key}={value}" for section, values in OURS[name].items() for key, value in values.items()]
     recipe = bench.loaded(*overrides).recipe
     engine = Engine(recipe, bench.network(recipe), 1, bench.ranks, bench.device)
+    bench.checkpointing[name] = engine.model.activation_checkpointing
     batches = [[Batch(*bench.batch(), None)] for _ in range(4)]
 
     def step(number: int) -> Tensor:
@@ -271,7 +328,7 @@ def loop(bench: Bench) -> list[float]:
 
 def random_corpus(bench: Bench) -> Path:
     """A prepared corpus of random tokens, for the loop alone."""
-    folder = bench.scratch / "random_corpus"
+    folder = bench.scratch / f"random_corpus_{bench.size}"
     if bench.ranks.is_first and not folder.exists():
         (folder / "tokenizer").mkdir(parents=True)
         dtype, splits = token_dtype(bench.vocabulary), {}
@@ -396,6 +453,8 @@ def peer(bench: Bench, name: str, python: str) -> list[float]:
         environment["CUDA_VISIBLE_DEVICES"] = visible_alone(bench.device.index, environment.get("CUDA_VISIBLE_DEVICES"))
     command = [python, str(Path(__file__).with_name("benchmark_peer.py")), name, json.dumps(shape)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode and "out of memory" in done.stderr.lower():
+        raise torch.OutOfMemoryError(name)
     if done.returncode:
         raise InputError(f"{name}: its process ended with exit code {done.returncode}: {done.stderr.strip()[-1000:]}")
     found = json.loads(done.stdout.splitlines()[-1])
@@ -464,11 +523,13 @@ def summarise(
             row[f"over_{BOUND}"] = ratio(name, BOUND)
         if name in bench.memory:
             row["peak_memory_bytes"] = bench.memory[name]
+        if any(bench.checkpointing.get(name, ())):
+            row["activation_checkpointing"] = bench.checkpointing[name]._asdict()
         rows[name] = row
     return {
         "what": "medians over rounds; over_PEER: tokens per second over that peer's, the median of the ratios within a round",
         "clock": arguments.clock,
-        "size": arguments.size,
+        "size": bench.size,
         "parameters": parameters,
         "flops_per_token": flops,
         "precision": arguments.precision,
@@ -495,16 +556,18 @@ def table_line(name: str, row: dict[str, Any], best_peer: str | None) -> str:
         cells.append(f"MFU {row['mfu']:.1%}")
     if "peak_memory_bytes" in row:
         cells.append(f"{row['peak_memory_bytes'] / 1e9:.1f} GB")
+    if "activation_checkpointing" in row:
+        cells.append("{full} blocks recomputed in full, {selective} selectively".format(**row["activation_checkpointing"]))
     return "   ".join(cells)
 
 
-def report(result: dict[str, Any], out: Path | None) -> None:
+def report(size: str, result: dict[str, Any], absent: dict[str, str], out: Path | None) -> None:
     """For the terminal, and as a picture beside the JSON."""
-    for name, row in result["subjects"].items():
-        print(table_line(name, row, result["best_peer"]))
-    for name, why in result["absent"].items():
-        print(f"{name}: not run: {why}")
-    if out:
+    for name, row in result.get("subjects", {}).items():
+        print(f"{size}  {table_line(name, row, result['best_peer'])}")
+    for name, why in absent.items():
+        print(f"{size}  {name}: not run: {why}")
+    if out and result:
         benchmark_picture(result, out.with_suffix(".png"))
         print(f"written to {out}", file=sys.stderr)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -43,7 +44,7 @@ def test_the_bound_does_a_steps_products_and_attention(fields: dict[str, Any], m
 
 def test_no_round_begins_that_would_end_too_late() -> None:
     assert not is_time_up(10_000, None, CPU)
-    assert not is_time_up(539, 9, CPU) and is_time_up(541, 9, CPU)
+    assert not is_time_up(539, 540, CPU) and is_time_up(541, 540, CPU)
 
 
 def test_a_peer_sees_one_gpu() -> None:
@@ -71,3 +72,38 @@ def test_a_line_of_the_table_has_what_was_measured() -> None:
     line = table_line("pre_norm", row, "litgpt")
     assert all(part in line for part in ("12,346 tokens/s", "1.250 of litgpt", "MFU 45.6%", "12.3 GB"))
     assert "MFU" not in table_line("pre_norm", {"tokens_per_second": 1.0}, None)
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A benchmark whose subjects say what they take, and one of which finds no memory."""
+
+    def refuses() -> list[float]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    subjects = {"pre_norm": lambda: [2.0, 4.0, 3.0], "shaped": refuses, "sam": lambda: [1.0]}
+    config = ModelConfig(width=64, depth=3, heads=4, vocab_size=512, sequence_length=32)
+    monkeypatch.setattr(benchmark, "choose", lambda *ignored: (dict(subjects), {"litgpt": "not here"}))
+    monkeypatch.setattr(benchmark, "ceiling", lambda bench: 1.0)
+    monkeypatch.setattr(benchmark, "summarise", lambda bench, seconds, *rest: {"subjects": {}, "best_peer": None, "seconds": dict(seconds)})
+    monkeypatch.setattr(benchmark.dist, "barrier", lambda: None)
+    return argparse.Namespace(
+        arguments=argparse.Namespace(rounds=2), device=CPU, ranks=argparse.Namespace(is_first=True, world_size=1), config=config, length=32,
+        tokens_per_step=64, size="17m",
+    )  # fmt: skip
+
+
+def test_a_subject_without_memory_or_time_is_named_and_the_others_are_measured(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(benchmark, "benchmark_picture", lambda *ignored: None)
+    benchmark.in_rounds(bench, None, tmp_path / "all.json")
+    assert json.loads((tmp_path / "all.json").read_text())["seconds"] == {"pre_norm": [3.0, 3.0], "sam": [1.0, 1.0]}
+    assert "shaped: not run: out of memory" in capsys.readouterr().out
+    benchmark.in_rounds(bench, -1.0, tmp_path / "no_time.json")
+    assert json.loads((tmp_path / "no_time.json").read_text())["seconds"] == {"pre_norm": [3.0]}
+    said = capsys.readouterr().out
+    assert "sam: not run: --minutes left no time for it" in said and "litgpt: not run: not here" in said
+    bench.ranks.world_size = 2  # the other rank would wait
+    with pytest.raises(torch.OutOfMemoryError):
+        benchmark.in_rounds(bench, None, None)
