@@ -25,6 +25,11 @@ from training.recipe_file import load_recipe
 # run: what it is, its recipe, and what differs from that
 ABLATION: dict[str, tuple[str, str, list[str]]] = {
     "ablation_pre_norm": ("pre-norm, AdamW", "ablation_pre_norm", []),
+    "ablation_pre_norm_unscaled": (
+        "pre-norm, AdamW, output matrices begin as all others",
+        "ablation_pre_norm",
+        ["model.scaled_output_init=false"],
+    ),
     "ablation_outlier_protected": ("Outlier-Protected, AdamW", "ablation_outlier_protected", []),
     "ablation_pre_norm_epsilon": ("pre-norm, AdamW with epsilon 1e-4", "ablation_pre_norm_epsilon", []),
     "ablation_pre_norm_muon": ("pre-norm, Muon", "ablation_pre_norm_muon", []),
