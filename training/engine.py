@@ -2,7 +2,8 @@
 
 What it relies on beyond DeepSpeed's documentation is listed here and fenced by tests/distributed:
   * `deepspeed.ops.__compatible_ops__`: an entry set to False keeps the shared-memory collectives from being compiled;
-  * `engine.optimizer.overflow`, `_global_grad_norm` and `engine.skipped_steps`: whether the last step was applied;
+  * `engine.optimizer.overflow`, `_global_grad_norm` and `engine.skipped_steps`: whether the last step was applied; `skipped_steps`,
+    `global_steps` and `global_samples` are set to what a checkpoint, or a step that is left out, makes of them;
   * DeepSpeed's optimizers end every step by calling `step()` of the optimizer they were given, with the reduced gradient of each
     master tensor in its `.grad`, clipped to their `clip_grad`; then they write masters to forward weights and empty their gradient
     buffers, all of them. `Engine.take_gradient` puts another `step` in the place of that one to read a gradient;
