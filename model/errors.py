@@ -11,4 +11,6 @@ class InputError(Exception):
 
 def one_line(error: BaseException) -> str:
     """The first line of what a library says, or the kind of error where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+    said = next(iter(str(error).strip().splitlines()), "")
+    kind = type(error).__name__
+    return (f"{kind}: {said}" if isinstance(error, KeyError) else said or kind)[:300]

@@ -7,7 +7,6 @@ load(decoder, pretrained_weights(shape.source))    # and its weights
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -21,9 +20,10 @@ from torch import Tensor, nn
 
 from model.activation_checkpointing import ActivationCheckpointing, keep_products_and_attention
 from model.config import ModelConfig
-from model.errors import InputError
-from model.hub import locate, one_line, open_decoder
+from model.errors import InputError, one_line
+from model.hub import locate, open_decoder
 from model.linear_cross_entropy import IGNORED_TARGET
+from model.parametrization import generator_of
 
 Gather = Callable[[nn.Parameter], AbstractContextManager]
 Share = Callable[[dict[str, Tensor] | None], dict[str, Tensor]]
@@ -343,10 +343,8 @@ def load(
                 parameter.zero_()
                 continue
             if ".lora_A." in name:
-                digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
                 bound = 1 / math.sqrt(parameter.shape[1])
-                parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+                parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator_of(seed, name)))
                 continue
             if weights is not None:
                 parameter.copy_(weights[_name_there(name)])
