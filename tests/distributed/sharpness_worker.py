@@ -437,14 +437,13 @@ def curvature(path: str, ranks: Ranks, device: torch.device, *options: str) -> d
     v = masters.normal(4)
     order = torch.cat([_normal(4, name, w.shape).flatten() for name, w in reference.weights.items()]).double()
     seen: dict[str, Any] = {}
-    # AdamW's P by the equation, with second moments as if there had been steps: matrices of the block have rate and epsilon over m_N = 2
+    # AdamW's P by the equation, with second moments as if there had been steps: all have epsilon over m_N = 2, matrices of the block the rate too
     seconds = [x.square() for x in masters.normal(5)]
     epsilon, roots = engine.recipe.optimizer.epsilon, []
     for name, weight in reference.weights.items():
         factor = 0.5 if name.startswith("blocks.") and weight.ndim == 2 else 1.0
-        smaller = 0.5 if name.startswith("blocks.") else 1.0
         second = _normal(5, name, weight.shape).double().square() / 0.8
-        roots.append((factor / (second.sqrt() + epsilon * smaller)).sqrt().flatten())
+        roots.append((factor / (second.sqrt() + epsilon / 2)).sqrt().flatten())
     diagonal = torch.cat(roots)
     products = (
         ("hessian", measure.hessian, exact),
