@@ -437,7 +437,7 @@ def curvature(path: str, ranks: Ranks, device: torch.device, *options: str) -> d
     v = masters.normal(4)
     order = torch.cat([_normal(4, name, w.shape).flatten() for name, w in reference.weights.items()]).double()
     seen: dict[str, Any] = {}
-    # AdamW's P by the equation, with second moments as if there had been steps: all have epsilon over m_N = 2, matrices of the block the rate too
+    # AdamW's P by the equation, with second moments as if there had been steps: epsilon over m_N = 2, the rate of the matrices too
     seconds = [x.square() for x in masters.normal(5)]
     epsilon, roots = engine.recipe.optimizer.epsilon, []
     for name, weight in reference.weights.items():
