@@ -87,7 +87,7 @@ def _train(
     require_same_corpus(data, ranks)
     stop = StopRequest()
     watchdog.progress("looking for the newest whole checkpoint")
-    newest = checkpoint.newest_whole(run, ranks)
+    newest = checkpoint.newest_whole(run, ranks, tokens_per_step=training.tokens_per_step)
     start_step = newest.manifest["step"] if newest is not None else 0
     if newest is not None and start_step >= last_step:
         if ranks.is_first:
@@ -282,7 +282,8 @@ def rewind(engine: Engine, run: Path, spikes: LossSpikes, pruning: PruningContro
     Later checkpoints are put aside. Where there is none to go back to, nothing is loaded and `done` is returned: the step's update, which
     was not made, is left out.
     """
-    found = checkpoint.newest_whole(run, engine.ranks, at_most=max(0, done - back))
+    tokens_per_step = engine.recipe.training.tokens_per_step
+    found = checkpoint.newest_whole(run, engine.ranks, at_most=max(0, done - back), tokens_per_step=tokens_per_step)
     if found is None:
         metrics.say(f"step {done}: no checkpoint of step {max(0, done - back)} or before to go back to: its update is left out instead")
         return done
