@@ -304,18 +304,26 @@ def corpus_of(loaded: LoadedRecipe) -> PreparedData:
     """The prepared corpus of a run: the one it began with, if it has begun, even where the source has changed since.
 
     Raises:
-        InputError: that corpus is gone, and what would be prepared now has other content.
+        InputError: that corpus is gone, and what would be prepared now has other content; or the run's note of it is damaged.
     """
     recipe, record = loaded.recipe, loaded.run_folder / "data.json"
     if not record.exists():
         return prepare(recipe.data, recipe.training.sequence_length)
-    begun_with = json.loads(record.read_text())
-    if Path(begun_with["prepared"]).exists():
-        return open_prepared(begun_with["prepared"])
-    data = prepare(recipe.data, recipe.training.sequence_length)
-    if data.manifest["content_hash"] != begun_with["content_hash"]:
+    try:
+        begun_with = json.loads(record.read_text(encoding="utf-8"))
+        folder, content = Path(begun_with["prepared"]), begun_with["content_hash"]
+        there = folder.exists()
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{loaded.run_folder}: began with the tokens of {begun_with['prepared']}, which are gone, and the text of data.source "
+            f"{record}: damaged: {type(error).__name__}: {error}; it says which prepared corpus the run began with: bring the file back, or "
+            "delete it if the text of data.source is still what it was then"
+        ) from None
+    if there:
+        return open_prepared(folder)
+    data = prepare(recipe.data, recipe.training.sequence_length)
+    if data.manifest["content_hash"] != content:
+        raise InputError(
+            f"{loaded.run_folder}: began with the tokens of {folder}, which are gone, and the text of data.source "
             "has changed since; bring that folder back, or start a new run with another run.name"
         )
     return data

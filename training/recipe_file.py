@@ -146,8 +146,20 @@ MAY_CHANGE_ON_RESUME = (
 
 
 def differences(saved: Path, loaded: LoadedRecipe) -> list[str]:
-    """What differs between a run's saved recipe and this one, as `key: saved there, given here`, but for what may change on resume."""
-    there = _flat(Recipe.model_validate(_read_yaml(saved)).model_dump(mode="json"))
+    """What differs between a run's saved recipe and this one, as `key: saved there, given here`, but for what may change on resume.
+
+    Raises:
+        InputError: the saved recipe is not one.
+    """
+    try:
+        recipe = Recipe.model_validate(_read_yaml(saved))
+    except (ValidationError, InputError) as error:
+        wrong = "; ".join(_describe(details) for details in error.errors()) if isinstance(error, ValidationError) else str(error)
+        raise InputError(
+            f"{saved}: made by another version of Burnish, or damaged: {wrong.removeprefix(f'{saved}: ')}; go on with the version that made "
+            "it, bring the file back, or give another run.name for a new run"
+        ) from None
+    there = _flat(recipe.model_dump(mode="json"))
     here = _flat(loaded.recipe.model_dump(mode="json"))
     return [
         f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
