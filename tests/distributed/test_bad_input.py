@@ -47,6 +47,12 @@ def test_recipe(overrides: list[str], expected: str, launch: Launch, workplace: 
     assert_nothing_left(workplace, "bad")
 
 
+def test_what_deepspeed_refuses_when_it_is_built(launch: Launch) -> None:
+    zero = "deepspeed.zero_optimization={stage: 3, zero_quantized_weights: true}"
+    done = launch("refused", 1, zero, launcher="python", ok=False)
+    assert_refused(done, "DeepSpeed refuses its configuration (ValueError: ", "change what the recipe says in its deepspeed section")
+
+
 DATA_PROBLEMS = {
     "missing": (None, [], "missing.txt"),
     "empty": (b"", [], "the corpus is empty"),
