@@ -18,13 +18,14 @@ from model.config import ModelConfig
 from model.errors import InputError
 from model.pretrained import PretrainedModel
 from model.transformer import IGNORED_TARGET
-from training import checkpoint, faults, stop_request
+from training import checkpoint, early_stop, faults
 from training.curvature import Curvature
 from training.data import Batch, Feed, PreparedData, Sequences, open_prepared, prepare, require_step
 from training.distributed import Ranks, TrainingStoppedError, discover, reduce_moments, sum_over_ranks
 from training.engine import Engine, start_distributed
 from training.loss_spikes import LossSpikes
 from training.metrics import MFU_DEFINITION, Metrics, PeakMemory, duration, peak_flops
+from training.network import require_compiler
 from training.optimizers import describe_groups, learning_rate
 from training.plan import accumulation_steps, memory_advice, passes, plan
 from training.profiling import profiled
@@ -57,6 +58,7 @@ def train(loaded: LoadedRecipe) -> int:
     ranks = discover()
     faults.requested()
     accumulation_steps(recipe, ranks.world_size)
+    require_compiler(recipe)
     check_run_folder(loaded)
     data = corpus_of(loaded)
     require_step(data, training.tokens_per_step, training.sequence_length)
@@ -259,7 +261,7 @@ def _train(
         f"tensors planned: {predicted.memory.total / 2**20:,.0f} MiB{'; the same launch again goes on' if stopped else ''}"
     )
     metrics.close()
-    return stop_request.EXIT_CODE if stopped else 0
+    return early_stop.EXIT_CODE if stopped else 0
 
 
 def restore(found: checkpoint.Found, spikes: LossSpikes) -> int:

@@ -108,7 +108,10 @@ def test_deepspeeds_zero_section_is_checked_too(recipe: Path) -> None:
         ("deepspeed={zero_optimization: {stage: 0}, data_types: {grad_accum_dtype: fp32}}", "grad_accum_dtype: fp32 with bf16 needs ZeRO"),
         ("deepspeed.zero_optimization={stage: 0, offload_optimizer: {device: cpu}}", "offload_optimizer: stage 0 keeps the optimizer's"),
         ("deepspeed.zero_optimization.stage=true", "deepspeed.zero_optimization.stage: expected 0, 1, 2 or 3, found True"),
-        ("deepspeed.communication_data_type=bf17", "deepspeed.communication_data_type: 'bf17' is not one of fp32, bf16, fp16; did you mean"),
+        (
+            "deepspeed.communication_data_type=bf17",
+            "deepspeed.communication_data_type: 'bf17' is not one of fp32, bf16, fp16; did you mean",
+        ),
         ("deepspeed.steps_per_print=many", "deepspeed.steps_per_print: expected a whole number from 1 on, found 'many'"),
         ("deepspeed.steps_per_print=0", "deepspeed.steps_per_print: expected a whole number from 1 on, found 0"),
         ("deepspeed.gradient_predivide_factor=0", "deepspeed.gradient_predivide_factor: expected a number above 0, found 0"),
@@ -152,12 +155,16 @@ def test_a_wrong_value_is_one_line_and_no_other_problem_follows(recipe: Path, ov
 
 
 def test_problems_that_do_not_follow_from_a_refused_value_are_still_said(recipe: Path) -> None:
-    message = problems(recipe, "data.paths=x.txt", "data.source=files", "data.tokenizer.kind=pretrained", "model.width=many", "model.heads=3")
+    message = problems(
+        recipe, "data.paths=x.txt", "data.source=files", "data.tokenizer.kind=pretrained", "model.width=many", "model.heads=3"
+    )
     assert "data.tokenizer.path: required" in message and "width 128 does not divide by 3 heads" in message
 
 
 def test_numbers_written_as_yaml_has_them_are_taken(recipe: Path) -> None:
-    training = load_recipe(recipe, ["training.tokens=1e6", "training.activation_checkpointing=true", "model.norm_biases=true"]).recipe.training
+    training = load_recipe(
+        recipe, ["training.tokens=1e6", "training.activation_checkpointing=true", "model.norm_biases=true"]
+    ).recipe.training
     assert training.tokens == 1_000_000 and training.activation_checkpointing is True
     assert load_recipe(recipe, ["training.activation_checkpointing=1"]).recipe.training.activation_checkpointing == 1
 
@@ -282,3 +289,30 @@ def test_what_cannot_work_is_warned_of_before_the_run(recipe: Path, capsys: pyte
     print_plan(load_recipe(recipe, ["model.block=outlier_protected", "model.qk_norm=none"]), 1)
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert "nothing keeps attention's entropy up" in warning and "arXiv 2405.19279" in warning
+
+
+def test_a_dry_run_says_what_would_end_a_launch_on_this_machine(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After the plan, all at once, and without reading a text or writing anything."""
+    overrides = [f"run.folder={tmp_path}/runs", f"data.prepared={tmp_path}/prepared", "data.source=files"]
+    (tmp_path / "text").mkdir()
+    begun = load_recipe(recipe, [*overrides, f"data.paths=[{tmp_path}/text]"])
+    begun.run_folder.mkdir(parents=True)
+    (begun.run_folder / "recipe.yaml").write_text(dump_recipe(begun))
+    before = sorted(tmp_path.rglob("*"))
+    for paths, expected in (
+        (f"[{tmp_path}/nowhere.txt]", f"data.paths: {tmp_path}/nowhere.txt does not exist"),
+        (f"['{tmp_path}/*.txt']", "data.paths: no file in"),
+        (f"[{tmp_path}/text]", "data.paths: no file in"),
+    ):
+        with pytest.raises(InputError) as refused:
+            print_plan(load_recipe(recipe, [*overrides, f"data.paths={paths}", "run.seed=5"]), 1)
+        assert expected in str(refused.value) and "run.seed: 0 there, 5 here" in str(refused.value)
+        assert "tokens per step" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+    (begun.run_folder / "data.json").write_text("{}")  # it went on from there: what it began with is read, not the source
+    print_plan(load_recipe(recipe, [*overrides, f"data.paths=[{tmp_path}/text]"]), 1)
+
+
+def test_a_dry_run_says_what_it_does_not_look_at(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    print_plan(load_recipe(recipe, [f"run.folder={tmp_path}", "data.source=huggingface", "data.dataset=someone/texts"]), 1)
+    assert capsys.readouterr().out.endswith("not looked at: the text itself, and whether the data set someone/texts can be had\n")
