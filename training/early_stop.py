@@ -1,7 +1,7 @@
 """Signals before there is anything to save: from the first line of train.py until `StopRequest` answers them.
 
-Imports and the preparing of data take half a minute and more. Data is written beside its place and renamed, and a run folder's lock goes with
-the process, so the process may end anywhere. This module imports nothing that takes time.
+Imports and the preparing of data take half a minute and more. Data is written beside its place and renamed, and a run folder's lock goes
+with the process, so the process may end anywhere. This module imports nothing that takes time.
 """
 
 from __future__ import annotations

@@ -317,8 +317,8 @@ def corpus_of(loaded: LoadedRecipe) -> PreparedData:
         there = folder.exists()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{record}: damaged: {type(error).__name__}: {error}; it says which prepared corpus the run began with: bring the file back, or "
-            "delete it if the text of data.source is still what it was then"
+            f"{record}: damaged: {type(error).__name__}: {error}; it says which prepared corpus the run began with: bring the file back, "
+            "or delete it if the text of data.source is still what it was then"
         ) from None
     if there:
         return open_prepared(folder)

@@ -185,8 +185,8 @@ def differences(saved: Path, loaded: LoadedRecipe) -> list[str]:
     except (ValidationError, InputError) as error:
         wrong = "; ".join(_describe(*item) for item in _by_key(error).items()) if isinstance(error, ValidationError) else str(error)
         raise InputError(
-            f"{saved}: made by another version of Burnish, or damaged: {wrong.removeprefix(f'{saved}: ')}; go on with the version that made "
-            "it, bring the file back, or give another run.name for a new run"
+            f"{saved}: made by another version of Burnish, or damaged: {wrong.removeprefix(f'{saved}: ')}; go on with the version that "
+            "made it, bring the file back, or give another run.name for a new run"
         ) from None
     there = _flat(recipe.model_dump(mode="json"))
     here = _flat(loaded.recipe.model_dump(mode="json"))

@@ -292,7 +292,8 @@ def _reduction_problems(deepspeed: dict[str, Any], stage: Any, scattered: Any) -
     if found is not None and found not in kinds:
         near = difflib.get_close_matches(str(found), kinds, n=1)
         problems.append(
-            f"deepspeed.communication_data_type: {found!r} is not one of {', '.join(kinds)}" + (f"; did you mean {near[0]}?" if near else "")
+            f"deepspeed.communication_data_type: {found!r} is not one of {', '.join(kinds)}"
+            + (f"; did you mean {near[0]}?" if near else "")
         )
     found = deepspeed.get("steps_per_print")
     if found is not None and (type(found) is not int or found < 1):

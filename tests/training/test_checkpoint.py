@@ -128,7 +128,7 @@ def test_the_files_of_each_stage_are_what_is_asked_for(stage: int, prefix: str, 
     names += [f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)] if stage > 0 else []
     for name in names:
         (folder / name).touch()
-    files = dict.fromkeys(names, {"size": 0, "sha256": ""})
+    files = {name: {"size": 0, "sha256": ""} for name in names}
     (folder / "manifest.json").write_text(json.dumps({"step": 3, "tokens": 3, "world_size": 2, "zero_stage": stage, "files": files}))
     assert sorted(read_manifest(folder)["files"]) == sorted(names)
 
