@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from model.config import PRESETS, SIZES, Activation, Block, ModelConfig, Norm, NormPlace, Parametrization
 from model.errors import InputError
@@ -14,6 +15,20 @@ class Section(BaseModel):
     """A part of the recipe: unknown keys are errors, values do not change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_is_a_number(cls, value: Any, field: ValidationInfo) -> Any:
+        """To pydantic true is 1, also inside a list; where a number is meant it is a slip."""
+        kinds = _kinds(cls.model_fields[str(field.field_name)].annotation)
+        if kinds & {int, float} and bool not in kinds and any(isinstance(v, bool) for v in (value if isinstance(value, list) else [value])):
+            raise PydanticCustomError("number", "Input should be a number")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """Every type that an annotation names."""
+    return {annotation}.union(*(_kinds(part) for part in get_args(annotation) if isinstance(part, type) or get_args(part)))
 
 
 class ModelSection(Section):

@@ -99,6 +99,12 @@ def test_readme_command_runs(command: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_equation_in_the_readme_is_what_its_command_prints() -> None:
+    (shown,) = re.findall(r"^    (tokens per step .*)$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    (command,) = [command for command in readme_commands() if command.endswith("--dry-run --ranks 8")]
+    assert shown in run(command).stdout.splitlines()
+
+
 @pytest.mark.parametrize("command", [command for command, how in README_COMMANDS.items() if how == "make"])
 def test_readme_target_exists(command: str) -> None:
     done = subprocess.run([*command.split(), "--dry-run"], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -124,6 +130,8 @@ def test_recipe_passes_a_dry_run(
     if load_recipe(path).recipe.model.pretrained is not None:  # there is no hub here: a tiny model stands in
         save_tiny_llama(tiny := tmp_path_factory.mktemp("tiny"))
         places += [f"model.pretrained={tiny}", "training.sequence_length=64"]
+    if load_recipe(path).recipe.data.source == "files":  # a text of your own
+        places += [f"data.paths=[{path}]"]
     monkeypatch.setattr("sys.argv", ["train.py", str(path), *places, "--dry-run"])
     train.main()
     assert "tokens per step" in capsys.readouterr().out

@@ -15,6 +15,7 @@ import random
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -278,13 +279,14 @@ def _digest(path: Path) -> dict[str, Any]:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def newest_whole(run: Path, ranks: Ranks, at_most: int | None = None) -> Found | None:
+def newest_whole(run: Path, ranks: Ranks, at_most: int | None = None, tokens_per_step: int | None = None) -> Found | None:
     """The newest checkpoint whose every file is what its manifest says, the reading shared between ranks. Every rank calls it.
 
     Damaged ones are named on stderr and passed over; they stay until the run comes to their step again.
 
     Args:
         at_most: none of a later step.
+        tokens_per_step: of the run, which the manifest's tokens have to agree with (data that was passed over does not count in them).
 
     Raises:
         InputError: on every rank alike: there are checkpoints, and none is whole, so that beginning again is for a person to decide; or
@@ -310,6 +312,10 @@ def newest_whole(run: Path, ranks: Ranks, at_most: int | None = None) -> Found |
         manifest, problem = None, None
         try:
             manifest = read_manifest(folder)
+            if tokens_per_step is not None and manifest["tokens"] != manifest["step"] * tokens_per_step:
+                raise InputError(
+                    f"{folder}/manifest.json: damaged: {manifest['tokens']} tokens after {manifest['step']} steps of {tokens_per_step}"
+                )
         except InputError as error:
             problem = str(error)
         # what one rank cannot read is damaged for all
@@ -331,7 +337,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint folder, after comparing the files' names and sizes with it.
 
     Raises:
-        InputError: it is missing or not readable, or a file is missing, truncated, or outside the folder.
+        InputError: it is missing or not readable, it is another step's, it does not list what a checkpoint cannot do without, or a file
+            is missing, truncated, or outside the folder.
     """
     manifest = read_manifest_file(folder)
     if manifest is None:
@@ -343,10 +350,28 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         updates = int(manifest.get("optimizer_steps", whole["step"] - skipped))  # older manifests do not say
         if not isinstance(state, dict) or min(*whole.values(), skipped, updates) < 0:
             raise ValueError("a number below 0")
+        if int(folder.name.rpartition("-")[2]) != whole["step"]:
+            raise ValueError(f"it is of step {whole['step']}, and the folder is {folder.name}")
         hashes = {name: {"sha256": str(recorded["sha256"])} for name, recorded in manifest["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder}/manifest.json: damaged: {type(error).__name__}: {error}") from None
+    listed = {name.removeprefix("bf16_") for name in hashes}  # as DeepSpeed names the optimizer's files where it holds bf16 weights
+    unlisted = next((name for name in _required_files(whole["world_size"], whole["zero_stage"]) if name not in listed), None)
+    if unlisted is not None:
+        raise InputError(f"{folder}/manifest.json: damaged: it does not list {unlisted}")
     return {**whole, "state": state, "skipped_steps": skipped, "optimizer_steps": updates, "files": hashes}
+
+
+def _required_files(world_size: int, stage: int) -> Iterator[str]:
+    """What every checkpoint of so many ranks has, one name after the other: the number of ranks may be anything in a damaged manifest."""
+    if stage < 3:
+        yield "mp_rank_00_model_states.pt"
+    for rank in range(max(1, world_size)):
+        if stage == 3:
+            yield f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
+        if stage > 0:
+            yield f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        yield f"random_state_rank_{rank:05d}.pt"
 
 
 def _altered(folder: Path, manifest: dict[str, Any], ranks: Ranks) -> str | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import re
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +30,12 @@ class TrainingStoppedError(RuntimeError):
 
 # What a disk says that is full, over quota, read-only, not ours, or failing
 DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+# What it says of a name that cannot be a file's here, and what to do about it
+NAME_REFUSED = {
+    errno.EISDIR: "move it out of the way",
+    errno.ENOTDIR: "move what is in the way",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
 
 
 @dataclass(frozen=True)
@@ -156,15 +164,19 @@ def _problems(problem: str | None) -> list[str]:
 def one_clear_line() -> Iterator[None]:
     """Turn an `InputError`, or a disk that is full or refuses, into a message on stderr and exit code 2, printed by one rank.
 
-    `TrainingStoppedError` becomes a message and exit code 1.
+    `TrainingStoppedError` becomes a message and exit code 1. Where nobody reads standard output any more (`| head`) it ends without a word.
     """
     try:
         yield
+        sys.stdout.flush()
     except (InputError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            leave(128 + signal.SIGPIPE)  # as a shell has it of programs that SIGPIPE ends
         if isinstance(error, OSError):
-            if error.errno not in DISK_REFUSES:
+            if error.errno not in (*DISK_REFUSES, *NAME_REFUSED):
                 raise
-            error = InputError(f"{error.filename or 'a file of the run'}: {error.strerror}; make room or allow writing, and launch again")
+            advice = NAME_REFUSED.get(error.errno, "make room or allow writing")
+            error = InputError(f"{error.filename or 'a file of the run'}: {error.strerror}; {advice}, and launch again")
         rank = os.environ.get("RANK", "0")
         if rank != "0":
             # Most errors are the same everywhere and the launcher ends us when rank 0 exits; what only this rank met still comes out.
@@ -178,6 +190,16 @@ def one_clear_line() -> Iterator[None]:
         else:
             time.sleep(1)  # every rank stops here; the first says why
         leave(1)
+
+
+def _nobody_reads() -> bool:
+    """Whether it is standard output whose reader is gone. What was still to be written there then goes nowhere."""
+    watching = select.poll()
+    watching.register(1, 0)
+    gone = any(events & select.POLLERR for _, events in watching.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return gone
 
 
 def leave(code: int) -> None:

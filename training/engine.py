@@ -62,6 +62,7 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 import deepspeed  # noqa: E402
 import deepspeed.comm  # noqa: E402
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine  # noqa: E402
+from deepspeed.runtime.config import DeepSpeedConfigError  # noqa: E402
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
@@ -198,6 +199,18 @@ def _first_non_finite_output(model: torch.nn.Module) -> Iterator[list[str]]:
             handle.remove()
 
 
+@contextmanager
+def _its_refusals() -> Iterator[None]:
+    """What DeepSpeed says of values that it does not take is about the recipe. Raises InputError, on every rank alike."""
+    try:
+        yield
+    except (AssertionError, ValueError, TypeError, DeepSpeedConfigError) as error:
+        said = " ".join(str(error).split())[:500] or "without a word"
+        raise InputError(
+            f"DeepSpeed refuses its configuration ({type(error).__name__}: {said}); change what the recipe says in its deepspeed section"
+        ) from error
+
+
 class _Collected(CheckpointEngine):
     """Takes what DeepSpeed would write, so that we write it: with an error that every rank hears of, and beside training if asked to."""
 
@@ -224,11 +237,13 @@ class Engine:
     def __init__(
         self, recipe: Recipe, model_config: ModelConfig | PretrainedModel, accumulation: int, ranks: Ranks, device: torch.device
     ) -> None:
+        """Raises InputError: DeepSpeed refuses a value of its section, or the weights to begin with are wrong."""
         recipe = with_memory_budget(recipe, device.type)
         self.recipe, self.ranks, self.device, self.accumulation = recipe, ranks, device, accumulation
         self.stage = zero_stage(recipe)
         config = deepspeed_config(recipe, count_parameters(model_config, recipe.context_pruning).total, accumulation, ranks.world_size)
-        born_sharded = deepspeed.zero.Init(config_dict_or_path=config) if self.stage == 3 else nullcontext()
+        with _its_refusals():
+            born_sharded = deepspeed.zero.Init(config_dict_or_path=config) if self.stage == 3 else nullcontext()
         with born_sharded:
             model = make_network(model_config, recipe.context_pruning, recipe.run.seed, self._gather)
         if isinstance(model, PretrainedDecoder):
@@ -248,7 +263,8 @@ class Engine:
         base = make_optimizer(model, recipe.optimizer, sharded=self.stage > 0, max_norm=max_norm)
         if isinstance(base, JointOptimizer):
             _name_parameters(base, model)
-        self.deepspeed, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=base, config=config)
+        with _its_refusals():
+            self.deepspeed, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=base, config=config)
         if isinstance(base, JointOptimizer):
             base.ready = True
         self.optimizer: Any = optimizer  # DeepSpeed's wrapper, typed as something without parameter groups

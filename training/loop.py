@@ -18,13 +18,14 @@ from model.config import ModelConfig
 from model.errors import InputError
 from model.pretrained import PretrainedModel
 from model.transformer import IGNORED_TARGET
-from training import checkpoint, faults, stop_request
+from training import checkpoint, early_stop, faults
 from training.curvature import Curvature
 from training.data import Batch, Feed, PreparedData, Sequences, open_prepared, prepare, require_step
 from training.distributed import Ranks, TrainingStoppedError, discover, reduce_moments, sum_over_ranks
 from training.engine import Engine, start_distributed
 from training.loss_spikes import LossSpikes
 from training.metrics import MFU_DEFINITION, Metrics, PeakMemory, duration, peak_flops
+from training.network import require_compiler
 from training.optimizers import describe_groups, learning_rate
 from training.plan import accumulation_steps, memory_advice, passes, plan, with_memory_budget
 from training.profiling import profiled
@@ -57,6 +58,7 @@ def train(loaded: LoadedRecipe) -> int:
     ranks = discover()
     faults.requested()
     accumulation_steps(recipe, ranks.world_size)
+    require_compiler(recipe)
     check_run_folder(loaded)
     data = corpus_of(loaded)
     require_step(data, training.tokens_per_step, training.sequence_length)
@@ -87,7 +89,7 @@ def _train(
     require_same_corpus(data, ranks)
     stop = StopRequest()
     watchdog.progress("looking for the newest whole checkpoint")
-    newest = checkpoint.newest_whole(run, ranks)
+    newest = checkpoint.newest_whole(run, ranks, tokens_per_step=training.tokens_per_step)
     start_step = newest.manifest["step"] if newest is not None else 0
     if newest is not None and start_step >= last_step:
         if ranks.is_first:
@@ -260,7 +262,7 @@ def _train(
         f"tensors planned: {predicted.memory.total / 2**20:,.0f} MiB{'; the same launch again goes on' if stopped else ''}"
     )
     metrics.close()
-    return stop_request.EXIT_CODE if stopped else 0
+    return early_stop.EXIT_CODE if stopped else 0
 
 
 def restore(found: checkpoint.Found, spikes: LossSpikes) -> int:
@@ -283,7 +285,8 @@ def rewind(engine: Engine, run: Path, spikes: LossSpikes, pruning: PruningContro
     Later checkpoints are put aside. Where there is none to go back to, nothing is loaded and `done` is returned: the step's update, which
     was not made, is left out.
     """
-    found = checkpoint.newest_whole(run, engine.ranks, at_most=max(0, done - back))
+    tokens_per_step = engine.recipe.training.tokens_per_step
+    found = checkpoint.newest_whole(run, engine.ranks, at_most=max(0, done - back), tokens_per_step=tokens_per_step)
     if found is None:
         metrics.say(f"step {done}: no checkpoint of step {max(0, done - back)} or before to go back to: its update is left out instead")
         return done
@@ -304,18 +307,26 @@ def corpus_of(loaded: LoadedRecipe) -> PreparedData:
     """The prepared corpus of a run: the one it began with, if it has begun, even where the source has changed since.
 
     Raises:
-        InputError: that corpus is gone, and what would be prepared now has other content.
+        InputError: that corpus is gone, and what would be prepared now has other content; or the run's note of it is damaged.
     """
     recipe, record = loaded.recipe, loaded.run_folder / "data.json"
     if not record.exists():
         return prepare(recipe.data, recipe.training.sequence_length)
-    begun_with = json.loads(record.read_text())
-    if Path(begun_with["prepared"]).exists():
-        return open_prepared(begun_with["prepared"])
-    data = prepare(recipe.data, recipe.training.sequence_length)
-    if data.manifest["content_hash"] != begun_with["content_hash"]:
+    try:
+        begun_with = json.loads(record.read_text(encoding="utf-8"))
+        folder, content = Path(begun_with["prepared"]), begun_with["content_hash"]
+        there = folder.exists()
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{loaded.run_folder}: began with the tokens of {begun_with['prepared']}, which are gone, and the text of data.source "
+            f"{record}: damaged: {type(error).__name__}: {error}; it says which prepared corpus the run began with: bring the file back, "
+            "or delete it if the text of data.source is still what it was then"
+        ) from None
+    if there:
+        return open_prepared(folder)
+    data = prepare(recipe.data, recipe.training.sequence_length)
+    if data.manifest["content_hash"] != content:
+        raise InputError(
+            f"{loaded.run_folder}: began with the tokens of {folder}, which are gone, and the text of data.source "
             "has changed since; bring that folder back, or start a new run with another run.name"
         )
     return data

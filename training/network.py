@@ -5,11 +5,13 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
+import torch
+
 from model.config import ModelConfig
 from model.errors import InputError
 from model.pretrained import Gather, PretrainedDecoder, PretrainedModel
 from model.transformer import Transformer
-from training.recipe import ContextPruningSection
+from training.recipe import ContextPruningSection, Recipe
 
 Network = Transformer | PretrainedDecoder
 
@@ -43,6 +45,21 @@ def make_network(
             elif pruning.trainable != "all":
                 parameter.requires_grad_(".lora_" in name)
     return network
+
+
+def require_compiler(recipe: Recipe) -> None:
+    """On a CPU torch.compile writes C++, in the first step. Raises InputError where this machine has nothing that compiles it."""
+    if not recipe.training.compile or torch.cuda.is_available():
+        return
+    from torch._inductor import cpp_builder, exc  # takes seconds to import
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except (exc.InvalidCxxCompiler, OSError):
+        raise InputError(
+            "training.compile: needs a C++ compiler on a CPU, and none was found (g++, or what the environment variable CXX names); "
+            "install one, or leave it out"
+        ) from None
 
 
 def mend_rotary(decoder: PretrainedDecoder) -> None:

@@ -26,10 +26,11 @@ from model.transformer import Transformer
 from training.distributed import smallest_over_ranks
 from training.memory import Memory, predict
 from training.metrics import duration
-from training.network import Network, make_network
+from training.network import Network, make_network, require_compiler
 from training.optimizers import state_elements
 from training.recipe import ContextPruningSection, Recipe, model_config, zero_stage
 from training.recipe_file import LoadedRecipe
+from training.run_folder import check_run_folder
 
 FLOPS_CONVENTION = (
     "6 N_matmul + 12 depth width length a token, forward and backward; N_matmul counts every matrix but the embedding",
@@ -360,7 +361,7 @@ def print_plan(loaded: LoadedRecipe, world_size: int) -> None:
     """The plan of a recipe on so many ranks, to standard output; nothing is prepared and nothing is written.
 
     Raises:
-        InputError: something that can be known now is wrong.
+        InputError: something that can be known now is wrong: with the recipe, before the plan is printed; with this machine, after it.
     """
     recipe = loaded.recipe
     if world_size < 1:
@@ -378,6 +379,26 @@ def print_plan(loaded: LoadedRecipe, world_size: int) -> None:
     print(format_plan(plan(recipe, config, world_size)))
     for warning in config.warnings():
         print(f"\nwarning: {warning}")
+    of_a_hub = f", and whether the data set {recipe.data.dataset} can be had" if recipe.data.source == "huggingface" else ""
+    print(f"\nnot looked at: the text itself{of_a_hub}")
+    problems = []
+    for check in (_check_paths, check_run_folder, lambda loaded: require_compiler(loaded.recipe)):
+        try:
+            check(loaded)
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def _check_paths(loaded: LoadedRecipe) -> None:
+    """Raises InputError where the files that a launch would read are not on this machine. Nothing is read."""
+    from training.sources import FilesSource  # takes seconds to import
+
+    data = loaded.recipe.data
+    is_prepared = (Path(data.prepared).expanduser() / "manifest.json").exists()  # the corpus itself, read whatever the source says
+    if data.source == "files" and not is_prepared and not (loaded.run_folder / "data.json").exists():
+        FilesSource(data.paths, data.text_field)
 
 
 def format_plan(plan: Plan) -> str:

@@ -54,9 +54,10 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> LoadedR
         if problem:
             problems.append(problem)
     _use_its_own_tokenizer(tree, provenance)
-    recipe = _validate(tree, problems)
+    refused: list[str] = []
+    recipe = _validate(tree, problems, refused)
     if recipe is not None:
-        problems.extend(problems_between_fields(recipe))
+        problems.extend(problem for problem in problems_between_fields(recipe) if not _follows(problem, refused))
     if recipe is None or problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise InputError("\n".join([f"{path}: {count} in the recipe", *(f"  {problem}" for problem in problems)]))
@@ -79,19 +80,47 @@ def _use_its_own_tokenizer(tree: dict[str, Any], provenance: dict[str, str]) -> 
                 provenance[f"data.tokenizer.{key}"] = "model.pretrained"
 
 
-def _validate(tree: dict[str, Any], problems: list[str]) -> Recipe | None:
-    """The recipe without its wrong values, which go into `problems`, so that what is wrong between fields is found as well."""
+def _validate(tree: dict[str, Any], problems: list[str], refused: list[str]) -> Recipe | None:
+    """The recipe without its wrong values, so that what is wrong between fields is found as well.
+
+    What is wrong with them goes into `problems`, and their keys into `refused`.
+    """
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        problems.extend(_describe(details) for details in error.errors())
         remaining = copy.deepcopy(tree)
-        for details in error.errors():
-            _remove(remaining, details["loc"])
+        for location, details in _by_key(error).items():
+            problems.append(_describe(location, details))
+            refused.append(".".join(str(part) for part in location))
+            _remove(remaining, location)
     try:
         return Recipe.model_validate(remaining)
     except ValidationError:  # something required is missing
         return None
+
+
+def _by_key(error: ValidationError) -> dict[tuple[int | str, ...], list[Any]]:
+    """pydantic's errors by the key that they are about: of a key that may be of several kinds it has one for each of them."""
+    found: dict[tuple[int | str, ...], list[Any]] = {}
+    for details in error.errors():
+        found.setdefault(_key_of(details), []).append(details)
+    return found
+
+
+def _key_of(details: Any) -> tuple[int | str, ...]:
+    """The location of an error as far as it names keys: behind those pydantic names which of several kinds it tried."""
+    section: Any = Recipe
+    for depth, part in enumerate(details["loc"]):
+        if section is None or isinstance(part, int):
+            return details["loc"][: depth + isinstance(part, int)]
+        section = _section_of(section, part)
+    return details["loc"]
+
+
+def _follows(problem: str, refused: list[str]) -> bool:
+    """Whether a problem between fields may be there only since a value was refused: it names its key, or is about its whole section."""
+    about = problem.partition(":")[0]
+    return any(about == key.rpartition(".")[0] or re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", problem) for key in refused)
 
 
 def _remove(tree: Any, location: tuple[int | str, ...]) -> None:
@@ -146,8 +175,20 @@ MAY_CHANGE_ON_RESUME = (
 
 
 def differences(saved: Path, loaded: LoadedRecipe) -> list[str]:
-    """What differs between a run's saved recipe and this one, as `key: saved there, given here`, but for what may change on resume."""
-    there = _flat(Recipe.model_validate(_read_yaml(saved)).model_dump(mode="json"))
+    """What differs between a run's saved recipe and this one, as `key: saved there, given here`, but for what may change on resume.
+
+    Raises:
+        InputError: the saved recipe is not one.
+    """
+    try:
+        recipe = Recipe.model_validate(_read_yaml(saved))
+    except (ValidationError, InputError) as error:
+        wrong = "; ".join(_describe(*item) for item in _by_key(error).items()) if isinstance(error, ValidationError) else str(error)
+        raise InputError(
+            f"{saved}: made by another version of Burnish, or damaged: {wrong.removeprefix(f'{saved}: ')}; go on with the version that "
+            "made it, bring the file back, or give another run.name for a new run"
+        ) from None
+    there = _flat(recipe.model_dump(mode="json"))
     here = _flat(loaded.recipe.model_dump(mode="json"))
     return [
         f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
@@ -260,17 +301,23 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _describe(details: Any) -> str:
-    """One pydantic error as one line: the key, what was found, what was expected, and the nearest right name."""
-    location = [str(part) for part in details["loc"]]
-    dotted = ".".join(location)
-    found = details["input"]
+# Other names of what some keys may be, none of which is near enough in its letters
+_ALIASES = {
+    "float32": "fp32", "single": "fp32", "bfloat16": "bf16", "float16": "bf16", "fp16": "bf16", "half": "bf16", "mixed": "bf16",
+    "wsd": "warmup_stable_decay", "trapezoidal": "warmup_stable_decay", "adam": "adamw", "fsam": "functional_sam",
+}  # fmt: skip
+
+
+def _describe(location: tuple[int | str, ...], errors: list[Any]) -> str:
+    """What pydantic says of one key as one line: the key, what was found, what was expected, and the nearest right name."""
+    path, details = [str(part) for part in location], errors[0]
+    dotted, found = ".".join(path), details["input"]
     if details["type"] == "extra_forbidden":
-        known = _known_names(location[:-1])
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        elsewhere = [f"{section}.{location[-1]}" for section in Recipe.model_fields if location[-1] in _known_names([section])]
+        known = _known_names(path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        elsewhere = [f"{section}.{path[-1]}" for section in Recipe.model_fields if path[-1] in _known_names([section])]
         advice = (
-            f"did you mean {'.'.join([*location[:-1], near[0]])}?"
+            f"did you mean {'.'.join([*path[:-1], near[0]])}?"
             if near
             else f"did you mean {elsewhere[0]}?"
             if elsewhere
@@ -279,18 +326,28 @@ def _describe(details: Any) -> str:
         return f"{dotted}: unknown key; {advice}"
     if details["type"] == "missing":
         return f"{dotted}: required, and not given"
-    if details["type"] == "literal_error":
-        expected = details["ctx"]["expected"]
-        near = difflib.get_close_matches(str(found), re.findall(r"'([^']*)'", expected), n=1)
+    if all(error["type"] == "literal_error" for error in errors):
+        expected = " or ".join(error["ctx"]["expected"] for error in errors)
+        names = re.findall(r"'([^']*)'", expected)
+        meant = _ALIASES.get(str(found).lower())
+        near = [meant] if meant in names else difflib.get_close_matches(str(found), names, n=1)
         return f"{dotted}: {found!r} is not one of {expected}" + (f"; did you mean {near[0]}?" if near else "")
-    message = details["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    return f"{dotted}: expected {message}, found {found!r}"
+    messages = [error["msg"].removeprefix("Input should be ").removeprefix("a valid ") for error in errors]
+    if len(errors) > 1:  # each with its own reason why not: what may be given is enough
+        messages = [message.partition(", ")[0] for message in messages]
+    return f"{dotted}: expected {' or '.join(messages)}, found {found!r}"
+
+
+def _section_of(section: Any, key: str) -> Any:
+    """What lies below a key of a section: a section, one that may be left out included, or None where there are no keys that we know."""
+    field = section.model_fields.get(key)
+    kinds = [] if field is None else [field.annotation, *typing.get_args(field.annotation)]
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
 def _known_names(location: list[str]) -> list[str]:
     """The keys a section may have, following nested sections."""
     section: Any = Recipe
     for part in location:
-        field = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, Section) else None
-        section = field.annotation if field else None
-    return list(section.model_fields) if isinstance(section, type) and issubclass(section, Section) else []
+        section = None if section is None else _section_of(section, part)
+    return [] if section is None else list(section.model_fields)

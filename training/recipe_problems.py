@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 from model.config import SIZES, SMALLEST_ALPHA
 from model.errors import InputError
@@ -101,7 +102,7 @@ def problems_between_fields(recipe: Recipe) -> list[str]:
             f"training.loss_spikes.warmup: {training.loss_spikes.warmup} is over the window of {training.loss_spikes.window} losses"
         )
     if training.memory_budget_gb is not None and training.activation_checkpointing != "auto":
-        problems.append("training.memory_budget_gb: only activation_checkpointing auto looks at it; leave it out, or set that")
+        problems.append("training.memory_budget_gb: only training.activation_checkpointing auto looks at it; leave it out, or set that")
     blocks = training.activation_checkpointing
     if isinstance(blocks, int) and not isinstance(blocks, bool) and blocks < 0:
         problems.append(f"training.activation_checkpointing: {blocks} is not a number of blocks")
@@ -260,8 +261,9 @@ def _deepspeed_problems(recipe: Recipe) -> list[str]:
     if not isinstance(zero, dict):
         return problems
     stage = zero.get("stage", 0)
-    if stage not in (0, 1, 2, 3):
+    if type(stage) is not int or not 0 <= stage <= 3:
         problems.append(f"deepspeed.zero_optimization.stage: expected 0, 1, 2 or 3, found {stage!r}")
+    problems.extend(_reduction_problems(recipe.deepspeed, stage, zero.get("reduce_scatter", True)))
     bf16 = recipe.deepspeed.get("bf16", {})
     if isinstance(bf16, dict) and bf16.get("enabled", recipe.training.precision == "bf16") != (recipe.training.precision == "bf16"):
         problems.append("deepspeed.bf16.enabled: contradicts training.precision; leave it out")
@@ -269,6 +271,10 @@ def _deepspeed_problems(recipe: Recipe) -> list[str]:
         problems.append(
             f"deepspeed.zero_optimization.offload_param: stage {stage} keeps weights on the device; needs stage 3, or "
             "offload_optimizer alone"
+        )
+    if zero.get("offload_optimizer") and stage == 0:
+        problems.append(
+            "deepspeed.zero_optimization.offload_optimizer: stage 0 keeps the optimizer's state on the device; needs stage 1 to 3"
         )
     types = recipe.deepspeed.get("data_types", {})
     accumulated = types.get("grad_accum_dtype") if isinstance(types, dict) else None
@@ -281,4 +287,31 @@ def _deepspeed_problems(recipe: Recipe) -> list[str]:
         from training.engine import zero_section_problems  # DeepSpeed takes seconds to import
 
         problems.extend(f"deepspeed.zero_optimization.{problem}" for problem in zero_section_problems(zero))
+    return problems
+
+
+def _reduction_problems(deepspeed: dict[str, Any], stage: Any, scattered: Any) -> list[str]:
+    """Of the plain values that DeepSpeed looks at when it is built, or in the first step, and refuses with an exception."""
+    problems = []
+    kinds, found = ("fp32", "bf16", "fp16"), deepspeed.get("communication_data_type")
+    if found is not None and found not in kinds:
+        near = difflib.get_close_matches(str(found), kinds, n=1)
+        problems.append(
+            f"deepspeed.communication_data_type: {found!r} is not one of {', '.join(kinds)}"
+            + (f"; did you mean {near[0]}?" if near else "")
+        )
+    found = deepspeed.get("steps_per_print")
+    if found is not None and (type(found) is not int or found < 1):
+        problems.append(f"deepspeed.steps_per_print: expected a whole number from 1 on, found {found!r}")
+    factor, before = deepspeed.get("gradient_predivide_factor", 1.0), deepspeed.get("prescale_gradients", False)
+    number, known = type(factor) in (int, float) and factor > 0, isinstance(before, bool)
+    if not number:
+        problems.append(f"deepspeed.gradient_predivide_factor: expected a number above 0, found {factor!r}")
+    if not known:
+        problems.append(f"deepspeed.prescale_gradients: expected true or false, found {before!r}")
+    if stage in (2, 3) and scattered:
+        if number and factor != 1:
+            problems.append(f"deepspeed.gradient_predivide_factor: ZeRO stage {stage} has 1 alone; leave it out, or use stage 0 or 1")
+        if before is True:
+            problems.append(f"deepspeed.prescale_gradients: ZeRO stage {stage} divides after reducing; leave it out, or use stage 0 or 1")
     return problems

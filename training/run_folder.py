@@ -21,13 +21,28 @@ _PACKAGES = ("deepspeed", "transformers", "datasets", "sentencepiece", "numpy")
 
 
 def check_run_folder(loaded: LoadedRecipe) -> None:
-    """Raises InputError when the folder was made by another recipe. Writes nothing."""
-    saved = loaded.run_folder / "recipe.yaml"
-    different = differences(saved, loaded) if saved.exists() else []
+    """Raises InputError when the folder was made by another recipe, or cannot be a run's. Writes nothing."""
+    saved, metrics = loaded.run_folder / "recipe.yaml", loaded.run_folder / "metrics.jsonl"
+    try:
+        different = differences(saved, loaded) if saved.exists() else []
+        in_the_way = metrics.exists() and not metrics.is_file()
+    except OSError as error:  # a name that is too long
+        where = f"run.folder {loaded.recipe.run.folder[:80]!r} with run.name {loaded.run_folder.name[:80]!r}"
+        raise InputError(f"{where}: no folder can have this name: {error.strerror}; give another one") from None
+    if in_the_way:
+        raise InputError(f"{metrics}: expected a file to add records to, found something else; move it out of the way")
     if different:
+        longer = "training.tokens: " in "; ".join(different)
         raise InputError(
             f"{loaded.run_folder}: made by another recipe ({'; '.join(different)}); give the same values, or another run.name for a new run"
+            + (". " + _ABOUT_TOKENS if longer else "")
         )
+
+
+_ABOUT_TOKENS = (
+    "The schedules span training.tokens, so the steps that were done belong to that number: a run that is to be shorter ends at "
+    "run.stop_at_step, and one that may be longer is given all its tokens from the start, and run.stop_at_step for the time being"
+)
 
 
 def open_run_folder(loaded: LoadedRecipe) -> RunLock:

@@ -2,7 +2,7 @@
 
 A signal may reach one rank or all, at any time, and all must save the same step. So after every step the ranks add up who was asked;
 the sum of one step is awaited after the next, when it has long been there, in a group of its own over gloo: no step waits for it, and
-no accelerator. All ranks see the same sum after the same step.
+no accelerator. All ranks see the same sum after the same step. Before there are ranks, training/early_stop.py answers.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-EXIT_CODE = 75  # "temporary failure" in sysexits.h: the same launch again goes on
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+from training.early_stop import SIGNALS
 
 
 class StopRequest:

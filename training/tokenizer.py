@@ -13,7 +13,6 @@ import json
 import os
 import pickle
 import re
-import signal
 import subprocess
 import sys
 import traceback
@@ -340,7 +339,8 @@ def _worker(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-P", "-m", "training.tokenizer", str(folder.resolve())]  # -P: modules in the current folder do not count
     environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    # a group of its own, since ctrl-C reaches the whole group: the parent decides, and closes the input
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, process_group=0)
     assert process.stdin is not None
     assert process.stdout is not None
     try:
@@ -354,7 +354,6 @@ def _worker(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 def _work(folder: str) -> None:
     """Answer each batch on standard input with (arrays, "") or (None, traceback) on standard output, until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C reaches the whole group: the parent decides, and closes the input
     requests = sys.stdin.buffer
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing that a library prints may mix with the answers
@@ -364,7 +363,7 @@ def _work(folder: str) -> None:
     while True:
         try:
             batch: list[list[bytes]] = pickle.load(requests)
-        except EOFError:
+        except (EOFError, pickle.UnpicklingError):  # the end, or the parent has ended in the middle of a batch
             return
         try:
             texts = [text for group in batch for text in group]
@@ -373,8 +372,11 @@ def _work(folder: str) -> None:
             answer = (result, "")
         except Exception:
             answer = (None, traceback.format_exc())
-        pickle.dump(answer, answers, protocol=5)
-        answers.flush()
+        try:
+            pickle.dump(answer, answers, protocol=5)
+            answers.flush()
+        except BrokenPipeError:  # the parent has ended
+            os._exit(1)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -47,6 +47,18 @@ def test_recipe(overrides: list[str], expected: str, launch: Launch, workplace: 
     assert_nothing_left(workplace, "bad")
 
 
+def test_what_deepspeed_refuses_when_it_is_built(launch: Launch) -> None:
+    zero = "deepspeed.zero_optimization={stage: 3, zero_quantized_weights: true}"
+    done = launch("refused", 1, zero, launcher="python", ok=False)
+    assert_refused(done, "DeepSpeed refuses its configuration (ValueError: ", "change what the recipe says in its deepspeed section")
+
+
+def test_compiling_without_a_compiler(launch: Launch, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert_refused(launch("compiled", 1, "training.compile=true", launcher="python", ok=False), "training.compile: needs a C++ compiler")
+    assert_nothing_left(workplace, "compiled")
+
+
 DATA_PROBLEMS = {
     "missing": (None, [], "missing.txt"),
     "empty": (b"", [], "the corpus is empty"),
@@ -170,6 +182,8 @@ def test_no_such_recipe_and_no_such_run(launch: Launch, tmp_path: Path) -> None:
         "did you mean recipes/quickstart_pre_norm.yaml?",
     )
     assert_refused(launch("", 1, arguments=["--resume", str(tmp_path)], launcher="python", ok=False), "not a run folder")
+    both = ["recipes/quickstart_pre_norm.yaml", "--resume", str(tmp_path)]
+    assert_refused(launch("", 1, arguments=both, launcher="python", ok=False), "--resume brings its own recipe", "leave recipes/quickstart")
     assert_refused(launch("", 1, arguments=[], launcher="python", ok=False), "give a recipe")
 
 

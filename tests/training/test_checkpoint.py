@@ -10,6 +10,7 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,12 +36,18 @@ from training.recipe import CheckpointSection
 ALONE = Ranks(0, 1, 0, 1)
 
 
+SHARD = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+FILES = (SHARD, "mp_rank_00_model_states.pt", "random_state_rank_00000.pt")  # of ZeRO-2 on one rank
+
+
 def make_checkpoint(run: Path, step: int) -> Path:
     folder = run / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)
-    (folder / "shard.pt").write_bytes(bytes([step % 256]) * 1000)
+    for name in FILES:
+        (folder / name).write_bytes(bytes([step % 256]) * 1000)
     digest = {"size": 1000, "sha256": hashlib.sha256(bytes([step % 256]) * 1000).hexdigest()}
-    manifest = {"step": step, "tokens": step, "world_size": 1, "zero_stage": 2, "precision": "fp32", "files": {"shard.pt": digest}}
+    files = dict.fromkeys(FILES, digest)
+    manifest = {"step": step, "tokens": step, "world_size": 1, "zero_stage": 2, "precision": "fp32", "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
@@ -62,7 +69,7 @@ def test_the_newest_whole_one_is_found_and_damaged_ones_are_named(tmp_path: Path
         make_checkpoint(tmp_path, step)
     assert newest_step(tmp_path) == 5 and newest_step(tmp_path, at_most=3) == 3
     assert newest_whole(tmp_path / "nowhere", ALONE) is None
-    shards = {step: tmp_path / "checkpoints" / f"step-{step:08d}" / "shard.pt" for step in (2, 3, 4, 5)}
+    shards = {step: tmp_path / "checkpoints" / f"step-{step:08d}" / SHARD for step in (2, 3, 4, 5)}
     shards[5].write_bytes(b"\x05" * 999 + b"\x06")
     shards[4].write_bytes(b"\x04" * 10)
     shards[3].unlink()
@@ -84,6 +91,46 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
     (folder / "manifest.json").write_text(text)
     with pytest.raises(InputError, match=r"manifest\.json: damaged"):
         read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"step": 4}, "it is of step 4, and the folder is step-00000003"),
+        ({"files": {}}, "it does not list mp_rank_00_model_states.pt"),
+        ({"world_size": 10**15}, "it does not list zero_pp_rank_1_mp_rank_00_optim_states.pt"),
+        ({"zero_stage": 3}, "it does not list zero_pp_rank_0_mp_rank_00_model_states.pt"),
+        ({"tokens": 4}, "4 tokens after 3 steps of 1"),
+        *(({"without": name}, f"it does not list {name}") for name in FILES),
+    ],
+)
+def test_an_altered_manifest_is_damaged_and_passed_over(
+    changes: dict[str, Any], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    make_checkpoint(tmp_path, 2)
+    path = make_checkpoint(tmp_path, 3) / "manifest.json"
+    manifest = {**json.loads(path.read_text()), **changes}
+    manifest["files"].pop(manifest.pop("without", None), None)
+    path.write_text(json.dumps(manifest))
+    assert newest_whole(tmp_path, ALONE, tokens_per_step=1).manifest["step"] == 2
+    said = capsys.readouterr().err
+    assert said.startswith("warning: passed over step-00000003: ") and "manifest.json: damaged: " in said and expected in said
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("prefix", ["", "bf16_"])
+def test_the_files_of_each_stage_are_what_is_asked_for(stage: int, prefix: str, tmp_path: Path) -> None:
+    """As DeepSpeed names them on two ranks; tests/distributed saves and resumes with its own."""
+    folder = tmp_path / "step-00000003"
+    folder.mkdir()
+    names = [f"random_state_rank_{rank:05d}.pt" for rank in (0, 1)]
+    names += [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in (0, 1)] if stage == 3 else ["mp_rank_00_model_states.pt"]
+    names += [f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)] if stage > 0 else []
+    for name in names:
+        (folder / name).touch()
+    files = {name: {"size": 0, "sha256": ""} for name in names}
+    (folder / "manifest.json").write_text(json.dumps({"step": 3, "tokens": 3, "world_size": 2, "zero_stage": stage, "files": files}))
+    assert sorted(read_manifest(folder)["files"]) == sorted(names)
 
 
 @pytest.mark.parametrize("name", ["../../secret", "/etc/passwd"])
@@ -125,7 +172,7 @@ def unwritten(run: Path, step: int) -> Contents:
     writing = run / "checkpoints" / f".writing-step-{step:08d}"
     writing.mkdir(parents=True)
     manifest = {"step": step, "tokens": step, "world_size": 1, "zero_stage": 2, "state": {}}
-    files = {writing / "a.pt": {"weight": torch.arange(1000.0)}, writing / "b.pt": [1, 2]}
+    files = {writing / "a.pt": {"weight": torch.arange(1000.0)}, **{writing / name: [1, 2] for name in FILES}}
     return Contents(writing, files, {"model_config.json": {"width": 8}}, manifest)
 
 
@@ -133,7 +180,7 @@ def test_what_is_written_is_whole_and_in_its_place(tmp_path: Path) -> None:
     place = write(unwritten(tmp_path, 6), ALONE, CheckpointSection())
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"] == [place.name]
     manifest = read_manifest(place)
-    assert sorted(manifest["files"]) == ["a.pt", "b.pt", "model_config.json"]
+    assert sorted(manifest["files"]) == sorted(["a.pt", *FILES, "model_config.json"])
     for name, recorded in manifest["files"].items():
         assert recorded["sha256"] == hashlib.sha256((place / name).read_bytes()).hexdigest()
     assert torch.equal(torch.load(place / "a.pt")["weight"], torch.arange(1000.0))
@@ -239,11 +286,11 @@ def test_an_old_one_that_cannot_be_removed_is_named_and_the_run_goes_on(
 
     def keep(path: Path, **options: object) -> None:
         if path.name.endswith("3"):
-            raise OSError(errno.EBUSY, "Device or resource busy", str(path / "shard.pt"))
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path / SHARD))
         removal(path, **options)
 
     monkeypatch.setattr(shutil, "rmtree", keep)
-    warning = "shard.pt: cannot be deleted: Device or resource busy"
+    warning = f"{SHARD}: cannot be deleted: Device or resource busy"
     for step in (6, 9):
         assert write(unwritten(tmp_path, step), ALONE, CheckpointSection(keep_last=1)).name == f"step-{step:08d}"
         assert newest_step(tmp_path) == step

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import errno
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +14,8 @@ import torch
 from model.errors import InputError
 from training.distributed import Ranks, TrainingStoppedError, discover, one_clear_line, sum_over_ranks
 from training.engine import gpu_of
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_torchrun() -> None:
@@ -69,6 +75,8 @@ def test_sum_keeps_float64() -> None:
         (InputError("x: wrong; do y"), 2, "x: wrong; do y"),
         (TrainingStoppedError("stopped at step 7"), 1, "stopped at step 7"),
         (OSError(errno.ENOSPC, "No space left", "a/b"), 2, "a/b: No space left; make room or allow writing, and launch again"),
+        (OSError(errno.EISDIR, "Is a directory", "a/b"), 2, "a/b: Is a directory; move it out of the way, and launch again"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "a/b"), 2, "a/b: File name too long; give a shorter name, and launch again"),
     ],
 )
 def test_one_clear_line(error: Exception, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -78,6 +86,24 @@ def test_one_clear_line(error: Exception, code: int, said: str, monkeypatch: pyt
     with one_clear_line():
         raise error
     assert codes == [code] and capsys.readouterr().err == f"error: {said}\n"
+
+
+def test_nobody_who_reads_ends_a_command_without_a_word() -> None:
+    """As `python train.py ... | head` does: what was printed is more than was read."""
+    program = "from training.distributed import one_clear_line\nwith one_clear_line():\n    print('x' * AMOUNT)\nprint('after')"
+    for amount in (10, 10**6):  # left in Python's buffer until the end, and not
+        process = subprocess.Popen(
+            [sys.executable, "-c", program.replace("AMOUNT", str(amount))], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 128 + signal.SIGPIPE
+
+
+def test_a_pipe_of_our_own_that_breaks_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.distributed.leave", lambda code: pytest.fail("it was taken for standard output"))
+    with pytest.raises(BrokenPipeError), one_clear_line():
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), OSError(errno.ENOENT, "No such file", "a/b")])

@@ -109,10 +109,67 @@ def test_deepspeeds_zero_section_is_checked_too(recipe: Path) -> None:
         ("deepspeed.activation_checkpointing={}", "say it as training.activation_checkpointing"),
         ("deepspeed.zero_optimization={stage: 2, offload_param: {device: cpu}}", "offload_param: stage 2 keeps weights on the device"),
         ("deepspeed={zero_optimization: {stage: 0}, data_types: {grad_accum_dtype: fp32}}", "grad_accum_dtype: fp32 with bf16 needs ZeRO"),
+        ("deepspeed.zero_optimization={stage: 0, offload_optimizer: {device: cpu}}", "offload_optimizer: stage 0 keeps the optimizer's"),
+        ("deepspeed.zero_optimization.stage=true", "deepspeed.zero_optimization.stage: expected 0, 1, 2 or 3, found True"),
+        (
+            "deepspeed.communication_data_type=bf17",
+            "deepspeed.communication_data_type: 'bf17' is not one of fp32, bf16, fp16; did you mean",
+        ),
+        ("deepspeed.steps_per_print=many", "deepspeed.steps_per_print: expected a whole number from 1 on, found 'many'"),
+        ("deepspeed.steps_per_print=0", "deepspeed.steps_per_print: expected a whole number from 1 on, found 0"),
+        ("deepspeed.gradient_predivide_factor=0", "deepspeed.gradient_predivide_factor: expected a number above 0, found 0"),
+        ("deepspeed={zero_optimization: {stage: 2}, gradient_predivide_factor: 2}", "gradient_predivide_factor: ZeRO stage 2 has 1 alone"),
+        ("deepspeed={zero_optimization: {stage: 3}, prescale_gradients: true}", "prescale_gradients: ZeRO stage 3 divides after reducing"),
+        ("deepspeed.prescale_gradients=2", "deepspeed.prescale_gradients: expected true or false, found 2"),
     ],
 )
 def test_what_would_do_nothing_or_fail_inside_is_refused(recipe: Path, override: str, expected: str) -> None:
     assert expected in problems(recipe, override)
+
+
+def test_what_deepspeed_takes_at_stage_1_is_left_alone(recipe: Path) -> None:
+    zero = "{zero_optimization: {stage: 1}, gradient_predivide_factor: 2, prescale_gradients: true, communication_data_type: fp32}"
+    load_recipe(recipe, [f"deepspeed={zero}"])
+    load_recipe(recipe, ["deepspeed={zero_optimization: {stage: 2, reduce_scatter: false}, prescale_gradients: true}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["optimizer.learning_rate=true"], "optimizer.learning_rate: expected a number, found True"),
+        (["model.depth=false"], "model.depth: expected a number, found False"),
+        (["optimizer.betas=[true, 0.9]"], "optimizer.betas: expected a number, found [True, 0.9]"),
+        (["model.qk_norm=false"], "model.qk_norm: False is not one of 'rms_norm', 'layer_norm' or 'simple_rms_norm' or 'none'"),
+        (["training.activation_checkpointing=x"], "training.activation_checkpointing: expected boolean or integer or 'auto', found 'x'"),
+        (["data.source=files", "data.paths=x.txt"], "data.paths: expected list, found 'x.txt'"),
+        (["model.size=3"], "model.size: expected string, found 3"),
+        (["context_pruning.target_kept=1.0"], "context_pruning.target_kept: expected less than 1, found 1.0"),
+        (["context_pruning.tarket_kept=0.5"], "context_pruning.tarket_kept: unknown key; did you mean context_pruning.target_kept?"),
+        (["optimizer.kind=adam", "optimizer.momentum=0.9"], "optimizer.kind: 'adam' is not one of 'adamw', 'adafactor', 'muon' or 'soap'; "
+         "did you mean adamw?"),
+        (["optimizer.schedule=wsd"], "optimizer.schedule: 'wsd' is not one of 'cosine', 'linear', 'constant' or 'warmup_stable_decay'; "
+         "did you mean warmup_stable_decay?"),
+        *(([f"training.precision={name}"], f"training.precision: '{name}' is not one of 'fp32' or 'bf16'; did you mean {meant}?")
+          for name, meant in (("float32", "fp32"), ("float16", "bf16"), ("bfloat16", "bf16"), ("fp16", "bf16"))),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_one_line_and_no_other_problem_follows(recipe: Path, overrides: list[str], expected: str) -> None:
+    assert problems(recipe, *overrides).splitlines() == [f"{recipe}: 1 problem in the recipe", f"  {expected}"]
+
+
+def test_problems_that_do_not_follow_from_a_refused_value_are_still_said(recipe: Path) -> None:
+    message = problems(
+        recipe, "data.paths=x.txt", "data.source=files", "data.tokenizer.kind=pretrained", "model.width=many", "model.heads=3"
+    )
+    assert "data.tokenizer.path: required" in message and "width 128 does not divide by 3 heads" in message
+
+
+def test_numbers_written_as_yaml_has_them_are_taken(recipe: Path) -> None:
+    training = load_recipe(
+        recipe, ["training.tokens=1e6", "training.activation_checkpointing=true", "model.norm_biases=true"]
+    ).recipe.training
+    assert training.tokens == 1_000_000 and training.activation_checkpointing is True
+    assert load_recipe(recipe, ["training.activation_checkpointing=1"]).recipe.training.activation_checkpointing == 1
 
 
 def test_sharpness_aware_steps_can_be_switched_off_in_their_recipe() -> None:
@@ -253,3 +310,30 @@ def test_what_cannot_work_is_warned_of_before_the_run(recipe: Path, capsys: pyte
     print_plan(load_recipe(recipe, ["model.block=outlier_protected", "model.qk_norm=none"]), 1)
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert "nothing keeps attention's entropy up" in warning and "arXiv 2405.19279" in warning
+
+
+def test_a_dry_run_says_what_would_end_a_launch_on_this_machine(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """After the plan, all at once, and without reading a text or writing anything."""
+    overrides = [f"run.folder={tmp_path}/runs", f"data.prepared={tmp_path}/prepared", "data.source=files"]
+    (tmp_path / "text").mkdir()
+    begun = load_recipe(recipe, [*overrides, f"data.paths=[{tmp_path}/text]"])
+    begun.run_folder.mkdir(parents=True)
+    (begun.run_folder / "recipe.yaml").write_text(dump_recipe(begun))
+    before = sorted(tmp_path.rglob("*"))
+    for paths, expected in (
+        (f"[{tmp_path}/nowhere.txt]", f"data.paths: {tmp_path}/nowhere.txt does not exist"),
+        (f"['{tmp_path}/*.txt']", "data.paths: no file in"),
+        (f"[{tmp_path}/text]", "data.paths: no file in"),
+    ):
+        with pytest.raises(InputError) as refused:
+            print_plan(load_recipe(recipe, [*overrides, f"data.paths={paths}", "run.seed=5"]), 1)
+        assert expected in str(refused.value) and "run.seed: 0 there, 5 here" in str(refused.value)
+        assert "tokens per step" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+    (begun.run_folder / "data.json").write_text("{}")  # it went on from there: what it began with is read, not the source
+    print_plan(load_recipe(recipe, [*overrides, f"data.paths=[{tmp_path}/text]"]), 1)
+
+
+def test_a_dry_run_says_what_it_does_not_look_at(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    print_plan(load_recipe(recipe, [f"run.folder={tmp_path}", "data.source=huggingface", "data.dataset=someone/texts"]), 1)
+    assert capsys.readouterr().out.endswith("not looked at: the text itself, and whether the data set someone/texts can be had\n")
