@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.checkpoint import Checkpoint, step_of_name, verify_checkpoints
+from analysis.formats.tensor_files import refuse_part
 from analysis.shards import is_checkpoint, open_checkpoint
 from model.errors import InputError
 
@@ -80,11 +81,12 @@ def find_run(path: str | Path) -> Run:
     """What lies at a path: a run folder, a folder that holds checkpoints (of any format, a folder or file each), or one checkpoint.
 
     Raises:
-        InputError: no such path, or no checkpoint there.
+        InputError: no such path, no checkpoint there, or one file of a checkpoint of several.
     """
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
+    refuse_part(path)
     if is_checkpoint(path):
         parent = path.resolve().parent
         return Run(path, parent.parent if parent.name == "checkpoints" else None, [path])
