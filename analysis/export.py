@@ -193,7 +193,7 @@ def write_safetensors(path: Path, checkpoint: Checkpoint, names: Sequence[str], 
     Tied weights are written once; `__metadata__` names the others, and the step, as `analysis.formats.tensor_files` reads them.
     """
     codes = {value: key for key, value in DTYPES.items()}
-    metadata = {"format": "pt", "step": str(checkpoint.step)}
+    metadata = {"format": "pt"} | ({"step": str(checkpoint.step)} if checkpoint.step_is_said else {})
     metadata |= {prefix + alias: prefix + owner for alias, owner in checkpoint.aliases.items() if owner in names}
     if buffers := [prefix + name for name in names if name in checkpoint.buffers]:
         metadata["buffers"] = json.dumps(buffers)

@@ -98,7 +98,8 @@ class TensorFiles(Checkpoint):
         if config.get("tie_word_embeddings"):
             self.aliases |= _tied_head(self._tensors.keys() | self.aliases.keys())
         self._join_tied_copies()
-        self.step = int(metadata["step"]) if metadata.get("step", "").isdigit() else self.step
+        if metadata.get("step", "").isdigit():
+            self.step, self.step_is_said = int(metadata["step"]), True
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
         if not self.shapes:
             raise InputError(f"{path}: no weights in it")
