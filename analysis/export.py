@@ -77,6 +77,10 @@ def export(
         path.mkdir()
         return _folder(run, checkpoint, path, PRECISIONS[precision], shard_gigabytes, compare)
 
+        if (checkpoint.path / "pretrained.json").exists():
+            from analysis.pruned_export import write_pretrained
+
+            return write_pretrained(run, checkpoint, path, PRECISIONS[precision], compare)
     return _written(checkpoint, out, write)
 
 
