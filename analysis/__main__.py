@@ -355,7 +355,7 @@ def add_context_options(verb: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a verb; returns the exit code: 0 done, 2 the input is wrong."""
+    """Run a verb; returns the exit code: 0 done, 2 the input is wrong, 130 interrupted."""
     parsed = parse(arguments)
     try:
         parsed.function(parsed)
@@ -367,3 +367,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+    except PermissionError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

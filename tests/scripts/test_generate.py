@@ -66,6 +66,15 @@ def test_our_own_networks(tmp_path: Path, pruned: bool, monkeypatch: pytest.Monk
     assert found[-1][1] == "100.0" and (not pruned or float(found[0][1]) < 10)
 
 
+def test_an_interruption_is_one_word(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "generate", interrupt)
+    assert call(monkeypatch, "x") == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
