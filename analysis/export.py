@@ -22,6 +22,7 @@ from tqdm import tqdm
 from analysis.checkpoint import Checkpoint
 from analysis.formats.deepspeed import DeepSpeedCheckpoint
 from analysis.formats.tensor_files import BURNISH_PREFIX, DTYPES, read_safetensors
+from analysis.output import check_writable
 from analysis.resharding import reshard
 from analysis.runs import Run, read_json
 from model.config import ModelConfig
@@ -57,6 +58,7 @@ def export(
     Raises:
         InputError: `out` exists; no model configuration for a folder; no space.
     """
+    check_absent(out)
     checkpoint = run.last(verify=False)
     pruned = checkpoint.path.is_dir() and (checkpoint.path / "context_pruning.json").exists()
     if pruned and (checkpoint.path / "config.json").exists():
@@ -75,19 +77,24 @@ def export(
         if out.suffix == ".safetensors":
             return [_one_file(checkpoint, path, PRECISIONS[precision])]
         path.mkdir()
-        return _folder(run, checkpoint, path, PRECISIONS[precision], shard_gigabytes, compare)
-
         if (checkpoint.path / "pretrained.json").exists():
             from analysis.pruned_export import write_pretrained
 
             return write_pretrained(run, checkpoint, path, PRECISIONS[precision], compare)
+        return _folder(run, checkpoint, path, PRECISIONS[precision], shard_gigabytes, compare)
+
     return _written(checkpoint, out, write)
+
+
+def check_absent(out: Path) -> None:
+    """Raises InputError where `out` exists, or nothing can be written beside it."""
+    if out.exists():
+        raise InputError(f"{out}: exists already; give another name or remove it")
+    check_writable(out.parent)
 
 
 def _written(checkpoint: Checkpoint, out: Path, write: Callable[[Path], list[str]]) -> str:
     """Have `write` fill a hidden path, and rename it to `out` when that is done; what was written, to print."""
-    if out.exists():
-        raise InputError(f"{out}: exists already; give another name or remove it")
     writing = out.with_name(f".{out.name}.{os.getpid()}.writing")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -106,6 +113,7 @@ def export_to_ranks(run: Run, out: Path, ranks: int, verify: bool = True) -> str
     Raises:
         InputError: `out` exists; the checkpoint is not DeepSpeed's own; no space.
     """
+    check_absent(out)
     checkpoint = run.last(verify=False)
     if not isinstance(checkpoint, DeepSpeedCheckpoint):
         raise InputError(f"{checkpoint.path}: --ranks is for DeepSpeed's own checkpoints, and this is {checkpoint.format}")

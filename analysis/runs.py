@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,12 @@ def find_run(path: str | Path) -> Run:
     if not tags:
         raise InputError(f"{path}: no checkpoint here (expected a run folder, a checkpoint, or a folder of checkpoints)")
     return Run(path, path if is_run or (path / "metrics.jsonl").exists() else None, tags)
+
+
+def folder_names(runs: Sequence[Any]) -> list[str]:
+    """A folder's name for the results of each run, no two alike."""
+    names = [run.name.replace("/", "-") for run in runs]
+    return [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names, 1)]
 
 
 def _of_train(path: Path) -> bool:

@@ -260,11 +260,14 @@ def test_a_number_in_a_models_name_is_no_step(tmp_path, name, configured, step, 
 def test_what_is_refused_and_that_nothing_is_left(run_folder, tmp_path, monkeypatch, capsys):
     step = run_folder / "checkpoints" / "step-00000010"
     (tmp_path / "taken").mkdir()
+    (tmp_path / "a file").touch()
+    torch.save({"a": torch.randn(4, 3)}, tmp_path / "weights.pt")
     for arguments, problem in (
         (["export", str(step)], "needs --out"),
         (["export", str(step), str(step), "--out", str(tmp_path / "x")], "takes one"),
         (["export", str(step), "--out", str(tmp_path / "taken")], "exists already"),
-        (["export", str(step / "mp_rank_00_model_states.pt"), "--out", str(tmp_path / "x")], "neither model_config.json"),
+        (["export", str(tmp_path / "weights.pt"), "--out", str(tmp_path / "x")], "neither model_config.json"),
+        (["export", str(tmp_path / "weights.pt"), "--out", str(tmp_path / "a file" / "x")], "a file: cannot be written"),
     ):
         assert main(arguments) == 2
         assert problem in capsys.readouterr().err

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+import analysis.report
 from analysis.__main__ import main
 from analysis.charts import Line, heat_map, line_chart, log_ticks, ticks
 from analysis.fused import Heads
@@ -24,6 +27,7 @@ from analysis.output import write_json
 from analysis.report import _up_to_date
 from analysis.runs import find_run, read_metrics
 from analysis.trajectory import analyze_trajectory
+from model.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 VOID = {"meta", "link", "br"}
@@ -260,6 +264,117 @@ def test_an_unwritable_folder_is_bad_input(run_folder, capsys):
     (run_folder / "report").write_text("a file where a folder should be")
     assert main(["trajectory", str(run_folder)]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+VERBS = ("trajectory", "outliers", "quantization", "curvature", "report", "step", "weights", "signal", "context", "covariance")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_unwritable_folder_is_named_before_the_work(run_folder, monkeypatch, capsys, verb):
+    for name in ("runs.open_checkpoint", "shards.open_checkpoint", "covariance.analyze_covariance", "signal.analyze_signal"):
+        monkeypatch.setattr(f"analysis.{name}", lambda *_: pytest.fail("too early"))
+    taken = run_folder.parent / "taken"
+    taken.touch()
+    for out in (taken, taken / "below"):
+        assert main([verb, *[str(run_folder)] * (verb != "covariance"), "--out", str(out)]) == 2
+        assert f"{out}: cannot be written" in capsys.readouterr().err
+
+
+def test_what_was_measured_is_said_though_the_disk_fills_up(run_folder, monkeypatch, capsys):
+    def fail(path: Path, value: object) -> None:
+        raise InputError(f"{path}: cannot be written: No space left on device")
+
+    monkeypatch.setattr("analysis.output.write_json", fail)
+    assert main(["weights", str(run_folder)]) == 2
+    assert capsys.readouterr().out.startswith("toy: step 20, |theta|")
+
+
+def test_report_elsewhere_leaves_the_run_as_it_is(run_folder, capsys, monkeypatch):
+    """What the user measured under his own settings stays, and a run on a disk that takes nothing can be reported."""
+    other, out = second_run(run_folder, "other"), run_folder.parent / "out"
+    (run_folder / "report").mkdir()
+    (run_folder / "report" / "outliers.json").write_text(json.dumps({"format": 1, "verb": "outliers", "steps": [0, 10, 20]}))
+    before = {path: path.read_bytes() for run in (run_folder, other) for path in run.rglob("*") if path.is_file()}
+    assert main(["report", str(run_folder), str(other), "--out", str(out)]) == 0
+    assert {path: path.read_bytes() for run in (run_folder, other) for path in run.rglob("*") if path.is_file()} == before
+    assert {path.name for path in out.iterdir()} == {"report.html", "overview.png", "toy", "other"}
+    assert {"trajectory.json", "outliers.json", "outliers.png"} <= {path.name for path in (out / "toy").iterdir()}
+    marked = json.loads((out / "toy" / "trajectory.json").read_text()) | {"run": "kept"}
+    (out / "toy" / "trajectory.json").write_text(json.dumps(marked))
+    assert main(["report", str(run_folder), "--out", str(out / "page.html")]) == 0
+    assert json.loads((out / "toy" / "trajectory.json").read_text())["run"] == "kept"
+    # a run where nothing can be written: beside the page, which for several is in the folder that holds them
+    (run_folder / "tensorboard").mkdir()
+    check = analysis.report.check_writable
+
+    def locked(folder: Path) -> None:
+        if run_folder in (folder, *folder.parents):
+            raise InputError(f"{folder}: cannot be written: Read-only file system")
+        check(folder)
+
+    monkeypatch.setattr("analysis.report.check_writable", locked)
+    capsys.readouterr()
+    assert main(["report", str(run_folder), str(other)]) == 0
+    assert f"note: {run_folder / 'tensorboard'}: cannot be written" in capsys.readouterr().err
+    assert (run_folder / "report" / "outliers.json").read_bytes() in before.values()
+    assert (run_folder.parent / "toy-report" / "outliers.json").exists() and (other / "report" / "outliers.json").exists()
+
+
+def test_report_of_runs_that_lie_apart_goes_into_the_current_folder(run_folder, monkeypatch):
+    apart = run_folder.parents[1] / "elsewhere" / "deep"
+    shutil.copytree(run_folder, apart)
+    here = run_folder.parent / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert main(["report", str(run_folder), str(apart)]) == 0
+    assert {path.name for path in here.iterdir()} == {"report.html", "overview.png"}
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints/step-00000010", "checkpoints"])
+def test_a_folder_that_may_not_be_read_is_one_line(run_folder, place):
+    """As a user without root's rights."""
+    locked = run_folder / place
+    locked.chmod(0)
+    try:
+        python = "import sys; from analysis.__main__ import main; sys.exit(main(sys.argv[1:]))"
+        command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", sys.executable, "-c", python]
+        for verb in ("inspect", "trajectory"):
+            done = subprocess.run([*command, verb, str(run_folder)], cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 2, done.stderr
+            assert "Traceback" not in done.stderr
+            assert "Permission denied" in done.stdout + done.stderr
+            if verb == "inspect" and "step" in place:
+                assert done.stdout.count("sound") == 2  # the others are looked at all the same
+                assert f"DAMAGED: {locked}" in done.stdout
+    finally:
+        locked.chmod(0o755)
+
+
+def test_inspect_lists_a_folder_that_may_not_be_read(tmp_path, monkeypatch, capsys):
+    """Of checkpoints that another trainer named."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        save_file({"x": torch.randn(3, 2)}, tmp_path / name / "model.safetensors")
+    exists = Path.exists
+
+    def locked(path: Path, **options: Any) -> bool:
+        if path.parent == tmp_path / "a":
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path, **options)
+
+    monkeypatch.setattr(Path, "exists", locked)
+    assert main(["inspect", str(tmp_path)]) == 2
+    out = capsys.readouterr().out
+    assert "Permission denied" in out and out.count("sound") == 1
+
+
+def test_an_interruption_is_one_word(run_folder, monkeypatch, capsys):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("analysis.weights.analyze_weights", interrupt)
+    assert main(["weights", str(run_folder)]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_metrics_of_a_resumed_run(run_folder):
