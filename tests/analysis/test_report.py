@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
+import analysis.pictures
 import analysis.report
 from analysis.__main__ import main
 from analysis.charts import Line, heat_map, line_chart, log_ticks, ticks
@@ -366,6 +368,57 @@ def test_inspect_lists_a_folder_that_may_not_be_read(tmp_path, monkeypatch, caps
     assert main(["inspect", str(tmp_path)]) == 2
     out = capsys.readouterr().out
     assert "Permission denied" in out and out.count("sound") == 1
+
+
+@pytest.fixture
+def figures(monkeypatch) -> dict[str, Figure]:
+    """The pictures that are drawn, by their files' names."""
+    drawn: dict[str, Figure] = {}
+    save = analysis.pictures.save_figure
+
+    def keep(figure: Figure, path: Path) -> Path:
+        drawn[path.name] = figure
+        return save(figure, path)
+
+    monkeypatch.setattr("analysis.pictures.save_figure", keep)
+    return drawn
+
+
+def sayings(figure: Figure) -> list[str]:
+    """What stands in the panels, title first."""
+    return [f"{axis.get_title(loc='left')}: {' '.join(text.get_text().split())}" for axis in figure.axes for text in axis.texts]
+
+
+@pytest.mark.filterwarnings("error:No artists with labels")
+def test_an_empty_panel_says_why_it_is_empty(run_folder, figures, tmp_path, capsys):
+    (run_folder / "data.json").unlink()
+    (run_folder / "metrics.jsonl").unlink()
+    assert main(["report", str(run_folder)]) == 0
+    kurtosis, *_ = [text for text in sayings(figures["overview.png"]) if text.startswith("Kurtosis")]
+    assert "no outliers: " in kurtosis and "no data.json beside the checkpoints" in kurtosis
+    assert "Loss, nats a token: no metrics.jsonl that says a loss" in sayings(figures["overview.png"])
+    (tail,) = sayings(figures["weights.png"])
+    assert tail.startswith("Tail exponent by layer: none: ") and "at least 10" in tail
+    assert main(["report", str(run_folder / "checkpoints" / "step-00000010")]) == 0
+    assert "Path from the start: no trajectory: " in "".join(sayings(figures["overview.png"]))
+    save_file({"a": torch.randn(7)}, tmp_path / "vector.safetensors")
+    assert main(["weights", str(tmp_path / "vector.safetensors")]) == 0
+    assert [text.partition(": ")[2] for text in sayings(figures["weights.png"])] == ["no matrices"] + ["no matrices in layers"] * 2
+    for step in (1, 2):
+        save_file({"a": torch.ones(7)}, tmp_path / f"step{step}.safetensors")
+    shutil.rmtree(run_folder.parent)
+    (tmp_path / "vector.safetensors").unlink()
+    assert main(["trajectory", str(tmp_path)]) == 0
+    assert [text.partition(": ")[2] for text in sayings(figures["trajectory.png"])] == ["the weights did not move"] * 2
+
+
+def test_labels_lie_within_the_picture(run_folder, figures):
+    assert main(["trajectory", str(run_folder)]) == 0
+    figure = figures["trajectory.png"]
+    figure.canvas.draw()
+    for axis in figure.axes:
+        box = axis.xaxis.label.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1, axis.get_xlabel()
 
 
 def test_an_interruption_is_one_word(run_folder, monkeypatch, capsys):
