@@ -26,7 +26,7 @@ from analysis.output import check_writable
 from analysis.resharding import reshard
 from analysis.runs import Run, read_json
 from model.config import ModelConfig
-from model.errors import InputError
+from model.errors import InputError, one_line
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PIECE = 1 << 22  # elements read, cast and written at a time: 16 MB of float32
@@ -385,6 +385,11 @@ def _live_model(checkpoint: Checkpoint) -> Any:
         network = Transformer(read_config(checkpoint.path))
         checkpoint.load_into(network)
         return network.eval()
-    return AutoModelForCausalLM.from_pretrained(
-        str(checkpoint.path), local_files_only=True, trust_remote_code=False, dtype=torch.float32
-    ).eval()
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            str(checkpoint.path), local_files_only=True, trust_remote_code=False, dtype=torch.float32
+        ).eval()
+    except OSError as error:  # shards whose index is missing, which we can read and transformers cannot
+        raise InputError(
+            f"{checkpoint.path}: transformers cannot load it, so the logits cannot be compared: {one_line(error)}; give --skip-comparison"
+        ) from None

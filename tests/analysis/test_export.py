@@ -229,6 +229,13 @@ def test_a_folder_of_another_library_keeps_its_class(tmp_path, capsys):
     assert main(["export", str(tmp_path / "llama"), "--out", str(tmp_path / "copy")]) == 0
     assert "largest difference 0," in capsys.readouterr().out
     assert json.loads((tmp_path / "copy" / "config.json").read_text())["model_type"] == "llama"
+    # shards whose index is missing are read, and get one again
+    assert main(["export", str(tmp_path / "llama"), "--out", str(tmp_path / "parts"), "--shard-gigabytes", "1e-6"]) == 0
+    (tmp_path / "parts" / "model.safetensors.index.json").unlink()
+    assert main(["export", str(tmp_path / "parts"), "--out", str(tmp_path / "whole")]) == 2
+    assert "transformers cannot load it, so the logits cannot be compared" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "parts"), "--out", str(tmp_path / "whole"), "--skip-comparison"]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "whole").config.model_type == "llama"
 
 
 @pytest.mark.parametrize(
