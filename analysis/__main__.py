@@ -15,8 +15,9 @@ from typing import TypeVar
 
 from analysis.decoders import Pretrained, find_decoder
 from analysis.outlier_neurons import Thresholds
+from analysis.output import check_writable
 from analysis.quantization import RECIPES
-from analysis.runs import Run, find_run
+from analysis.runs import Run, find_run, folder_names
 from model.errors import InputError
 
 Found = TypeVar("Found", Run, Run | Pretrained)
@@ -46,7 +47,15 @@ def trajectory(arguments: argparse.Namespace) -> None:
     from analysis.trajectory import analyze_trajectory, describe
 
     ranks, heads = join_ranks(), parse_heads(arguments.heads)
-    for run, out in places(arguments, find_run):
+    found, problem = places(arguments, find_run, check=False), None
+    if ranks.is_first:
+        try:
+            for _, out in found:
+                check_writable(out)
+        except InputError as error:
+            problem = error
+    ranks.raise_together(problem)
+    for run, out in found:
         keep = out / "grams.safetensors"
         result = analyze_trajectory(
             run, arguments.memory_megabytes, not arguments.skip_checksums, True, keep, ranks, arguments.every, heads
@@ -76,7 +85,7 @@ def quantization(arguments: argparse.Namespace) -> None:
     names = ("recipes", "tokens", "data", "calibration", "seeds", "calibration_batches", "percentile")
     options = Options(**{name: getattr(arguments, name) for name in names})
     sources = [find_decoder(path) for path in arguments.runs]
-    out = Path(arguments.out) if arguments.out else sources[0].default_report()
+    out = place(arguments, sources[0].default_report())
     result = analyze_quantization(sources, options, not arguments.skip_checksums)
     print(describe(result))
     print(f"  {write_json(out / 'quantization.json', result)}\n  {pictures.quantization_picture(result, out / 'quantization.png')}")
@@ -107,7 +116,8 @@ def step(arguments: argparse.Namespace) -> None:
 
     for run, out in places(arguments, find_run):
         result = analyze_step(run, not arguments.skip_checksums)
-        print(f"{describe(result)}\n  {write_json(out / 'step.json', result)}\n  {pictures.step_picture(result, out / 'step.png')}")
+        print(describe(result))
+        print(f"  {write_json(out / 'step.json', result)}\n  {pictures.step_picture(result, out / 'step.png')}")
 
 
 def weights(arguments: argparse.Namespace) -> None:
@@ -118,8 +128,8 @@ def weights(arguments: argparse.Namespace) -> None:
     other = find_run(arguments.compare) if arguments.compare else None
     for run, out in places(arguments, find_run):
         result = analyze_weights(run, other, not arguments.skip_checksums)
-        print(f"{describe(result)}\n  {write_json(out / 'weights.json', result)}")
-        print(f"  {pictures.weights_picture(result, out / 'weights.png')}")
+        print(describe(result))
+        print(f"  {write_json(out / 'weights.json', result)}\n  {pictures.weights_picture(result, out / 'weights.png')}")
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -128,7 +138,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     from analysis.output import write_json
 
     damaged = []
-    for run, out in places(arguments, find_run):
+    for run, out in places(arguments, find_run, check=arguments.out is not None):
         result = inspect_run(run, not arguments.skip_checksums)
         print(describe(result))
         if arguments.out is not None:
@@ -160,7 +170,8 @@ def covariance(arguments: argparse.Namespace) -> None:
     chosen = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Setting)}
     if chosen["slopes"] is not None:
         chosen["slopes"] = tuple(chosen["slopes"])
-    result, out = analyze_covariance(Setting(**chosen)), Path(arguments.out or "covariance")
+    out = place(arguments, "covariance")
+    result = analyze_covariance(Setting(**chosen))
     print(describe(result))
     print(f"  {write_json(out / 'covariance.json', result)}\n  {pictures.covariance_picture(result, out / 'covariance.png')}")
 
@@ -171,8 +182,8 @@ def signal(arguments: argparse.Namespace) -> None:
     from analysis.signal import analyze_signal, describe
 
     sizes, text = (arguments.depths, arguments.widths), (arguments.data, arguments.tokens, arguments.length)
+    out = place(arguments, "signal")
     result = analyze_signal(arguments.runs, *sizes, *text, arguments.seed, not arguments.skip_checksums)
-    out = Path(arguments.out or "signal")
     print(describe(result))
     print(f"  {write_json(out / 'signal.json', result)}\n  {pictures.signal_picture(result, out / 'signal.png')}")
 
@@ -184,8 +195,8 @@ def context(arguments: argparse.Namespace) -> None:
     from analysis.output import write_json, write_whole
 
     options = Options(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)})
+    out = place(arguments, "context")
     result, pages = analyze_context(arguments.runs, options, not arguments.skip_checksums)
-    out = Path(arguments.out or "context")
     print(describe(result))
     print(f"  {write_json(out / 'context.json', result)}\n  {context_picture(result, out / 'context.png')}")
     for number, (entry, pieces, reads) in enumerate(pages):
@@ -218,16 +229,29 @@ def only_one(arguments: argparse.Namespace) -> Run:
     return find_run(arguments.runs[0])
 
 
-def places(arguments: argparse.Namespace, find: Callable[[str], Found]) -> list[tuple[Found, Path]]:
-    """What each path names, and where its results go: below --out, a folder a run when there are several."""
+def places(arguments: argparse.Namespace, find: Callable[[str], Found], check: bool = True) -> list[tuple[Found, Path]]:
+    """What each path names, and where its results go: below --out, a folder a run when there are several.
+
+    Args:
+        check: that they can be written there, before any work.
+    """
     runs = [find(path) for path in arguments.runs]
     if arguments.out is None:
-        return [(run, run.default_report()) for run in runs]
-    if len(runs) == 1:
-        return [(runs[0], Path(arguments.out))]
-    names = [run.name.replace("/", "-") for run in runs]
-    unique = [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names, 1)]
-    return [(run, Path(arguments.out) / name) for run, name in zip(runs, unique, strict=True)]
+        found = [(run, run.default_report()) for run in runs]
+    elif len(runs) == 1:
+        found = [(runs[0], Path(arguments.out))]
+    else:
+        found = [(run, Path(arguments.out) / name) for run, name in zip(runs, folder_names(runs), strict=True)]
+    for _, out in found if check else []:
+        check_writable(out)
+    return found
+
+
+def place(arguments: argparse.Namespace, default: str | Path) -> Path:
+    """Where the results of a verb go that has one result of all; it can be written."""
+    out = Path(arguments.out or default)
+    check_writable(out)
+    return out
 
 
 PATHS = {
@@ -272,6 +296,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         else:
             verb.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help=PATHS.get(name, PATHS[""]))
             place = name if name in ("signal", "context") else "report/ of the run"
+            if name == "report":
+                place += "; of several, the folder in which all of them lie, else the current one"
             verb.add_argument("--out", metavar="DIR", help=f"where results go (default: {place})")
             verb.add_argument("--skip-checksums", action="store_true", help="do not compare the files with manifest.json's checksums first")
         if name == "weights":
@@ -355,13 +381,19 @@ def add_context_options(verb: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a verb; returns the exit code: 0 done, 2 the input is wrong."""
+    """Run a verb; returns the exit code: 0 done, 2 the input is wrong, 130 interrupted."""
     parsed = parse(arguments)
     try:
         parsed.function(parsed)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except PermissionError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -52,6 +53,7 @@ class Checkpoint:
         path: the folder or file.
         format: how it is stored, in words: "DeepSpeed ZeRO 2", "safetensors", ...
         step: optimizer steps taken when it was saved; where the files do not say, the number at the end of its name, else 0.
+        step_is_said: by the files, or by a name like step1000 or 1000; not so where the number may mean something else.
         zero_stage: 0 to 3 for DeepSpeed's own files, else None.
         world_size: data-parallel ranks that wrote it; 1 where that left no trace.
         precision: what the trained weights are read in: "fp32" (masters), or "bf16", "fp16", "fp8_..." where the file holds nothing better.
@@ -69,6 +71,7 @@ class Checkpoint:
         self.path = path
         self.manifest = read_manifest(path) if path.is_dir() else None
         self.step = step_of_name(path)
+        self.step_is_said = _said_step(path) is not None
         self.world_size = 1
         self.precision = "fp32"
         self.shapes: dict[str, torch.Size] = {}
@@ -250,9 +253,27 @@ def _sha256(file: Path, bar: tqdm) -> str:
 
 
 def step_of_name(path: Path) -> int:
-    """step-00001000, step1000, checkpoint-1000, global_step1000, iter_0001000, 1000.safetensors -> 1000; no number at the end: 0."""
-    match = re.search(r"(\d+)$", path.resolve().name if path.is_dir() else path.resolve().name.split(".")[0])
+    """step-00001000, step1000, checkpoint-1000, global_step1000, iter_0001000, 1000.safetensors -> 1000; no number at the end: 0.
+
+    A Hugging Face folder is often named after its model: gpt2 and qwen3 are no steps.
+    """
+    said = _said_step(path)
+    if said is not None:
+        return said
+    configured = os.path.exists(path / "config.json")  # unlike Path.exists, False in a folder that may not be looked into
+    match = re.search(r"[-_](\d+)$" if configured else r"(\d+)$", _stem(path))
     return int(match[1]) if match else 0
+
+
+def _said_step(path: Path) -> int | None:
+    """The step that a name says in so many words, or as digits alone."""
+    match = re.search(r"(?:step|checkpoint|iter|^)[-_]?(\d+)$", _stem(path), re.IGNORECASE)
+    return int(match[1]) if match else None
+
+
+def _stem(path: Path) -> str:
+    name = path.resolve().name
+    return name if path.is_dir() else name.split(".")[0]
 
 
 def precision_of(tensors: Iterable[Tensor]) -> str:

@@ -165,6 +165,8 @@ def analyze_curvature(
         if value < least:
             raise InputError(f"{name} {value}: expected at least {least}")
     checkpoint = run.last(verify)
+    if (checkpoint.path / "pretrained.json").exists():
+        raise InputError(f"{checkpoint.path}: began with model.pretrained; curvature is measured of Burnish's own networks alone")
     model = build_model(checkpoint)
     config = model.config
     require_memory(sum(p.numel() for p in model.parameters()), steps, next(model.parameters()).device)

@@ -159,6 +159,11 @@ def refilled(decoder: Decoder, checkpoint: Checkpoint) -> Decoder:
 
 def _model_config(checkpoint: Checkpoint) -> ModelConfig:
     path = checkpoint.path / "model_config.json"
+    if (checkpoint.path / "pretrained.json").exists():
+        raise InputError(
+            f"{checkpoint.path}: began with model.pretrained: `python -m analysis export {checkpoint.path} --out X`, then this verb on X "
+            "with --data"
+        )
     if not path.exists():
         raise InputError(f"{path}: missing, so the network cannot be built; this verb reads checkpoints that train.py wrote")
     try:

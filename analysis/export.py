@@ -22,10 +22,11 @@ from tqdm import tqdm
 from analysis.checkpoint import Checkpoint
 from analysis.formats.deepspeed import DeepSpeedCheckpoint
 from analysis.formats.tensor_files import BURNISH_PREFIX, DTYPES, read_safetensors
+from analysis.output import check_writable
 from analysis.resharding import reshard
 from analysis.runs import Run, read_json
 from model.config import ModelConfig
-from model.errors import InputError
+from model.errors import InputError, one_line
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PIECE = 1 << 22  # elements read, cast and written at a time: 16 MB of float32
@@ -57,6 +58,7 @@ def export(
     Raises:
         InputError: `out` exists; no model configuration for a folder; no space.
     """
+    check_absent(out)
     checkpoint = run.last(verify=False)
     pruned = checkpoint.path.is_dir() and (checkpoint.path / "context_pruning.json").exists()
     if pruned and (checkpoint.path / "config.json").exists():
@@ -75,15 +77,24 @@ def export(
         if out.suffix == ".safetensors":
             return [_one_file(checkpoint, path, PRECISIONS[precision])]
         path.mkdir()
+        if (checkpoint.path / "pretrained.json").exists():
+            from analysis.pruned_export import write_pretrained
+
+            return write_pretrained(run, checkpoint, path, PRECISIONS[precision], compare)
         return _folder(run, checkpoint, path, PRECISIONS[precision], shard_gigabytes, compare)
 
     return _written(checkpoint, out, write)
 
 
-def _written(checkpoint: Checkpoint, out: Path, write: Callable[[Path], list[str]]) -> str:
-    """Have `write` fill a hidden path, and rename it to `out` when that is done; what was written, to print."""
+def check_absent(out: Path) -> None:
+    """Raises InputError where `out` exists, or nothing can be written beside it."""
     if out.exists():
         raise InputError(f"{out}: exists already; give another name or remove it")
+    check_writable(out.parent)
+
+
+def _written(checkpoint: Checkpoint, out: Path, write: Callable[[Path], list[str]]) -> str:
+    """Have `write` fill a hidden path, and rename it to `out` when that is done; what was written, to print."""
     writing = out.with_name(f".{out.name}.{os.getpid()}.writing")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +113,7 @@ def export_to_ranks(run: Run, out: Path, ranks: int, verify: bool = True) -> str
     Raises:
         InputError: `out` exists; the checkpoint is not DeepSpeed's own; no space.
     """
+    check_absent(out)
     checkpoint = run.last(verify=False)
     if not isinstance(checkpoint, DeepSpeedCheckpoint):
         raise InputError(f"{checkpoint.path}: --ranks is for DeepSpeed's own checkpoints, and this is {checkpoint.format}")
@@ -197,7 +209,7 @@ def write_safetensors(path: Path, checkpoint: Checkpoint, names: Sequence[str], 
     Tied weights are written once; `__metadata__` names the others, and the step, as `analysis.formats.tensor_files` reads them.
     """
     codes = {value: key for key, value in DTYPES.items()}
-    metadata = {"format": "pt", "step": str(checkpoint.step)}
+    metadata = {"format": "pt"} | ({"step": str(checkpoint.step)} if checkpoint.step_is_said else {})
     metadata |= {prefix + alias: prefix + owner for alias, owner in checkpoint.aliases.items() if owner in names}
     if buffers := [prefix + name for name in names if name in checkpoint.buffers]:
         metadata["buffers"] = json.dumps(buffers)
@@ -377,6 +389,11 @@ def _live_model(checkpoint: Checkpoint) -> Any:
         network = Transformer(read_config(checkpoint.path))
         checkpoint.load_into(network)
         return network.eval()
-    return AutoModelForCausalLM.from_pretrained(
-        str(checkpoint.path), local_files_only=True, trust_remote_code=False, dtype=torch.float32
-    ).eval()
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            str(checkpoint.path), local_files_only=True, trust_remote_code=False, dtype=torch.float32
+        ).eval()
+    except OSError as error:  # shards whose index is missing, which we can read and transformers cannot
+        raise InputError(
+            f"{checkpoint.path}: transformers cannot load it, so the logits cannot be compared: {one_line(error)}; give --skip-comparison"
+        ) from None

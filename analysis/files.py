@@ -23,7 +23,7 @@ _OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_
 
 def is_deepspeed(folder: Path) -> bool:
     """Whether DeepSpeed's files lie in this folder."""
-    return folder.is_dir() and any(folder.glob("*_states.pt"))
+    return folder.is_dir() and any(file.name.endswith("_states.pt") for file in folder.iterdir())  # glob would pass over what is locked
 
 
 def checkpoint_files(folder: Path) -> tuple[list[Path], dict[int, Path]]:

@@ -25,6 +25,26 @@ def write_whole(path: Path, content: str | bytes) -> Path:
     return path
 
 
+def check_writable(folder: Path) -> None:
+    """Find out before the work whether results can be written into a folder. It is left as it was, so that none stays where work fails.
+
+    Raises:
+        InputError: they cannot.
+    """
+    probe, made = folder / f".{os.getpid()}.writing", []
+    try:
+        made = [one for one in (folder, *folder.parents) if not one.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written: {error.strerror}") from None
+    finally:
+        for one in made:
+            with suppress(OSError):
+                one.rmdir()
+
+
 def write_json(path: Path, value: dict[str, Any]) -> Path:
     """Write JSON; numbers that are not finite are a fault."""
     return write_whole(path, json.dumps(value, indent=1, allow_nan=False) + "\n")

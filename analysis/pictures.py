@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -119,14 +120,18 @@ def overview_picture(runs: list[dict[str, Any]], path: Path) -> Path:
                 peak = [max((c["places"][p]["kurtosis_minus_one"] or np.nan) for p in places) for c in run["outliers"]["checkpoints"]]
                 kurtosis.plot(run["outliers"]["steps"], peak, "o-", ms=3, color=RUN_COLOURS[i % len(RUN_COLOURS)], label=run["name"])
         kurtosis.set(title="Kurtosis − 1, worst layer")
-        _log_axis(kurtosis)
-        _step_axis(kurtosis)
+        if kurtosis.lines:
+            _log_axis(kurtosis)
+            _step_axis(kurtosis)
+        else:
+            _say(kurtosis, _why(runs, "outliers"))
         for axis, run in zip(axes[2:], maps, strict=False):
             result = run["trajectory"]
             title = f"{run['name']}\npath from the start, ω = {_value(result['network']['omega_relative'])}"
             _heat_map(axis, result["network"]["relative_map"], result["steps"][1:], title, bar=run is maps[-1])
         if not maps:
-            axes[2].set_axis_off()
+            axes[2].set(title="Path from the start")
+            _say(axes[2], _why(runs, "trajectory"))
         return save_figure(figure, path)
 
 
@@ -182,6 +187,20 @@ def _losses(axis: Axes, runs: list[dict[str, Any]]) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(5))
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=8)
+    if not axis.lines:
+        _say(axis, "no metrics.jsonl that says a loss")
+
+
+def _why(runs: list[dict[str, Any]], verb: str) -> str:
+    """Why no run has the results of a verb, as the notes of `report.gather` say."""
+    return "\n".join(dict.fromkeys(f"no {note}" for run in runs for note in run["notes"] if note.startswith(f"{verb}:"))) or f"no {verb}"
+
+
+def _say(axis: Axes, reason: str) -> None:
+    """Write into a panel why it is empty."""
+    text = "\n".join("\n".join(textwrap.wrap(line, 44)) for line in reason.splitlines())
+    axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center", fontsize=8, color="#555555")
+    axis.set(xticks=[], yticks=[], xlabel="")
 
 
 def _by_layer(axis: Axes, result: dict[str, Any], measure: str) -> None:
@@ -374,7 +393,8 @@ def covariance_picture(result: dict[str, Any], path: Path) -> Path:
         axes[0].legend(fontsize=8)
         for axis, name in zip(axes[1:], ("covariance", "correlation"), strict=True):
             if statistics is None:
-                axis.set_axis_off()
+                axis.set(title=f"{name.capitalize()} of the last two tokens at layer {setting['depth']}")
+                _say(axis, "too few samples of the networks or of the SDE have not blown up")
                 continue
             found = statistics[name]
             edges = np.asarray(found["edges"])
@@ -427,6 +447,8 @@ def signal_picture(result: dict[str, Any], path: Path) -> Path:
         ratios.set(title="Gradient of queries over values' (dashed: keys')", xlabel="layer")
         if ratios.lines:
             _log_axis(ratios)
+        else:
+            _say(ratios, "no layer has gradients of queries or keys, and of values")
         return save_figure(figure, path)
 
 
@@ -489,6 +511,7 @@ def _path(axis: Axes, components: dict[str, Any] | None, steps: list[int]) -> No
     """The checkpoints in the plane of their first two principal components, first to last."""
     axis.set(title="Path along its principal components")
     if components is None:
+        _say(axis, "the weights did not move")
         return
     points = np.array([[*point, 0.0][:2] for point in components["coordinates"]])
     axis.plot(*points.T, "-", color="#bbbbbb", lw=1)
@@ -501,11 +524,18 @@ def _path(axis: Axes, components: dict[str, Any] | None, steps: list[int]) -> No
 
 def _shares(axis: Axes, network: dict[str, Any], nulls: dict[str, dict[str, float]]) -> None:
     """How much of the path's variance each principal component has."""
-    shares = network["principal_components"]["shares"] if network["principal_components"] else []
+    axis.set(title="Variance by component")
+    if network["principal_components"] is None:
+        _say(axis, "the weights did not move")
+        return
+    shares = network["principal_components"]["shares"]
     axis.bar(range(1, len(shares) + 1), shares, color=RUN_COLOURS[0])
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ratio = f"{_value(network['participation_ratio'])} (line 1, random walk {nulls['random_walk']['participation_ratio']:.2f})"
-    axis.set(title="Variance by component", xlabel=f"component   participation ratio {ratio}")
+    walk = nulls["random_walk"]["participation_ratio"]
+    axis.set(xlabel=f"component   participation ratio {_value(network['participation_ratio'])}\n(straight line 1, random walk {walk:.2f})")
+
+
+_TAIL = "none: the exponent is of the largest tenth of the eigenvalues, at least 10, so of matrices of 100 to 4096 on the shorter side"
 
 
 def weights_picture(result: dict[str, Any], path: Path) -> Path:
@@ -521,6 +551,8 @@ def weights_picture(result: dict[str, Any], path: Path) -> Path:
             colour = layer_colour(layers.index(found["layer"]) / max(1, len(layers) - 1)) if inner else "#777777"
             axes[0].plot(range(1, len(found["spectrum"]) + 1), found["spectrum"], "-" if inner else "--", color=colour, lw=1)
         axes[0].set(title="Singular values", xlabel="number   (violet first layer, orange last; dashed: embeddings)", yscale="log")
+        if not matrices:
+            _say(axes[0], "no matrices")
         for axis, measure, title in ((axes[1], "stable_rank", "Stable rank"), (axes[2], "tail_exponent", "Tail exponent")):
             for i, kind in enumerate(kinds):
                 of_kind = [(found["layer"], found[measure]) for found in matrices.values() if found["kind"] == kind]
@@ -529,7 +561,10 @@ def weights_picture(result: dict[str, Any], path: Path) -> Path:
                     axis.plot(*zip(*points, strict=True), "o", ms=4, color=RUN_COLOURS[i % len(RUN_COLOURS)], label=kind)
             axis.set(title=f"{title} by layer", xlabel="layer")
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes[1].legend(fontsize=8)
+            if not axis.lines:
+                _say(axis, _TAIL if measure == "tail_exponent" and kinds else "no matrices in layers")
+        if axes[1].lines:
+            axes[1].legend(fontsize=8)
         return save_figure(figure, path)
 
 

@@ -1,4 +1,7 @@
-"""A run with context pruning as a Hugging Face folder: the model, LoRA merged, and the files of model/pruning_files.py; or those alone."""
+"""A run with context pruning as a Hugging Face folder: the model, LoRA merged, and the files of model/pruning_files.py; or those alone.
+
+A run that began with a pretrained model and has no pruning: the model, LoRA merged.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from analysis.runs import Run
 from model import pruning_files
 from model.context_pruning import dense
 from model.errors import InputError
+from model.hub import open_decoder
 from model.pretrained import PretrainedDecoder, pretrained_weights
 
 
@@ -32,11 +36,9 @@ def write_pruned(run: Run, checkpoint: Checkpoint, folder: Path, dtype: torch.dt
     if adapters:
         _check_adapters_suffice(network)
     else:
-        tokenizer = run.folder / "tokenizer" if run.folder else None
-        lines.append("no tokenizer/ beside the checkpoints: the folder has none")
-        if tokenizer is not None and tokenizer.is_dir():
-            token, lines[0] = copy_tokenizer(tokenizer, folder)
-            end = {} if token is None else {"eos_token_id": token, "pad_token_id": token}
+        token, line = _copy_tokenizer(run, folder)
+        lines.append(line)
+        end = {} if token is None else {"eos_token_id": token, "pad_token_id": token}
     base = lora = None
     if isinstance(network, PretrainedDecoder):
         live, base, lora = network.model, network.config.source, network.config.lora
@@ -56,6 +58,42 @@ def write_pruned(run: Run, checkpoint: Checkpoint, folder: Path, dtype: torch.dt
     return lines
 
 
+def write_pretrained(run: Run, checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, compare: bool) -> list[str]:
+    """The same of a run that began with a pretrained model and has no context pruning: the whole model, LoRA added to its weights."""
+    network, _ = build(checkpoint)
+    assert isinstance(network, PretrainedDecoder)
+    live = network.model
+    lines = [_copy_tokenizer(run, folder)[1]]
+    expected = _logits(live)[0] if compare else None
+    for layer in live.modules():
+        if hasattr(layer, "lora_A"):
+            layer.merge()  # pyright: ignore
+    live.to(dtype).save_pretrained(folder, state_dict={name: weight.detach() for name, weight in pruning_files.base_weights(live).items()})
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    lines.insert(0, f"the whole model, {size:,} bytes")
+    if expected is None:
+        return lines
+    exported = open_decoder(str(folder))
+    tokens = _some_tokens(exported)
+    with torch.no_grad():
+        difference = float((exported(tokens, use_cache=False).logits.float() - expected).abs().max())
+    scale = float(expected.abs().max())
+    lines.append(
+        f"logits of the exported and the live model, {tokens.numel()} random tokens: largest difference {difference:.3g}, "
+        f"largest logit {scale:.3g}"
+    )
+    if dtype == torch.float32 and not difference <= 1e-4 * max(scale, 1.0):
+        raise RuntimeError(f"the exported model does not compute what the checkpoint's does: {lines[-1]}")
+    return [*lines, sample(exported, folder, tokens, tokens.shape[1])]
+
+
+def _copy_tokenizer(run: Run, folder: Path) -> tuple[int | None, str]:
+    tokenizer = run.folder / "tokenizer" if run.folder else None
+    if tokenizer is None or not tokenizer.is_dir():
+        return None, "no tokenizer/ beside the checkpoints: the folder has none"
+    return copy_tokenizer(tokenizer, folder)
+
+
 def _check_adapters_suffice(network: Any) -> None:
     if not isinstance(network, PretrainedDecoder):
         raise InputError("--adapters: the run began with no pretrained model that they could be added to; export it whole")
@@ -69,11 +107,16 @@ def _check_adapters_suffice(network: Any) -> None:
 @torch.no_grad()
 def _logits(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Of some random tokens, (without pruning, with it), float32."""
-    vocabulary, longest = model.get_output_embeddings().weight.shape[0], getattr(model.config, "max_position_embeddings", None) or 64
-    tokens = torch.randint(vocabulary, (2, min(64, longest)), generator=torch.Generator().manual_seed(0))
+    tokens = _some_tokens(model)
     with dense(model):
         without = model(tokens, use_cache=False).logits.float()
     return without, model(tokens, use_cache=False).logits.float()
+
+
+def _some_tokens(model: Any) -> torch.Tensor:
+    """The same for a model and its copy, (2, length)."""
+    vocabulary, longest = model.get_output_embeddings().weight.shape[0], getattr(model.config, "max_position_embeddings", None) or 64
+    return torch.randint(vocabulary, (2, min(64, longest)), generator=torch.Generator().manual_seed(0))
 
 
 def _compare(live: Any, folder: Path, expected: tuple[torch.Tensor, torch.Tensor], strict: bool) -> list[str]:

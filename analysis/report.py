@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import statistics
@@ -18,9 +17,9 @@ from analysis.charts import Line, heat_map, layer_colour, line_chart, padded_ran
 from analysis.checkpoint import Checkpoint
 from analysis.fused import heads_of
 from analysis.outlier_neurons import Thresholds
-from analysis.output import short, write_json, write_whole
+from analysis.output import check_writable, short, write_json, write_whole
 from analysis.page import facts, folded, folded_html, grid, page, panel, section, table
-from analysis.runs import Run, read_json, read_metrics
+from analysis.runs import Run, folder_names, read_json, read_metrics
 from analysis.tensorboard import write_tensorboard
 from analysis.tokens import held_out_tokens
 from model.errors import InputError
@@ -31,21 +30,36 @@ OUTLIER_TOKENS = 8192  # of the run's held-out text
 def write_report(runs: list[Run], out: str | Path | None = None, verify: bool = True) -> list[Path]:
     """Analyse what has not been analysed yet; write the page, overview.png beside it, and what TensorBoard shows of each run.
 
+    The results of each run go to its own report/, or to a folder of its name beside the page: with `out`, and where report/ cannot be
+    written.
+
     Args:
-        out: a folder, or an .html file; default: report/ of a single run, else the folder that holds the runs.
+        out: a folder, or an .html file; default: report/ of a single run, else the folder in which all runs lie, else the current one.
 
     Returns:
         The page and the picture.
     """
-    if out is None:
-        target = runs[0].default_report() if len(runs) == 1 else Path(os.path.commonpath([run.path.resolve().parent for run in runs]))
-    else:
+    if out is not None:
         target = Path(out)
+    elif len(runs) == 1:
+        target = runs[0].default_report()
+    else:
+        parents = {run.path.resolve().parent for run in runs}
+        target = parents.pop() if len(parents) == 1 else Path.cwd()
     file = target if target.suffix == ".html" else target / "report.html"
-    gathered = [gather(run, verify) for run in runs]
-    for run, found in zip(runs, gathered, strict=True):
-        if run.folder is not None and (run.folder / "tensorboard").is_dir():
-            write_tensorboard(found, run.default_report(), run.folder / "tensorboard" / "report")
+    check_writable(file.parent)
+    folders = [
+        own if out is None and _can_write(own := run.default_report()) else _beside(file, run, name)
+        for run, name in zip(runs, folder_names(runs), strict=True)
+    ]
+    gathered = [gather(run, folder, verify) for run, folder in zip(runs, folders, strict=True)]
+    for run, folder, found in zip(runs, folders, gathered, strict=True):
+        shown = run.folder / "tensorboard" if run.folder is not None else None
+        if shown is not None and shown.is_dir():
+            if _can_write(shown / "report"):
+                write_tensorboard(found, folder, shown / "report")
+            else:
+                print(f"note: {shown}: cannot be written, so TensorBoard does not show this report", file=sys.stderr)
     names = [run["name"] for run in gathered]
     for run in gathered:
         if names.count(run["name"]) > 1:
@@ -57,10 +71,26 @@ def write_report(runs: list[Run], out: str | Path | None = None, verify: bool = 
     return [write_whole(file, render(gathered, command)), picture]
 
 
-def gather(run: Run, verify: bool = True) -> dict[str, Any]:
-    """Everything the page says about a run. Analyses that cannot be made are None, and `notes` say why."""
+def _beside(page: Path, run: Run, name: str) -> Path:
+    folder = page.parent / name
+    return folder.with_name(f"{name}-report") if folder.resolve() == run.path.resolve() else folder
+
+
+def _can_write(folder: Path) -> bool:
+    try:
+        check_writable(folder)
+    except InputError:
+        return False
+    return True
+
+
+def gather(run: Run, report: Path, verify: bool = True) -> dict[str, Any]:
+    """Everything the page says about a run. Analyses that cannot be made are None, and `notes` say why.
+
+    Args:
+        report: the folder of the run's results, of this time and of earlier ones.
+    """
     notes: list[str] = []
-    report = run.default_report()
     found: dict[str, dict[str, Any] | None] = {}
     for verb, analyze, draw in (
         (
@@ -507,7 +537,7 @@ def _commands(runs: list[dict[str, Any]], command: str) -> str:
     return section(
         "How to get this again",
         "The commands that made these runs, as each rank saw its own, and this page. The numbers are in trajectory.json, outliers.json, "
-        "weights.json and step.json of each run's report folder.",
+        "weights.json and step.json of each run's report folder, or of a folder of its name beside this page.",
         f"<pre>{escape(chr(10).join([*lines, command]))}</pre>",
         folded("What every number means", "\n".join(f"{name}: {text}" for name, text in definitions.items())),
     )

@@ -70,7 +70,8 @@ def reshard(checkpoint: DeepSpeedCheckpoint, folder: Path, ranks: int, progress:
     groups = _groups_of_stage_3(checkpoint, ranks) if stage == 3 else _groups_of_stages_1_and_2(checkpoint, ranks) if stage else []
     total = sum(run.stop - run.start for group in groups for runs in group.runs for run in runs)
     kinds = ["weight", *_state_tensors(checkpoint, 0)] if stage else []
-    with tqdm(total=4 * len(kinds) * total, unit="B", unit_scale=True, desc="reshard", mininterval=1.0, disable=not progress) as bar:
+    size = 4 * len(kinds) * total  # none at ZeRO 0, where the optimizer is in the model's file
+    with tqdm(total=size, unit="B", unit_scale=True, desc="reshard", mininterval=1.0, disable=not (progress and size)) as bar:
         for rank in range(ranks):
             if stage:
                 _write_optimizer_file(checkpoint, folder, groups, kinds, rank, ranks, bar)

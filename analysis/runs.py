@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from analysis.checkpoint import Checkpoint, step_of_name, verify_checkpoints
+from analysis.formats.tensor_files import refuse_part
 from analysis.shards import is_checkpoint, open_checkpoint
 from model.errors import InputError
 
@@ -80,11 +82,12 @@ def find_run(path: str | Path) -> Run:
     """What lies at a path: a run folder, a folder that holds checkpoints (of any format, a folder or file each), or one checkpoint.
 
     Raises:
-        InputError: no such path, or no checkpoint there.
+        InputError: no such path, no checkpoint there, or one file of a checkpoint of several.
     """
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
+    refuse_part(path)
     if is_checkpoint(path):
         parent = path.resolve().parent
         return Run(path, parent.parent if parent.name == "checkpoints" else None, [path])
@@ -101,6 +104,12 @@ def find_run(path: str | Path) -> Run:
     if not tags:
         raise InputError(f"{path}: no checkpoint here (expected a run folder, a checkpoint, or a folder of checkpoints)")
     return Run(path, path if is_run or (path / "metrics.jsonl").exists() else None, tags)
+
+
+def folder_names(runs: Sequence[Any]) -> list[str]:
+    """A folder's name for the results of each run, no two alike."""
+    names = [run.name.replace("/", "-") for run in runs]
+    return [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names, 1)]
 
 
 def _of_train(path: Path) -> bool:

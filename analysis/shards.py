@@ -37,8 +37,11 @@ FORMATS: list[tuple[Callable[[Path], bool], Callable[[Path], Checkpoint]]] = [
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether the path itself looks like one checkpoint of some format."""
-    return any(matches(path) for matches, _ in FORMATS)
+    """Whether the path itself looks like one checkpoint of some format. What may not be looked into does: opening it says why not."""
+    try:
+        return any(matches(path) for matches, _ in FORMATS)
+    except PermissionError:
+        return True
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -50,9 +53,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         InputError: nothing there, a file missing, truncated, damaged, unreadable, or of a kind this reader does not know.
     """
     path = Path(path)
-    opener = next((opener for matches, opener in FORMATS if matches(path)), DeepSpeedCheckpoint)
     try:
-        return opener(path)
+        return next((opener for matches, opener in FORMATS if matches(path)), DeepSpeedCheckpoint)(path)
     except OSError as error:  # a link to nothing, a folder in place of a file, a disk that fails
         raise InputError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from None
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:

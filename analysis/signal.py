@@ -194,7 +194,7 @@ def batches_of(
 
     Each file is cut into sequences of its own; the last is padded.
     """
-    length = min(length or LENGTH, decoder.sequence_length)
+    length = min(LENGTH if length is None else length, decoder.sequence_length)
     at_initialisation = isinstance(source, ModelConfig)
     if files:
         if at_initialisation and decoder.vocab_size < 256:
@@ -364,7 +364,12 @@ def analyze_signal(
     Raises:
         InputError: see `find_networks` and `batches_of`; or no network could be measured, see `measure`.
     """
-    for option, values in (("tokens", [tokens]), ("length", [length or 2]), ("depth", depths or []), ("width", widths or [])):
+    for option, values in (
+        ("tokens", [tokens]),
+        ("length", [2 if length is None else length]),
+        ("depth", depths or []),
+        ("width", widths or []),
+    ):
         for value in values:
             least = 2 if option in ("length", "tokens") else 1
             if value < least:

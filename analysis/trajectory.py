@@ -214,6 +214,8 @@ _KIND_ORDER = (
     "mlp",
     "norms",
     "residual gains",
+    "context pruning",
+    "adapters",
 )
 _SCALARS = (
     "parameters",
@@ -236,6 +238,8 @@ def layer_of(name: str) -> int | None:
 
 # What a parameter does, by the words of its name: the first that fits. Common Hugging Face names are known too.
 _KINDS = [
+    ("context pruning", r"(^|\.)context_pruning\."),
+    ("adapters", r"(^|[._])lora_"),
     ("norms", r"norm|(^|[._])ln_?\w*(\.|$)"),
     ("residual gains", r"gain"),
     ("attention query", r"\[query\]$"),
@@ -253,7 +257,7 @@ _KINDS = [
 
 
 def kind_of(name: str) -> str:
-    """What a parameter does: attention query, key, value or output, mlp, norms, embedding, unembedding, residual gains, or other."""
+    """What a parameter does: one of `_KIND_ORDER`, or other."""
     return next((kind for kind, pattern in _KINDS if re.search(pattern, name)), "other")
 
 
@@ -277,8 +281,10 @@ def analyze_trajectory(
     Raises:
         InputError: as `increment_grams` does; damaged files; two checkpoints of one step.
     """
+    if every is not None and every < 1:
+        raise InputError(f"--every {every}: expected a positive number of steps")
     ranks = ranks or Ranks()
-    checkpoints = [c for c in run.open(verify=False) if not every or c.step % every == 0]
+    checkpoints = [c for c in run.open(verify=False) if every is None or c.step % every == 0]
     if not checkpoints:
         raise InputError(f"{run.path}: no checkpoint at a multiple of {every} steps")
     problem = None

@@ -15,7 +15,7 @@ def locate(source: str) -> tuple[str, dict[str, Any]]:
     """(what transformers' `from_pretrained` takes, with which arguments).
 
     Raises:
-        InputError: a path that is not there, a folder without a model, or a package without one.
+        InputError: a path that is not there, a folder without a model, a package without one, or a name that the hub does not know.
     """
     if source.startswith("package:"):
         name = source.removeprefix("package:")
@@ -28,6 +28,7 @@ def locate(source: str) -> tuple[str, dict[str, Any]]:
         if not path.exists():
             if source.startswith((".", "/", "~")) or source.count("/") > 1:
                 raise InputError(f"{source}: does not exist: give a folder, a GGUF file or a name on the Hugging Face hub")
+            _look_up(source)
             return source, {}
     if path.is_file():
         return str(path.parent), {"gguf_file": path.name}
@@ -37,6 +38,28 @@ def locate(source: str) -> tuple[str, dict[str, Any]]:
     if len(files) != 1:
         raise InputError(f"{source}: neither a config.json nor one GGUF file is there")
     return str(path), {"gguf_file": files[0].name}
+
+
+def _look_up(name: str) -> None:
+    """Ask the hub once whether it has a model, since transformers asks for each file again and again where there is no connection.
+
+    Raises:
+        InputError: it has not, or cannot be reached, and the model is not in the cache.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    here = f"{name}: no such folder or file here, and"
+    try:
+        if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        HfApi().model_info(name, timeout=10)
+    except (RepositoryNotFoundError, HFValidationError):
+        raise InputError(f"{here} no such model on the Hugging Face hub, or none that you may read") from None
+    except HfHubHTTPError:
+        return  # it answers: transformers says what is wrong
+    except Exception as error:  # of whatever library it is that connects
+        raise InputError(f"{here} the Hugging Face hub cannot be reached: {one_line(error)}") from None
 
 
 def open_decoder(source: str, dtype: torch.dtype = torch.float32) -> Any:

@@ -88,6 +88,9 @@ def main() -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -188,6 +191,9 @@ def cache_bytes(cache: Any) -> int:
 def open_model(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """(model in evaluation mode, tokenizer). Raises InputError when either cannot be read."""
     folder = Path(source)
+    of_train = (folder / "checkpoints").is_dir() or any((folder / name).exists() for name in ("model_config.json", "pretrained.json"))
+    if of_train and not (folder / "config.json").exists():
+        raise InputError(f"{source}: a run: export it first: python -m analysis export {source} --out X, then generate from X")
     if (folder / DESCRIPTION).exists():
         model = load(folder, dtype)
         base = read_description(folder)["base"]

@@ -59,7 +59,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         if first["module"] is None or first.get("mp_world_size", 1) != 1:
             raise InputError(f"{path}: written with pipeline or tensor parallelism, which this reader does not take apart")
         module = first["module"]
-        self.step = int(first["global_steps"])
+        self.step, self.step_is_said = int(first["global_steps"]), True
         self.buffers = {name: module[name] for name in first["buffer_names"] if name in module}
         self.aliases = dict(first.get("shared_params") or {})
         if optimizer_files:

@@ -41,13 +41,26 @@ DTYPES = {
 _MASK = re.compile(r"(attn|attention)\.(masked_)?bias$")
 # Where training code keeps the weights in a dictionary with other things in it.
 _NESTED = ("model", "module", "state_dict", "model_state_dict")
+_STEP = ("step", "global_step", "global_steps", "iteration")
+_SHARD = re.compile(r"(?:model|pytorch_model)-(\d{5})-of-(\d{5})\.(?:safetensors|bin)")
+_DEEPSPEED_PART = re.compile(r".*[_-](?:model|optim)_states\.pt")
 
 
 def is_tensor_file(path: Path) -> bool:
-    """A safetensors file, a torch file, or a folder with model.safetensors, pytorch_model.bin or an index of shards."""
+    """A safetensors file, a torch file, or a folder with model.safetensors, pytorch_model.bin, or shards, with their index or without."""
     if path.is_dir():
-        return any((path / name).exists() for name in (*INDEX_FILES, *SINGLE_FILES))
+        return any((path / name).exists() for name in (*INDEX_FILES, *SINGLE_FILES)) or bool(_shards_in(path))
     return path.is_file() and path.suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+
+
+def refuse_part(path: Path) -> None:
+    """Raises InputError where a path is one file of a checkpoint of several, which read alone would pass for all of it."""
+    if not path.is_file():
+        return
+    if _DEEPSPEED_PART.fullmatch(path.name):
+        raise InputError(f"{path}: one file of a DeepSpeed checkpoint: name its folder")
+    if (shard := _SHARD.fullmatch(path.name)) and int(shard[2]) > 1:
+        raise InputError(f"{path}: one of the {int(shard[2])} files of a checkpoint: name its folder")
 
 
 def is_buffer(name: str, dtype: torch.dtype, dimensions: int) -> bool:
@@ -60,6 +73,7 @@ class TensorFiles(Checkpoint):
     """Whole tensors by name, each in one file."""
 
     def __init__(self, path: Path) -> None:
+        refuse_part(path)
         super().__init__(path)
         self._files, index = _files_of(path)
         self._tensors: dict[str, Tensor] = {}
@@ -73,8 +87,6 @@ class TensorFiles(Checkpoint):
             metadata |= extra
         if index is not None and (absent := sorted(index - self._tensors.keys())):
             raise InputError(f"{path}: the index lists {some(absent)}, which no file holds")
-        if not self._tensors:
-            raise InputError(f"{path}: no tensors in it")
         config = _config(path)
         if config.get("model_type") == "burnish":
             self._tensors = {name.removeprefix(BURNISH_PREFIX): tensor for name, tensor in self._tensors.items()}
@@ -86,8 +98,11 @@ class TensorFiles(Checkpoint):
         if config.get("tie_word_embeddings"):
             self.aliases |= _tied_head(self._tensors.keys() | self.aliases.keys())
         self._join_tied_copies()
-        self.step = int(metadata["step"]) if metadata.get("step", "").isdigit() else self.step
+        if metadata.get("step", "").isdigit():
+            self.step, self.step_is_said = int(metadata["step"]), True
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
+        if not self.shapes:
+            raise InputError(f"{path}: no weights in it")
         self.precision = precision_of(self._tensors.values())
         kind = "safetensors" if self._files[0].suffix == ".safetensors" else "torch"
         self.format = f"Hugging Face folder, {kind}" if config else f"{kind} files" if len(self._files) > 1 else f"{kind} file"
@@ -144,14 +159,21 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """({name: tensor}, {"step"}) of a torch file: of the state dict in it, where there are other things beside."""
     content: Any = load_file(path)
-    step = next((content[key] for key in ("step", "global_step", "global_steps", "iteration") if key in content), None)
-    while not any(isinstance(value, Tensor) for value in content.values()):
-        inner = next((content[key] for key in _NESTED if isinstance(content.get(key), dict)), None)
-        if inner is None:
-            raise InputError(f"{path}: no state dict in it; it holds {some([str(key) for key in content])}")
+    step = next((content[key] for key in _STEP if content.get(key) is not None), None)
+    if isinstance(step, Tensor):
+        step = step.item() if step.numel() == 1 else None
+    # tensors may lie beside the state dict too: a loss, the random state
+    while (inner := next((content[key] for key in _NESTED if _holds_tensors(content.get(key))), None)) is not None:
         content = inner
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    if not any(value.dim() and value.is_floating_point() for value in tensors.values()):
+        raise InputError(f"{path}: no weights in it; it holds {some([str(key) for key in content])}")
     return tensors, {} if step is None else {"step": str(int(step))}
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether it is a dictionary with a tensor in it, at any depth."""
+    return isinstance(value, dict) and any(isinstance(item, Tensor) or _holds_tensors(item) for item in value.values())
 
 
 def _files_of(path: Path) -> tuple[list[Path], set[str] | None]:
@@ -160,7 +182,8 @@ def _files_of(path: Path) -> tuple[list[Path], set[str] | None]:
         return [path], None
     index = next((path / name for name in INDEX_FILES if (path / name).exists()), None)
     if index is None:
-        return [next(path / name for name in SINGLE_FILES if (path / name).exists())], None
+        whole = next((path / name for name in SINGLE_FILES if (path / name).exists()), None)
+        return ([whole] if whole else _all_shards(path)), None
     try:
         weight_map = {str(name): str(file) for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
@@ -171,6 +194,22 @@ def _files_of(path: Path) -> tuple[list[Path], set[str] | None]:
         if not (path / name).is_file():
             raise InputError(f"{path / name}: missing; {index.name} lists it")
     return [path / name for name in sorted(set(weight_map.values()))], set(weight_map)
+
+
+def _shards_in(folder: Path) -> list[Path]:
+    """The numbered files of a Hugging Face checkpoint, safetensors where there are both kinds."""
+    found = sorted(file for file in folder.iterdir() if _SHARD.fullmatch(file.name))
+    return [file for file in found if file.suffix == ".safetensors"] or found
+
+
+def _all_shards(folder: Path) -> list[Path]:
+    """`_shards_in`, where their index is missing. Raises InputError unless each is there once."""
+    files = _shards_in(folder)
+    numbers = [(int(match[1]), int(match[2])) for file in files if (match := _SHARD.fullmatch(file.name))]
+    count = max(of for _, of in numbers)
+    if numbers != [(number, count) for number in range(1, count + 1)]:
+        raise InputError(f"{folder}: {some([file.name for file in files])}: not all of one checkpoint's files, and no index lists them")
+    return files
 
 
 def _tied_head(names: set[str]) -> dict[str, str]:

@@ -51,7 +51,8 @@ class TensorParallelCheckpoint(Checkpoint):
         neox = any(_NEOX.fullmatch(file.name) for file in path.glob("layer_*-model_*"))
         ranks, step = _read_neox(path) if neox else _read_megatron(path)
         self.format = f"{'GPT-NeoX' if neox else 'Megatron-LM'}, {len(ranks)} tensor-parallel ranks"
-        self.step = self.step if step is None else step
+        if step is not None:
+            self.step, self.step_is_said = step, True
         names = ranks[0].keys()
         for number, tensors in enumerate(ranks[1:], 1):
             if differing := sorted(names ^ tensors.keys()):

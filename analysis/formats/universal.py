@@ -44,7 +44,7 @@ class UniversalCheckpoint(Checkpoint):
             raise InputError(f"{path}: several tensor-parallel ranks; merge them with ds_to_universal first")
         self._load: Callable[[Path], Any] = cache(load_tensor_or_dict)
         first = load_file(states[0])
-        self.step = int(first["global_steps"])
+        self.step, self.step_is_said = int(first["global_steps"]), True
         self.world_size = int(first.get("dp_world_size") or 1)
         self.aliases = dict(first.get("shared_params") or {})
         module: dict[str, Tensor] = first["module"]

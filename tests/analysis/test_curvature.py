@@ -196,6 +196,15 @@ def test_networks_without_curvature_are_named(tmp_path: Path, run_folder: Path, 
         assert line.startswith(f"error: {folder}: {problem}")
 
 
+def test_a_run_that_began_with_a_pretrained_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import tests.analysis.tiny_pruned as tiny
+
+    tiny.write_llama(tmp_path / "base")
+    tiny.write_llama_run(tmp_path / "run", tmp_path / "base", pruned=False)
+    assert main(["curvature", str(tmp_path / "run")]) == 2
+    assert "began with model.pretrained; curvature is measured of Burnish's own networks alone" in capsys.readouterr().err
+
+
 def test_lanczos_takes_a_matrix_of_zeros_and_refuses_nan() -> None:
     values, weights, _ = lanczos(torch.zeros_like, torch.ones(6), 4)
     assert (values.tolist(), weights.tolist()) == ([0.0], [1.0])

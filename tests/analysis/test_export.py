@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import model.huggingface
@@ -230,16 +231,52 @@ def test_a_folder_of_another_library_keeps_its_class(tmp_path, capsys):
     assert main(["export", str(tmp_path / "llama"), "--out", str(tmp_path / "copy")]) == 0
     assert "largest difference 0," in capsys.readouterr().out
     assert json.loads((tmp_path / "copy" / "config.json").read_text())["model_type"] == "llama"
+    # shards whose index is missing are read, and get one again
+    assert main(["export", str(tmp_path / "llama"), "--out", str(tmp_path / "parts"), "--shard-gigabytes", "1e-6"]) == 0
+    (tmp_path / "parts" / "model.safetensors.index.json").unlink()
+    assert main(["export", str(tmp_path / "parts"), "--out", str(tmp_path / "whole")]) == 2
+    assert "transformers cannot load it, so the logits cannot be compared" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "parts"), "--out", str(tmp_path / "whole"), "--skip-comparison"]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "whole").config.model_type == "llama"
+
+
+@pytest.mark.parametrize(
+    ("name", "configured", "step", "said"),
+    [
+        ("gpt2", True, 0, False),
+        ("qwen3", True, 0, False),
+        ("Llama-3", True, 3, False),
+        ("checkpoint-1000", True, 1000, True),
+        ("step20", True, 20, True),
+        ("iter_0000020", True, 20, True),
+        ("20", True, 20, True),
+        ("toy3", False, 3, False),
+        ("step20", False, 20, True),
+    ],
+)
+def test_a_number_in_a_models_name_is_no_step(tmp_path, name, configured, step, said):
+    folder = tmp_path / name
+    folder.mkdir()
+    save_file({"a": torch.randn(4, 3)}, folder / "model.safetensors")
+    if configured:
+        (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    assert open_checkpoint(folder).step == step
+    assert main(["export", str(folder), "--out", str(tmp_path / "weights.safetensors")]) == 0
+    with safe_open(tmp_path / "weights.safetensors", "pt") as file:
+        assert file.metadata().get("step") == (str(step) if said else None)
 
 
 def test_what_is_refused_and_that_nothing_is_left(run_folder, tmp_path, monkeypatch, capsys):
     step = run_folder / "checkpoints" / "step-00000010"
     (tmp_path / "taken").mkdir()
+    (tmp_path / "a file").touch()
+    torch.save({"a": torch.randn(4, 3)}, tmp_path / "weights.pt")
     for arguments, problem in (
         (["export", str(step)], "needs --out"),
         (["export", str(step), str(step), "--out", str(tmp_path / "x")], "takes one"),
         (["export", str(step), "--out", str(tmp_path / "taken")], "exists already"),
-        (["export", str(step / "mp_rank_00_model_states.pt"), "--out", str(tmp_path / "x")], "neither model_config.json"),
+        (["export", str(tmp_path / "weights.pt"), "--out", str(tmp_path / "x")], "neither model_config.json"),
+        (["export", str(tmp_path / "weights.pt"), "--out", str(tmp_path / "a file" / "x")], "a file: cannot be written"),
     ):
         assert main(arguments) == 2
         assert problem in capsys.readouterr().err

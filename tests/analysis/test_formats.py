@@ -188,6 +188,61 @@ def test_safetensors_and_torch_files(tmp_path):
             assert torch.equal(checkpoint.tensor(key), expected)
 
 
+def test_a_state_dict_with_tensors_beside_it(tmp_path):
+    """A loss, the random state or the step lie beside the weights in many a training loop's file; they are no weights."""
+    weights = {"a": torch.randn(4, 3), "gain": torch.tensor(2.0)}
+    beside = {"loss": torch.tensor(2.5), "rng_state": torch.get_rng_state(), "step": torch.tensor([100])}
+    for name, content in {
+        "number": {"model": weights, "step": 100, "loss": torch.tensor(2.5)},
+        "tensors": {"model": weights, **beside},
+        "deeper": {"model": {"state_dict": weights, "note": "x"}, **beside},
+        "optimizer first": {"optimizer": {"state": {0: {"exp_avg": torch.zeros(4, 3)}}}, "state_dict": weights, **beside},
+    }.items():
+        torch.save(content, tmp_path / f"{name}.pt")
+        checkpoint = open_checkpoint(tmp_path / f"{name}.pt")
+        assert (checkpoint.step, list(checkpoint.shapes)) == (100, ["a", "gain"]), name
+        assert torch.equal(checkpoint.tensor("a"), weights["a"])
+    for content in (beside, {"rng_state": beside["rng_state"]}, {"weights of another name": weights, **beside}, {"model": {}, **beside}):
+        torch.save(content, tmp_path / "none.pt")
+        with pytest.raises(InputError, match=r"none.pt: no weights in it; it holds"):
+            open_checkpoint(tmp_path / "none.pt")
+    save_file({"position": torch.arange(3)}, tmp_path / "none.safetensors")
+    with pytest.raises(InputError, match=r"none.safetensors: no weights in it"):
+        open_checkpoint(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"],
+)
+def test_one_file_of_a_deepspeed_checkpoint_is_refused(tmp_path, capsys, name):
+    torch.save({"module": {"a": torch.randn(4, 3)}, "global_steps": 3}, tmp_path / name)
+    with pytest.raises(InputError, match="one file of a DeepSpeed checkpoint: name its folder"):
+        open_checkpoint(tmp_path / name)
+    for verb in (["inspect"], ["weights"], ["export", "--out", str(tmp_path / "x.safetensors")]):
+        assert main([verb[0], str(tmp_path / name), *verb[1:]]) == 2
+        assert capsys.readouterr().err == f"error: {tmp_path / name}: one file of a DeepSpeed checkpoint: name its folder\n"
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_shards_without_their_index_are_one_checkpoint(tmp_path, capsys, safe):
+    full = {f"layers.{i}.weight": torch.randn(3, 2) for i in range(6)}
+    names = [f"model-0000{i}-of-00003.safetensors" if safe else f"pytorch_model-0000{i}-of-00003.bin" for i in (1, 2, 3)]
+    for number, name in enumerate(names):
+        part = dict(list(full.items())[2 * number : 2 * number + 2])
+        (save_file if safe else torch.save)(part, tmp_path / name)
+    found = find_run(tmp_path)
+    assert found.checkpoints == [tmp_path]
+    checkpoint = found.last()
+    assert set(checkpoint.shapes) == set(full)
+    assert all(torch.equal(checkpoint.tensor(name), value) for name, value in full.items())
+    assert main(["inspect", str(tmp_path / names[2])]) == 2
+    assert "one of the 3 files of a checkpoint: name its folder" in capsys.readouterr().err
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(InputError, match="not all of one checkpoint's files, and no index lists them"):
+        open_checkpoint(tmp_path)
+
+
 def test_every_dtype_and_unaligned_data(tmp_path):
     tensors = {f"t{i}": torch.arange(7).to(dtype) for i, dtype in enumerate((torch.float64, torch.float16, torch.bfloat16, torch.float32))}
     tensors["t8"] = torch.arange(7.0).to(torch.float8_e4m3fn)

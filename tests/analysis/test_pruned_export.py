@@ -92,6 +92,32 @@ def test_precision_and_what_is_refused(tmp_path, base, capsys):
     assert trained is not None
 
 
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_run_without_pruning_that_began_with_a_pretrained_model(tmp_path, base, capsys, lora):
+    """What runs a network says that it has to be exported first; then it runs."""
+    live = tiny.write_llama_run(tmp_path / "run", base, pruned=False, lora=lora).model
+    step, text = tmp_path / "run" / "checkpoints" / "step-00000005", tmp_path / "text.txt"
+    text.write_text("some text of no great length " * 40)
+    for verb in ("outliers", "quantization", "signal"):
+        assert main([verb, str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 2
+        advice = f"began with model.pretrained: `python -m analysis export {step} --out X`, then this verb on X with --data"
+        assert advice in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "page")]) == 0
+    assert "no outliers: " in (tmp_path / "page" / "report.html").read_text()
+    assert "began with model.pretrained" in (tmp_path / "page" / "report.html").read_text()
+    assert main(["export", str(step), "--out", str(tmp_path / "X")]) == 0
+    assert "tokenizer copied" in capsys.readouterr().out
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "X")
+    assert not any("lora" in name or "context_pruning" in name for name, _ in loaded.named_parameters())
+    assert not list((tmp_path / "X").glob("context_pruning*"))
+    torch.testing.assert_close(logits(loaded), logits(live), rtol=0, atol=1e-5)
+    if lora:
+        assert (logits(loaded) - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 1e-2
+    assert main(["export", str(step), "--out", str(tmp_path / "half"), "--precision", "bf16"]) == 0
+    options = ["--data", str(text), "--tokens", "64", "--out", str(tmp_path / "out")]
+    assert main(["outliers", str(tmp_path / "X"), *options]) == 0
+
+
 def test_a_file_written_wrong_is_a_fault(tmp_path, base, monkeypatch):
     tiny.write_llama_run(tmp_path / "run", base)
     original = pruning_files.save_file

@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from matplotlib.figure import Figure
+from safetensors.torch import save_file
 
+import analysis.pictures
+import analysis.report
 from analysis.__main__ import main
 from analysis.charts import Line, heat_map, line_chart, log_ticks, ticks
 from analysis.fused import Heads
@@ -24,6 +29,7 @@ from analysis.output import write_json
 from analysis.report import _up_to_date
 from analysis.runs import find_run, read_metrics
 from analysis.trajectory import analyze_trajectory
+from model.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 VOID = {"meta", "link", "br"}
@@ -260,6 +266,168 @@ def test_an_unwritable_folder_is_bad_input(run_folder, capsys):
     (run_folder / "report").write_text("a file where a folder should be")
     assert main(["trajectory", str(run_folder)]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+VERBS = ("trajectory", "outliers", "quantization", "curvature", "report", "step", "weights", "signal", "context", "covariance")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_unwritable_folder_is_named_before_the_work(run_folder, monkeypatch, capsys, verb):
+    for name in ("runs.open_checkpoint", "shards.open_checkpoint", "covariance.analyze_covariance", "signal.analyze_signal"):
+        monkeypatch.setattr(f"analysis.{name}", lambda *_: pytest.fail("too early"))
+    taken = run_folder.parent / "taken"
+    taken.touch()
+    for out in (taken, taken / "below"):
+        assert main([verb, *[str(run_folder)] * (verb != "covariance"), "--out", str(out)]) == 2
+        assert f"{out}: cannot be written" in capsys.readouterr().err
+
+
+def test_what_was_measured_is_said_though_the_disk_fills_up(run_folder, monkeypatch, capsys):
+    def fail(path: Path, value: object) -> None:
+        raise InputError(f"{path}: cannot be written: No space left on device")
+
+    monkeypatch.setattr("analysis.output.write_json", fail)
+    assert main(["weights", str(run_folder)]) == 2
+    assert capsys.readouterr().out.startswith("toy: step 20, |theta|")
+
+
+def test_report_elsewhere_leaves_the_run_as_it_is(run_folder, capsys, monkeypatch):
+    """What the user measured under his own settings stays, and a run on a disk that takes nothing can be reported."""
+    other, out = second_run(run_folder, "other"), run_folder.parent / "out"
+    (run_folder / "report").mkdir()
+    (run_folder / "report" / "outliers.json").write_text(json.dumps({"format": 1, "verb": "outliers", "steps": [0, 10, 20]}))
+    before = {path: path.read_bytes() for run in (run_folder, other) for path in run.rglob("*") if path.is_file()}
+    assert main(["report", str(run_folder), str(other), "--out", str(out)]) == 0
+    assert {path: path.read_bytes() for run in (run_folder, other) for path in run.rglob("*") if path.is_file()} == before
+    assert {path.name for path in out.iterdir()} == {"report.html", "overview.png", "toy", "other"}
+    assert {"trajectory.json", "outliers.json", "outliers.png"} <= {path.name for path in (out / "toy").iterdir()}
+    marked = json.loads((out / "toy" / "trajectory.json").read_text()) | {"run": "kept"}
+    (out / "toy" / "trajectory.json").write_text(json.dumps(marked))
+    assert main(["report", str(run_folder), "--out", str(out / "page.html")]) == 0
+    assert json.loads((out / "toy" / "trajectory.json").read_text())["run"] == "kept"
+    # a run where nothing can be written: beside the page, which for several is in the folder that holds them
+    (run_folder / "tensorboard").mkdir()
+    check = analysis.report.check_writable
+
+    def locked(folder: Path) -> None:
+        if run_folder in (folder, *folder.parents):
+            raise InputError(f"{folder}: cannot be written: Read-only file system")
+        check(folder)
+
+    monkeypatch.setattr("analysis.report.check_writable", locked)
+    capsys.readouterr()
+    assert main(["report", str(run_folder), str(other)]) == 0
+    assert f"note: {run_folder / 'tensorboard'}: cannot be written" in capsys.readouterr().err
+    assert (run_folder / "report" / "outliers.json").read_bytes() in before.values()
+    assert (run_folder.parent / "toy-report" / "outliers.json").exists() and (other / "report" / "outliers.json").exists()
+
+
+def test_report_of_runs_that_lie_apart_goes_into_the_current_folder(run_folder, monkeypatch):
+    apart = run_folder.parents[1] / "elsewhere" / "deep"
+    shutil.copytree(run_folder, apart)
+    here = run_folder.parent / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert main(["report", str(run_folder), str(apart)]) == 0
+    assert {path.name for path in here.iterdir()} == {"report.html", "overview.png"}
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints/step-00000010", "checkpoints"])
+def test_a_folder_that_may_not_be_read_is_one_line(run_folder, place):
+    """As a user without root's rights."""
+    locked = run_folder / place
+    locked.chmod(0)
+    try:
+        python = "import sys; from analysis.__main__ import main; sys.exit(main(sys.argv[1:]))"
+        command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", sys.executable, "-c", python]
+        for verb in ("inspect", "trajectory"):
+            done = subprocess.run([*command, verb, str(run_folder)], cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 2, done.stderr
+            assert "Traceback" not in done.stderr
+            assert "Permission denied" in done.stdout + done.stderr
+            if verb == "inspect" and "step" in place:
+                assert done.stdout.count("sound") == 2  # the others are looked at all the same
+                assert f"DAMAGED: {locked}" in done.stdout
+    finally:
+        locked.chmod(0o755)
+
+
+def test_inspect_lists_a_folder_that_may_not_be_read(tmp_path, monkeypatch, capsys):
+    """Of checkpoints that another trainer named."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        save_file({"x": torch.randn(3, 2)}, tmp_path / name / "model.safetensors")
+    exists = Path.exists
+
+    def locked(path: Path, **options: Any) -> bool:
+        if path.parent == tmp_path / "a":
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path, **options)
+
+    monkeypatch.setattr(Path, "exists", locked)
+    assert main(["inspect", str(tmp_path)]) == 2
+    out = capsys.readouterr().out
+    assert "Permission denied" in out and out.count("sound") == 1
+
+
+@pytest.fixture
+def figures(monkeypatch) -> dict[str, Figure]:
+    """The pictures that are drawn, by their files' names."""
+    drawn: dict[str, Figure] = {}
+    save = analysis.pictures.save_figure
+
+    def keep(figure: Figure, path: Path) -> Path:
+        drawn[path.name] = figure
+        return save(figure, path)
+
+    monkeypatch.setattr("analysis.pictures.save_figure", keep)
+    return drawn
+
+
+def sayings(figure: Figure) -> list[str]:
+    """What stands in the panels, title first."""
+    return [f"{axis.get_title(loc='left')}: {' '.join(text.get_text().split())}" for axis in figure.axes for text in axis.texts]
+
+
+@pytest.mark.filterwarnings("error:No artists with labels")
+def test_an_empty_panel_says_why_it_is_empty(run_folder, figures, tmp_path, capsys):
+    (run_folder / "data.json").unlink()
+    (run_folder / "metrics.jsonl").unlink()
+    assert main(["report", str(run_folder)]) == 0
+    kurtosis, *_ = [text for text in sayings(figures["overview.png"]) if text.startswith("Kurtosis")]
+    assert "no outliers: " in kurtosis and "no data.json beside the checkpoints" in kurtosis
+    assert "Loss, nats a token: no metrics.jsonl that says a loss" in sayings(figures["overview.png"])
+    (tail,) = sayings(figures["weights.png"])
+    assert tail.startswith("Tail exponent by layer: none: ") and "at least 10" in tail
+    assert main(["report", str(run_folder / "checkpoints" / "step-00000010")]) == 0
+    assert "Path from the start: no trajectory: " in "".join(sayings(figures["overview.png"]))
+    save_file({"a": torch.randn(7)}, tmp_path / "vector.safetensors")
+    assert main(["weights", str(tmp_path / "vector.safetensors")]) == 0
+    assert [text.partition(": ")[2] for text in sayings(figures["weights.png"])] == ["no matrices"] + ["no matrices in layers"] * 2
+    for step in (1, 2):
+        save_file({"a": torch.ones(7)}, tmp_path / f"step{step}.safetensors")
+    shutil.rmtree(run_folder.parent)
+    (tmp_path / "vector.safetensors").unlink()
+    assert main(["trajectory", str(tmp_path)]) == 0
+    assert [text.partition(": ")[2] for text in sayings(figures["trajectory.png"])] == ["the weights did not move"] * 2
+
+
+def test_labels_lie_within_the_picture(run_folder, figures):
+    assert main(["trajectory", str(run_folder)]) == 0
+    figure = figures["trajectory.png"]
+    figure.canvas.draw()
+    for axis in figure.axes:
+        box = axis.xaxis.label.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1, axis.get_xlabel()
+
+
+def test_an_interruption_is_one_word(run_folder, monkeypatch, capsys):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("analysis.weights.analyze_weights", interrupt)
+    assert main(["weights", str(run_folder)]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_metrics_of_a_resumed_run(run_folder):

@@ -152,3 +152,9 @@ def test_what_is_refused(deepspeed_checkpoints, tmp_path, capsys):
         assert main(["export", *arguments]) == 2
         assert message in capsys.readouterr().err
         assert sorted(p.name for p in tmp_path.iterdir()) == ["there", "weights.pt"]
+
+
+def test_there_is_no_bar_where_there_is_nothing_to_cut(run_folder, tmp_path, capsys):
+    """At ZeRO 0 the optimizer is in the model's file."""
+    assert main(["export", str(run_folder), "--ranks", "2", "--out", str(tmp_path / "out")]) == 0
+    assert "reshard" not in capsys.readouterr().err

@@ -360,6 +360,7 @@ def test_the_verdict(values: dict[str, list[float]], says: str) -> None:
         (["missing.yaml"], "no such recipe"),
         (["RECIPE", "--tokens", "1"], "--tokens 1: expected at least 2"),
         (["RECIPE", "--length", "1"], "--length 1: expected at least 2"),
+        (["RECIPE", "--length", "0"], "--length 0: expected at least 2"),
         (["RECIPE", "--depth", "0"], "--depth 0: expected at least 1"),
     ],
 )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from analysis.__main__ import main
 from analysis.fused import Heads
 from analysis.grams import _products, increment_grams
 from analysis.runs import find_run
@@ -191,6 +192,10 @@ def test_16_bit_weights_are_marked(tmp_path):
         ("blocks.10.attention.output.weight", 10, "attention output"),
         ("blocks.1.mlp.down.weight", 1, "mlp"),
         ("blocks.1.mlp_gain", 1, "residual gains"),
+        ("blocks.1.attention.context_pruning.query_key.weight", 1, "context pruning"),
+        ("model.model.layers.2.self_attn.context_pruning.gain", 2, "context pruning"),
+        ("model.model.layers.2.self_attn.q_proj.lora_A.default.weight", 2, "adapters"),
+        ("model.layers.2.self_attn.q_proj.base_layer.weight", 2, "attention query"),
         ("embedding.weight", None, "embedding"),
         ("position_embedding.weight", None, "embedding"),
         ("unembedding.weight", None, "unembedding"),
@@ -204,6 +209,13 @@ def test_16_bit_weights_are_marked(tmp_path):
 )
 def test_names(name, layer, kind):
     assert (layer_of(name), kind_of(name)) == (layer, kind)
+
+
+@pytest.mark.parametrize("every", [0, -8])
+def test_every_is_a_positive_number_of_steps(tmp_path, capsys, every):
+    moving(tmp_path)
+    assert main(["trajectory", str(tmp_path / "run"), "--every", str(every)]) == 2
+    assert f"--every {every}: expected a positive number of steps" in capsys.readouterr().err
 
 
 def moving(tmp_path: Path, count: int = 5, seed: int = 0) -> list[Path]:

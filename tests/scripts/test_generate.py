@@ -10,12 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, Lfm2Config
 
+from analysis.__main__ import main
 from model.config import ModelConfig, PruningConfig
 from model.context_pruning import dense
 from model.huggingface import BurnishForCausalLM, transformers_config
 from model.pruning_files import save
 from model.pruning_hooks import attach
 from scripts import benchmark_generation, generate
+from tests.analysis import tiny_pruned
 from tests.training.tiny_pretrained import save_tiny_llama, tiny_tokenizer
 
 
@@ -64,6 +66,39 @@ def test_our_own_networks(tmp_path: Path, pruned: bool, monkeypatch: pytest.Monk
     found = re.findall(r"(pruned|dense): \d+ tokens, .*; ([\d.]+)% of the context kept", capsys.readouterr().err)
     assert [name for name, _ in found] == ["pruned", "dense"][not pruned :]
     assert found[-1][1] == "100.0" and (not pruned or float(found[0][1]) < 10)
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints/step-00000005"])
+def test_a_run_is_to_be_exported_first(tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    tiny_pruned.write_own_run(tmp_path)
+    assert call(monkeypatch, tmp_path / place) == 2
+    assert f": a run: export it first: python -m analysis export {tmp_path / place} --out X" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nothere", "some/where", "no name"])
+def test_a_name_that_is_nowhere_is_said_at_once(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Where the hub cannot be reached, transformers itself would ask for a minute."""
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    for module in ("AutoModelForCausalLM", "AutoTokenizer"):
+        monkeypatch.setattr(f"transformers.{module}.from_pretrained", lambda *_, **__: pytest.fail("too late"))
+    assert call(monkeypatch, name) == 2
+    assert capsys.readouterr().err.startswith(f"error: {name}: no such folder or file here, and")
+    assert main(["context", name, "--data", "LICENSE"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {name}: no such folder or file here, and")
+
+
+def test_an_interruption_is_one_word(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "generate", interrupt)
+    assert call(monkeypatch, "x") == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 @pytest.mark.parametrize(
