@@ -270,7 +270,7 @@ def test_a_file_is_hashed_once_and_others_not_at_all(run_folder, monkeypatch, tm
         assert hashed == ["step-00000020"] * files
         hashed.clear()
         analysis.checkpoint._CHECKSUMS.clear()
-    gather(run)
+    gather(run, run.default_report())
     assert sorted(hashed) == sorted(["step-00000000", "step-00000010", "step-00000020"] * files)
     # one that changed is hashed again
     damaged = run_folder / "checkpoints" / "step-00000010" / "model_config.json"
