@@ -132,10 +132,11 @@ def predict(
     statistics = (config.depth + 1) * (4 * config.width**2 + 8 * (config.width + 4)) if recipe.logging.outliers_every else 0
     checkpoint = _checkpoint_copy(states, tensor_sizes, zero_stage(recipe), compute, world_size) if recipe.checkpoint.asynchronous else 0
     fixed = states.weights + states.optimizer + statistics + (checkpoint if device == "cpu" else 0)
+    recomputing = tokens * activations.at_recomputing(checkpointing) + inside
     phases = {
         "the loss": fixed + states.at_loss + kept + logits,
         "the first gradients": fixed + states.at_first_gradients + kept + behind,
-        "the recomputing": fixed + states.at_first_gradients + tokens * activations.at_recomputing(checkpointing) + inside,
+        "the recomputing": fixed + states.at_first_gradients + recomputing if any(checkpointing) else 0,
         "the last gradients": fixed + states.at_last_gradients + max(inside, at_the_end),
         "the optimizer's step": fixed + states.at_step,
     }
