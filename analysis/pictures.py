@@ -120,9 +120,9 @@ def overview_picture(runs: list[dict[str, Any]], path: Path) -> Path:
                 peak = [max((c["places"][p]["kurtosis_minus_one"] or np.nan) for p in places) for c in run["outliers"]["checkpoints"]]
                 kurtosis.plot(run["outliers"]["steps"], peak, "o-", ms=3, color=RUN_COLOURS[i % len(RUN_COLOURS)], label=run["name"])
         kurtosis.set(title="Kurtosis − 1, worst layer")
+        _step_axis(kurtosis)
         if kurtosis.lines:
             _log_axis(kurtosis)
-            _step_axis(kurtosis)
         else:
             _say(kurtosis, _why(runs, "outliers"))
         for axis, run in zip(axes[2:], maps, strict=False):
@@ -199,8 +199,10 @@ def _why(runs: list[dict[str, Any]], verb: str) -> str:
 def _say(axis: Axes, reason: str) -> None:
     """Write into a panel why it is empty."""
     text = "\n".join("\n".join(textwrap.wrap(line, 44)) for line in reason.splitlines())
-    axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center", fontsize=8, color="#555555")
-    axis.set(xticks=[], yticks=[], xlabel="")
+    axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center", fontsize=8, color="#555555").set_in_layout(False)
+    axis.tick_params(colors="none")  # not taken away, or panels beside it grow out of the picture
+    axis.xaxis.label.set_color("none")
+    axis.grid(visible=False)
 
 
 def _by_layer(axis: Axes, result: dict[str, Any], measure: str) -> None:
