@@ -88,7 +88,7 @@ def gather(run: Run, report: Path, verify: bool = True) -> dict[str, Any]:
     """Everything the page says about a run. Analyses that cannot be made are None, and `notes` say why.
 
     Args:
-        report: the folder of the run's results, of this time and of earlier ones.
+        report: the folder of the run's results, of this time and of earlier ones; the run's own report/ is looked into as well.
     """
     notes: list[str] = []
     found: dict[str, dict[str, Any] | None] = {}
@@ -104,13 +104,15 @@ def gather(run: Run, report: Path, verify: bool = True) -> dict[str, Any]:
     ):
         found[verb] = _up_to_date(run, report / f"{verb}.json")
         if found[verb] is None:
-            run.open(verify)  # damage stops the report; what follows only says that an analysis does not apply
-            try:
-                result = analyze(run)
-            except InputError as error:
-                notes.append(f"{verb}: {error}")
-                print(f"note: no {verb}: {error}", file=sys.stderr)
-                continue
+            result = _up_to_date(run, own / f"{verb}.json") if (own := run.default_report()) != report else None
+            if result is None:
+                run.open(verify)  # damage stops the report; what follows only says that an analysis does not apply
+                try:
+                    result = analyze(run)
+                except InputError as error:
+                    notes.append(f"{verb}: {error}")
+                    print(f"note: no {verb}: {error}", file=sys.stderr)
+                    continue
             found[verb] = result
             write_json(report / f"{verb}.json", result)
             draw(result, report / f"{verb}.png")
@@ -163,7 +165,7 @@ def _as_the_report_measures(run: Run, first: Checkpoint, result: dict[str, Any])
         return known is None or result.get("heads") == [known.heads, known.kv_heads]
     if result["verb"] != "outliers":
         return True
-    if result["thresholds"] != asdict(Thresholds()):
+    if result.get("thresholds") != asdict(Thresholds()):
         return False
     try:
         sequences, origin = held_out_tokens(run, None, OUTLIER_TOKENS, result["sequence_length"])

@@ -120,6 +120,9 @@ def test_report_analyses_again_only_when_checkpoints_changed(run_folder):
     (report / "trajectory.json").write_text(json.dumps(marked))
     assert main(["report", str(run_folder)]) == 0
     assert json.loads((report / "trajectory.json").read_text())["run"] == "kept"
+    elsewhere = run_folder.parent / "elsewhere"  # what the run has already is not measured a second time
+    assert main(["report", str(run_folder), "--out", str(elsewhere)]) == 0
+    assert json.loads((elsewhere / run_folder.name / "trajectory.json").read_text())["run"] == "kept"
     shutil.rmtree(run_folder / "checkpoints" / "step-00000020")
     assert main(["report", str(run_folder)]) == 0
     assert json.loads((report / "trajectory.json").read_text())["steps"] == [0, 10]

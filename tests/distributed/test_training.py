@@ -233,7 +233,7 @@ def test_the_analysis_reads_what_training_left(full_runs: dict[int, Path], workp
     assert "stage1" in page and "stage3" in page
     # two stages of the same training: the same path and the same kurtosis, read from differently laid out shards
     for verb in ("trajectory", "outliers"):
-        first, second = (json.loads((full_runs[stage] / "report" / f"{verb}.json").read_text()) for stage in (1, 3))
+        first, second = (json.loads((tmp_path / "compared" / f"stage{stage}" / f"{verb}.json").read_text()) for stage in (1, 3))
         assert numbers(first) == pytest.approx(numbers(second), rel=1e-3, abs=1e-6)
         assert len(numbers(first)) > 20
 

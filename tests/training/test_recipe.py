@@ -140,7 +140,10 @@ def test_what_deepspeed_takes_at_stage_1_is_left_alone(recipe: Path) -> None:
         (["model.depth=false"], "model.depth: expected a number, found False"),
         (["optimizer.betas=[true, 0.9]"], "optimizer.betas: expected a number, found [True, 0.9]"),
         (["model.qk_norm=false"], "model.qk_norm: False is not one of 'rms_norm', 'layer_norm' or 'simple_rms_norm' or 'none'"),
-        (["training.activation_checkpointing=x"], "training.activation_checkpointing: expected boolean or integer or 'auto', found 'x'"),
+        (
+            ["training.activation_checkpointing=x"],
+            "training.activation_checkpointing: expected boolean or integer or 'selective' or 'auto', found 'x'",
+        ),
         (["data.source=files", "data.paths=x.txt"], "data.paths: expected list, found 'x.txt'"),
         (["model.size=3"], "model.size: expected string, found 3"),
         (["context_pruning.target_kept=1.0"], "context_pruning.target_kept: expected less than 1, found 1.0"),
