@@ -36,7 +36,7 @@ def main() -> None:
         call(f"train {name}", [*launcher(), "train.py", f"recipes/{name}.yaml", f"run.folder={out}", *overrides()])
     call(
         "analyse the shards and write the report",
-        [sys.executable, "-m", "analysis", "report", *(str(out / name) for name in RUNS), "--out", str(out)],
+        [sys.executable, "-m", "analysis", "report", *(str(out / name) for name in RUNS)],  # into the folder that holds both
     )
     print()
     summary: dict[str, Any] = {"command": "make quickstart", "seconds": round(time.perf_counter() - started), "runs": {}}
