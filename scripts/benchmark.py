@@ -224,7 +224,6 @@ def in_rounds(bench: Bench, share: float | None, out: Path | None) -> None:
         names, offset = list(subjects), turn * max(1, len(subjects) // rounds)
         ceilings.append(ceiling(bench))
         for name in names[offset % len(names) :] + names[: offset % len(names)]:
-            why = None
             if turn == 0 and name != names[0] and is_time_up(time.perf_counter() - began, share, device):
                 why = "--minutes left no time for it"
             else:
