@@ -366,7 +366,7 @@ class WholeLogits(nn.Module):
 
 def bare_pytorch(bench: Bench) -> list[float]:
     model = WholeLogits(bench).to(bench.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=bench.device.type == "cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
     forward = nn.parallel.DistributedDataParallel(model) if bench.ranks.world_size > 1 else model
     batches = [tuple(t.to(bench.device) for t in bench.batch()) for _ in range(4)]
 
