@@ -31,6 +31,8 @@ the verb, that says what each number is, and pictures; they go to --out, or to t
   python -m analysis outliers runs/X/checkpoints/step-00001000 --data my_text.txt
   python -m analysis outliers folder/of/a/hugging/face/model --data my_text.txt
   python -m analysis quantization runs/X runs/Y --out int8
+  python -m analysis connectivity runs/X
+  python -m analysis connectivity runs/seed0 runs/seed1 --align
   python -m analysis export runs/X --out exported
   python -m analysis signal recipes/X.yaml --depth 4 16 64
   python -m analysis signal recipes/X.yaml recipes/X.yaml model.attention=shaped
@@ -40,7 +42,7 @@ the verb, that says what each number is, and pictures; they go to --out, or to t
 
 
 def trajectory(arguments: argparse.Namespace) -> None:
-    from analysis import pictures
+    from analysis import run_pictures
     from analysis.fused import parse_heads
     from analysis.output import write_json
     from analysis.ranks import join_ranks
@@ -62,11 +64,11 @@ def trajectory(arguments: argparse.Namespace) -> None:
         )
         if ranks.is_first:
             print(describe(result))
-            print(f"  {write_json(out / 'trajectory.json', result)}\n  {pictures.trajectory_picture(result, out / 'trajectory.png')}")
+            print(f"  {write_json(out / 'trajectory.json', result)}\n  {run_pictures.trajectory_picture(result, out / 'trajectory.png')}")
 
 
 def outliers(arguments: argparse.Namespace) -> None:
-    from analysis import pictures
+    from analysis import run_pictures
     from analysis.outliers import analyze_outliers, describe
     from analysis.output import write_json
 
@@ -74,11 +76,11 @@ def outliers(arguments: argparse.Namespace) -> None:
     for source, out in places(arguments, find_decoder):
         result = analyze_outliers(source, arguments.tokens, arguments.data, thresholds, arguments.top, not arguments.skip_checksums)
         print(describe(result))
-        print(f"  {write_json(out / 'outliers.json', result)}\n  {pictures.outliers_picture(result, out / 'outliers.png')}")
+        print(f"  {write_json(out / 'outliers.json', result)}\n  {run_pictures.outliers_picture(result, out / 'outliers.png')}")
 
 
 def quantization(arguments: argparse.Namespace) -> None:
-    from analysis import pictures
+    from analysis import run_pictures
     from analysis.output import write_json
     from analysis.quantization import Options, analyze_quantization, describe
 
@@ -88,18 +90,31 @@ def quantization(arguments: argparse.Namespace) -> None:
     out = place(arguments, sources[0].default_report())
     result = analyze_quantization(sources, options, not arguments.skip_checksums)
     print(describe(result))
-    print(f"  {write_json(out / 'quantization.json', result)}\n  {pictures.quantization_picture(result, out / 'quantization.png')}")
+    print(f"  {write_json(out / 'quantization.json', result)}\n  {run_pictures.quantization_picture(result, out / 'quantization.png')}")
 
 
 def curvature(arguments: argparse.Namespace) -> None:
-    from analysis import pictures
+    from analysis import run_pictures
     from analysis.curvature import analyze_curvature, describe
     from analysis.output import write_json
 
     for run, out in places(arguments, find_run):
         result = analyze_curvature(run, arguments.tokens, arguments.steps, arguments.probes, arguments.data, not arguments.skip_checksums)
         print(describe(result))
-        print(f"  {write_json(out / 'curvature.json', result)}\n  {pictures.curvature_picture(result, out / 'curvature.png')}")
+        print(f"  {write_json(out / 'curvature.json', result)}\n  {run_pictures.curvature_picture(result, out / 'curvature.png')}")
+
+
+def connectivity(arguments: argparse.Namespace) -> None:
+    from analysis import study_pictures
+    from analysis.connectivity import Options, analyze_connectivity, describe
+    from analysis.output import write_json
+
+    options = Options(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)})
+    sources = [find_decoder(path) for path in arguments.runs]
+    out = place(arguments, sources[0].default_report() if len(sources) == 1 else "connectivity")
+    result = analyze_connectivity(sources, options, not arguments.skip_checksums)
+    print(describe(result))
+    print(f"  {write_json(out / 'connectivity.json', result)}\n  {study_pictures.connectivity_picture(result, out / 'connectivity.png')}")
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -110,18 +125,18 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def step(arguments: argparse.Namespace) -> None:
-    from analysis import pictures
+    from analysis import run_pictures
     from analysis.optimizer_step import analyze_step, describe
     from analysis.output import write_json
 
     for run, out in places(arguments, find_run):
         result = analyze_step(run, not arguments.skip_checksums)
         print(describe(result))
-        print(f"  {write_json(out / 'step.json', result)}\n  {pictures.step_picture(result, out / 'step.png')}")
+        print(f"  {write_json(out / 'step.json', result)}\n  {run_pictures.step_picture(result, out / 'step.png')}")
 
 
 def weights(arguments: argparse.Namespace) -> None:
-    from analysis import pictures
+    from analysis import run_pictures
     from analysis.output import write_json
     from analysis.weights import analyze_weights, describe
 
@@ -129,7 +144,7 @@ def weights(arguments: argparse.Namespace) -> None:
     for run, out in places(arguments, find_run):
         result = analyze_weights(run, other, not arguments.skip_checksums)
         print(describe(result))
-        print(f"  {write_json(out / 'weights.json', result)}\n  {pictures.weights_picture(result, out / 'weights.png')}")
+        print(f"  {write_json(out / 'weights.json', result)}\n  {run_pictures.weights_picture(result, out / 'weights.png')}")
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -163,7 +178,7 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def covariance(arguments: argparse.Namespace) -> None:
-    from analysis import pictures
+    from analysis import study_pictures
     from analysis.covariance import Setting, analyze_covariance, describe
     from analysis.output import write_json
 
@@ -173,11 +188,11 @@ def covariance(arguments: argparse.Namespace) -> None:
     out = place(arguments, "covariance")
     result = analyze_covariance(Setting(**chosen))
     print(describe(result))
-    print(f"  {write_json(out / 'covariance.json', result)}\n  {pictures.covariance_picture(result, out / 'covariance.png')}")
+    print(f"  {write_json(out / 'covariance.json', result)}\n  {study_pictures.covariance_picture(result, out / 'covariance.png')}")
 
 
 def signal(arguments: argparse.Namespace) -> None:
-    from analysis import pictures
+    from analysis import study_pictures
     from analysis.output import write_json
     from analysis.signal import analyze_signal, describe
 
@@ -185,7 +200,7 @@ def signal(arguments: argparse.Namespace) -> None:
     out = place(arguments, "signal")
     result = analyze_signal(arguments.runs, *sizes, *text, arguments.seed, not arguments.skip_checksums)
     print(describe(result))
-    print(f"  {write_json(out / 'signal.json', result)}\n  {pictures.signal_picture(result, out / 'signal.png')}")
+    print(f"  {write_json(out / 'signal.json', result)}\n  {study_pictures.signal_picture(result, out / 'signal.png')}")
 
 
 def context(arguments: argparse.Namespace) -> None:
@@ -210,6 +225,7 @@ VERBS = {
     "outliers": (outliers, "kurtosis and max-median ratio of the residual stream, layer by layer"),
     "quantization": (quantization, "perplexity before and after int8 and int4, several checkpoints side by side"),
     "curvature": (curvature, "eigenvalues of the loss's Hessian and Gauss-Newton matrix at the last checkpoint"),
+    "connectivity": (connectivity, "the loss along the line between checkpoints: barriers, and the parts of the network that make them"),
     "report": (report, "one self-contained HTML page that compares runs"),
     "step": (step, "the last optimizer step, rebuilt from one checkpoint's moments"),
     "weights": (weights, "norms, ranks and spectra of the matrices, and how two checkpoints differ"),
@@ -258,6 +274,7 @@ PATHS = {
     "": "a run folder, a folder of checkpoints, or one checkpoint",
     "outliers": "a run folder, a DeepSpeed folder, a checkpoint folder, or a Hugging Face decoder (folder or GGUF file)",
     "quantization": "a run folder (its last checkpoint), a checkpoint folder, or a Hugging Face decoder (folder or GGUF file)",
+    "connectivity": "one run, between whose checkpoints lines are drawn; or two and more runs, checkpoints or Hugging Face decoders",
     "context": "a run, a checkpoint, an exported folder, or a Hugging Face decoder (folder, GGUF file, package:NAME or hub name)",
     "signal": "recipes (each may be followed by model.key=value), checkpoints or Hugging Face decoders, drawn side by side",
 }
@@ -296,6 +313,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         else:
             verb.add_argument("runs", nargs="+", metavar="RUN_OR_CHECKPOINT", help=PATHS.get(name, PATHS[""]))
             place = name if name in ("signal", "context") else "report/ of the run"
+            if name == "connectivity":
+                place += "; of several, connectivity"
             if name == "report":
                 place += "; of several, the folder in which all of them lie, else the current one"
             verb.add_argument("--out", metavar="DIR", help=f"where results go (default: {place})")
@@ -339,6 +358,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             verb.add_argument("--steps", type=int, default=20, metavar="N", help="products of each Lanczos run (default: 20)")
             verb.add_argument("--probes", type=int, default=2, metavar="N", help="random starts for density and trace (default: 2)")
             verb.add_argument("--data", nargs="+", metavar="FILE", help="text files; default: the run's validation split")
+        if name == "connectivity":
+            places_help = "on a line, ends included (default: 11 between two ends, 3 between several)"
+            verb.add_argument("--points", type=int, metavar="N", help=places_help)
+            verb.add_argument("--tokens", type=int, default=8192, metavar="N", help="the loss is over so many tokens (default: 8192)")
+            verb.add_argument("--data", nargs="+", metavar="FILE", help="text files; default: the first run's validation split")
+            verb.add_argument("--every", type=int, metavar="STEPS", help="of a run only checkpoints at multiples of this many steps")
+            verb.add_argument(
+                "--align", action="store_true", help="also move the second by the symmetries of its function, next to the first"
+            )
         if name == "context":
             add_context_options(verb)
         if name == "signal":

@@ -22,11 +22,10 @@ from analysis.context_options import DEFINITIONS, Options
 from analysis.lifetimes import Reads, summarise, token_classes
 from analysis.needle import make_needles, score_needles
 from analysis.pruned import Subject, learned_to_prune, open_subject
-from analysis.tokens import check_vocabulary, read_text, training_windows, validation_tokens
+from analysis.tokens import check_vocabulary, read_text, sequences_at_once, training_windows, validation_tokens
 from model.context_pruning import find_threshold, observing
 from model.errors import InputError
 
-BATCH_TOKENS, LARGEST_LOGITS = 4096, 1 << 27  # of one forward pass
 CALIBRATION_TOKENS = 8192
 KEEPS_ALL = 0.99  # a network that keeps so much at its own threshold decides nothing
 SHOWN = 2  # texts on the page
@@ -252,7 +251,7 @@ class _Measurement:
         """tokens (texts, length + 1), or (texts, length) where no loss is wanted, through the network as it is set now."""
         subject, length = self.subject, self.options.length
         settings, scored = subject.settings, tokens.shape[1] > length
-        batch = max(1, min(BATCH_TOKENS, LARGEST_LOGITS // subject.vocab_size) // length)
+        batch = sequences_at_once(length, subject.vocab_size)
         layers = len(settings.layers)
         live, nll, correct, counts = torch.zeros(layers, dtype=torch.float64), [], [], []
         with tqdm(total=len(tokens) * length, desc=what, unit="tok", unit_scale=True, disable=not self.progress, leave=False) as bar:

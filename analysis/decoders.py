@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from analysis.runs import Run, find_run, read_json
@@ -52,6 +53,16 @@ class Decoder:
         """tokens (batch, length) -> logits (batch, length, vocab_size)."""
         output = self.network(tokens.to(self.device))
         return output if isinstance(output, Tensor) else output.logits
+
+    @torch.no_grad()
+    def summed_loss(self, tokens: Tensor) -> float:
+        """Cross-entropy of each next token of (sequences, length + 1) int64, summed, in nats; of our own networks a chunk of logits at a
+        time."""
+        tokens = tokens.to(self.device)
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        if isinstance(self.network, Transformer):
+            return self.network(inputs, targets).item()
+        return F.cross_entropy(self.logits(inputs).float().flatten(0, 1), targets.flatten(), reduction="sum").item()
 
     @property
     def device(self) -> torch.device:
@@ -142,7 +153,7 @@ def open_decoder(source: Run | Pretrained, verify: bool = True) -> Decoder:
 
 def build_model(checkpoint: Checkpoint) -> Transformer:
     """The network of model_config.json, filled from the shards, float32, on the GPU where there is one."""
-    model = Transformer(_model_config(checkpoint))
+    model = Transformer(model_config_of(checkpoint))
     checkpoint.load_into(model)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -151,13 +162,14 @@ def refilled(decoder: Decoder, checkpoint: Checkpoint) -> Decoder:
     """A run's decoder with the weights of another of its checkpoints: itself, so that one network is in memory; a new one where the
     configuration is another.
     """
-    if not isinstance(decoder.network, Transformer) or decoder.network.config != _model_config(checkpoint):
+    if not isinstance(decoder.network, Transformer) or decoder.network.config != model_config_of(checkpoint):
         return run_decoder(build_model(checkpoint))
     checkpoint.load_into(decoder.network)
     return decoder
 
 
-def _model_config(checkpoint: Checkpoint) -> ModelConfig:
+def model_config_of(checkpoint: Checkpoint) -> ModelConfig:
+    """What model_config.json says. Raises InputError where there is none, or a pretrained model was trained on."""
     path = checkpoint.path / "model_config.json"
     if (checkpoint.path / "pretrained.json").exists():
         raise InputError(

@@ -10,7 +10,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -64,8 +63,7 @@ def measure(
     length, loss = tokens.shape[1] - 1, 0.0
     with watch(decoder, look), watch_projections(decoder, groups or [], features):
         for batch in tokens.split(max(1, batch_tokens // length)):
-            logits = decoder.logits(batch[:, :-1]).float()
-            loss += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten().to(logits.device), reduction="sum").item()
+            loss += decoder.summed_loss(batch)
             features.end_batch()
     loss /= tokens.shape[0] * length
     return {

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from analysis.decoders import Decoder, Pretrained, Projections, open_decoder, projection_groups, watch
 from analysis.fake_quantization import StaticRanges, calibrate, check_sites, intercept, quantise_weights
 from analysis.runs import Run
-from analysis.tokens import check_vocabulary, encoder, file_windows, held_out_tokens, training_windows
+from analysis.tokens import BATCH_TOKENS, check_vocabulary, encoder, file_windows, held_out_tokens, sequences_at_once, training_windows
 from model.activation_statistics import ActivationMoments, add_to
 from model.errors import InputError
 
@@ -33,8 +33,6 @@ Logits = Callable[[Tensor], Tensor]  # tokens (batch, length) -> logits (batch, 
 INT4: Any = vars(torch)["int4"]  # which pyright does not know
 RECIPES = ("w8a8_static", "w8a8_dynamic", "w8a8_per_token", "w4a8")
 GROUP_SIZE = 32  # weights that share a scale under w4a8
-BATCH_TOKENS = 4096  # of calibration and measuring
-LARGEST_LOGITS = 2**27  # numbers: 512 MiB, of which a few exist at a time
 
 DEFINITIONS = {
     "loss": "mean cross-entropy over these tokens, nats per token",
@@ -154,8 +152,7 @@ def measure_before(decoder: Decoder, batches: list[Tensor], name: str) -> dict[s
     loss, count = 0.0, 0
     with watch(decoder, lambda place, x: add_to(moments, place, x)):
         for batch in batches:
-            logits = decoder.logits(batch[:, :-1]).float().flatten(0, 1)
-            loss += F.cross_entropy(logits, batch[:, 1:].flatten().to(logits.device), reduction="sum").item()
+            loss += decoder.summed_loss(batch)
             count += batch[:, 1:].numel()
     loss /= count
     places: dict[str, float | None] = {place: sums.measures()["kurtosis"] for place, sums in moments.items()}
@@ -223,8 +220,7 @@ def analyze_checkpoint(source: Run | Pretrained, options: Options, verify: bool 
         calibration = [_calibration(source, options, decoder, seed) for seed in range(options.seeds)]
         check_vocabulary(torch.cat([torch.cat(batches) for batches in calibration]), decoder.vocab_size, f"{source.path}: calibration data")
     length = sequences.shape[1] - 1
-    batch_tokens = min(BATCH_TOKENS, LARGEST_LOGITS // decoder.vocab_size)
-    batches = list(sequences.split(max(1, batch_tokens // length)))
+    batches = list(sequences.split(sequences_at_once(length, decoder.vocab_size)))
     before = measure_before(decoder, batches, str(source.path))
     recipes: dict[str, Any] = {}
     for recipe in tqdm(options.recipes, desc=source.name, unit="recipe", disable=not progress):

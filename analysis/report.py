@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from analysis import optimizer_step, outliers, pictures, trajectory, weights
+from analysis import optimizer_step, outliers, run_pictures, trajectory, weights
 from analysis.charts import Line, heat_map, layer_colour, line_chart, padded_range
 from analysis.checkpoint import Checkpoint
 from analysis.fused import heads_of
@@ -67,7 +67,7 @@ def write_report(runs: list[Run], out: str | Path | None = None, verify: bool = 
     command = f"python -m analysis report {' '.join(shlex.quote(str(run.path)) for run in runs)}"
     if out is not None:
         command += f" --out {shlex.quote(str(out))}"
-    picture = pictures.overview_picture(gathered, file.with_name("overview.png"))
+    picture = run_pictures.overview_picture(gathered, file.with_name("overview.png"))
     return [write_whole(file, render(gathered, command)), picture]
 
 
@@ -96,11 +96,11 @@ def gather(run: Run, report: Path, verify: bool = True) -> dict[str, Any]:
         (
             "trajectory",
             lambda run: trajectory.analyze_trajectory(run, verify=False, keep=report / "grams.safetensors"),
-            pictures.trajectory_picture,
+            run_pictures.trajectory_picture,
         ),
-        ("outliers", lambda run: outliers.analyze_outliers(run, OUTLIER_TOKENS, verify=False), pictures.outliers_picture),
-        ("weights", lambda run: weights.analyze_weights(run, verify=False), pictures.weights_picture),
-        ("step", lambda run: optimizer_step.analyze_step(run, verify=False), pictures.step_picture),
+        ("outliers", lambda run: outliers.analyze_outliers(run, OUTLIER_TOKENS, verify=False), run_pictures.outliers_picture),
+        ("weights", lambda run: weights.analyze_weights(run, verify=False), run_pictures.weights_picture),
+        ("step", lambda run: optimizer_step.analyze_step(run, verify=False), run_pictures.step_picture),
     ):
         found[verb] = _up_to_date(run, report / f"{verb}.json")
         if found[verb] is None:
@@ -357,7 +357,7 @@ def _trajectories(runs: list[dict[str, Any]], colours: list[str]) -> str:
         network, steps = result["network"], result["steps"]
         maps = "".join(
             f"<div><h3>{heading}, ω = {_number(network[omega], 3)}</h3>"
-            + heat_map(network[key], at, f"Cosines between checkpoints seen {heading}, {run['name']}", pictures.map_floor(network[key]))
+            + heat_map(network[key], at, f"Cosines between checkpoints seen {heading}, {run['name']}", run_pictures.map_floor(network[key]))
             + "</div>"
             for heading, key, omega, at in (
                 ("from the origin", "trajectory_map", "omega", steps),

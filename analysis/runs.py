@@ -50,9 +50,20 @@ class Run:
         path = self.folder / name if self.folder else None
         return read_json(path) if path is not None and path.exists() else None
 
-    def open(self, verify: bool = True) -> list[Checkpoint]:
-        """Every checkpoint, oldest first; with `verify`, after comparing all files with their recorded checksums."""
-        opened = [open_checkpoint(path) for path in self.checkpoints]
+    def open(self, verify: bool = True, every: int | None = None) -> list[Checkpoint]:
+        """Every checkpoint, oldest first; with `verify`, after comparing all files with their recorded checksums.
+
+        Args:
+            every: only those whose step divides by this.
+
+        Raises:
+            InputError: a damaged one; none at such a step.
+        """
+        if every is not None and every < 1:
+            raise InputError(f"--every {every}: expected a positive number of steps")
+        opened = [c for c in map(open_checkpoint, self.checkpoints) if every is None or c.step % every == 0]
+        if not opened:
+            raise InputError(f"{self.path}: no checkpoint at a multiple of {every} steps")
         if verify:
             verify_checkpoints(opened)
         return sorted(opened, key=lambda checkpoint: checkpoint.step)

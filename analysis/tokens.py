@@ -15,6 +15,9 @@ from analysis.decoders import Pretrained
 from analysis.runs import Run, read_json
 from model.errors import InputError
 
+BATCH_TOKENS = 4096  # of one forward pass
+LARGEST_LOGITS = 2**27  # numbers: 512 MiB, of which a few exist at a time
+
 
 def held_out_tokens(source: Run | Pretrained, files: list[str] | None, count: int, length: int) -> tuple[Tensor, str]:
     """What a model is measured on, (sequences, length + 1) int64, and where it came from: text files, or the run's validation split."""
@@ -111,6 +114,11 @@ def check_vocabulary(tokens: Tensor, vocab_size: int, source: str) -> None:
     """Raises InputError when a token is none of the model's."""
     if tokens.max() >= vocab_size:
         raise InputError(f"{source}: token {int(tokens.max())} is outside the model's vocabulary of {vocab_size}")
+
+
+def sequences_at_once(length: int, vocab_size: int) -> int:
+    """How many sequences of so many tokens go through a network in one pass, whose whole logits are there at a time."""
+    return max(1, min(BATCH_TOKENS, LARGEST_LOGITS // vocab_size) // length)
 
 
 def _split(run: Run, split: Literal["train", "validation"]) -> tuple[Path, list[np.ndarray]]:

@@ -281,12 +281,8 @@ def analyze_trajectory(
     Raises:
         InputError: as `increment_grams` does; damaged files; two checkpoints of one step.
     """
-    if every is not None and every < 1:
-        raise InputError(f"--every {every}: expected a positive number of steps")
     ranks = ranks or Ranks()
-    checkpoints = [c for c in run.open(verify=False) if every is None or c.step % every == 0]
-    if not checkpoints:
-        raise InputError(f"{run.path}: no checkpoint at a multiple of {every} steps")
+    checkpoints = run.open(verify=False, every=every)
     problem = None
     try:
         verify_checkpoints(checkpoints[ranks.rank :: ranks.count] if verify else [], progress and ranks.is_first)

@@ -219,9 +219,10 @@ class ModelConfig:
 
     def _attention_problems(self) -> list[str]:
         problems = []
-        if self.is_simplified and (self.kv_heads or self.heads) * (self.head_dim or self.width // self.heads) != self.width:
+        head_dim, kv_heads = self.head_dim or self.width // self.heads, self.kv_heads or self.heads
+        if self.is_simplified and (kv_heads != self.heads or kv_heads * head_dim != self.width):
             problems.append(
-                f"heads: values of {self.block} are slices of its input, so kv_heads x head_dim has to be width {self.width}; "
+                f"heads: values of {self.block} are slices of its input, so heads x head_dim has to be width {self.width}, without groups; "
                 "leave kv_heads and head_dim out"
             )
         if self.attention_gains == "fixed" and not self.is_shaped:

@@ -52,7 +52,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from analysis.output import write_json
-from analysis.pictures import benchmark_picture
+from analysis.study_pictures import benchmark_picture
 from model.activation_checkpointing import ActivationCheckpointing
 from model.config import ModelConfig
 from model.errors import InputError

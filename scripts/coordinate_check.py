@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analysis.output import write_json
-from analysis.pictures import coordinate_picture
+from analysis.study_pictures import coordinate_picture
 from model.errors import InputError
 from model.parametrization import initialize
 from model.section import resizing

@@ -25,8 +25,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from analysis.pictures import transfer_picture
 from analysis.runs import find_run, read_metrics
+from analysis.study_pictures import transfer_picture
 from model.errors import InputError
 from scripts.coordinate_check import add_size_arguments, axis_and_sizes, size_overrides
 from scripts.many_runs import DIVERGED, Results, common_corpus, environment_of, run_python

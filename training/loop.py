@@ -108,7 +108,8 @@ def _train(
     if newest is not None:
         checkpoint.load(engine, newest)
         skipped_in_a_row = restore(newest, spikes)
-    sequences = Sequences(data, "train", training.sequence_length, recipe.run.seed, shuffle=True, document_masks=recipe.data.document_masks)
+    order = recipe.run.seed if recipe.data.seed is None else recipe.data.seed
+    sequences = Sequences(data, "train", training.sequence_length, order, shuffle=True, document_masks=recipe.data.document_masks)
     feed = Feed(sequences, training.tokens_per_step // training.sequence_length, ranks, training.micro_batch_size, device.type == "cuda")
     for warning in config.warnings():
         metrics.say(f"warning: {warning}")

@@ -67,6 +67,9 @@ class DataSection(Section):
     validation_fraction: float = Field(
         default=0.01, gt=0, lt=1, description="Share of documents held out, chosen by the hash of the document."
     )
+    seed: int | None = Field(
+        default=None, ge=0, description="Seeds the order of the data alone, for runs that share their initial weights; default: run.seed."
+    )
     document_masks: bool = Field(
         default=False, description="Attention stays within a document, and no token predicts the next document's first."
     )

@@ -18,8 +18,8 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
-import analysis.pictures
 import analysis.report
+import analysis.run_pictures
 from analysis.__main__ import main
 from analysis.charts import Line, heat_map, line_chart, log_ticks, ticks
 from analysis.fused import Heads
@@ -377,13 +377,13 @@ def test_inspect_lists_a_folder_that_may_not_be_read(tmp_path, monkeypatch, caps
 def figures(monkeypatch) -> dict[str, Figure]:
     """The pictures that are drawn, by their files' names."""
     drawn: dict[str, Figure] = {}
-    save = analysis.pictures.save_figure
+    save = analysis.run_pictures.save_figure
 
     def keep(figure: Figure, path: Path) -> Path:
         drawn[path.name] = figure
         return save(figure, path)
 
-    monkeypatch.setattr("analysis.pictures.save_figure", keep)
+    monkeypatch.setattr("analysis.run_pictures.save_figure", keep)
     return drawn
 
 

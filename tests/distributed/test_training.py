@@ -134,12 +134,13 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_initial_weights_do_not_depend_on_ranks_or_stage(full_runs: dict[int, Path], launch: Launch, workplace: Path) -> None:
-    """Step 0 at every stage on two ranks, and on one and three: the same bits; another seed: other ones."""
+    """Step 0 at every stage on two ranks, and on one and three: the same bits; of another seed others, of the data alone the same."""
     launch("start_one", 1, "run.stop_at_step=1", "checkpoint.first=true", launcher="python")
     launch("start_three", 3, "run.stop_at_step=1", "checkpoint.first=true", "deepspeed.zero_optimization.stage=3")
     launch("start_seed", 1, "run.stop_at_step=1", "checkpoint.first=true", "run.seed=1", launcher="python")
+    launch("start_order", 1, "run.stop_at_step=1", "checkpoint.first=true", "data.seed=1", launcher="python")
     folders = [run / "checkpoints" / "step-00000000" for run in full_runs.values()]
-    folders += [workplace / "runs" / name / "checkpoints" / "step-00000000" for name in ("start_one", "start_three")]
+    folders += [workplace / "runs" / name / "checkpoints" / "step-00000000" for name in ("start_one", "start_three", "start_order")]
     reference = tensors_of(folders[0])
     for folder in folders[1:]:
         other = tensors_of(folder)
@@ -148,6 +149,7 @@ def test_initial_weights_do_not_depend_on_ranks_or_stage(full_runs: dict[int, Pa
             assert torch.equal(tensor, other[name]), (folder, name)
     seeded = tensors_of(workplace / "runs" / "start_seed" / "checkpoints" / "step-00000000")
     assert not torch.equal(reference["embedding.weight"], seeded["embedding.weight"])
+    assert losses(workplace / "runs" / "start_order")[1] != losses(workplace / "runs" / "start_one")[1]
 
 
 def test_the_same_launch_again_goes_on_by_itself(full_runs: dict[int, Path], launch: Launch, workplace: Path) -> None:
