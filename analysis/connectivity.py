@@ -30,15 +30,16 @@ from model.transformer import Transformer
 DEFINITIONS = {
     "line": "theta(a) = (1 - a) theta_A + a theta_B at the places `at`, in float32; buffers stay as they are",
     "losses": "L(a), mean cross-entropy over these tokens, nats per token; null: not finite",
-    "excess": "L(a) - (1 - a) L(0) - a L(1): what the line costs above its chord",
-    "barrier": "the largest excess over the places, at least the 0 of the ends (2506.22712); null: a loss on the way is not finite",
-    "barrier_at": "the place a of that excess",
+    "excess": "the largest L(a) - (1 - a) L(0) - a L(1) between the ends: what the line costs above its chord; negative: it runs through a "
+    "valley all the way; null: a loss on the way is not finite",
+    "excess_at": "the place a of it",
+    "barrier": "excess, at least the 0 of the ends (2506.22712)",
     "rise": "the largest L(a) - (L(0) + L(1)) / 2, as Frankle et al. measure instability (1912.05671)",
     "lowest": "the place of the lowest loss on the line: below 0 < a < 1 the mean of the weights is better than either end",
     "distance": "|theta_B - theta_A|, over all parameters, a tied one once",
     "cosine": "<theta_A, theta_B> / (|theta_A| |theta_B|)",
     "parts": "the same with one part of the network moved from A to B and the rest left at A, L(0) = L_A; `swapped`: L(1) - L_A",
-    "barrier_map": "the barrier between every two ends; 0 on the diagonal",
+    "excess_map": "the excess between every two ends; 0 on the diagonal",
     "aligned": "the same after B was moved by a symmetry of its function to where its weights are nearest A's (analysis/alignment.py), the "
     "scales of norms folded into the matrices behind them in both; rounds: of matching; cosine_before: of the folded weights as they were; "
     "logits_deviation: the largest difference of the moved network's logits from B's, over the largest logit; in_place: shares of MLP "
@@ -137,13 +138,14 @@ def barrier(at: Sequence[float], losses: Sequence[float]) -> dict[str, Any]:
     first, last = losses[0], losses[-1]
     finite = all(map(math.isfinite, losses))
     excess = [loss - (1 - a) * first - a * last for a, loss in zip(at, losses, strict=True)]
-    highest = max(range(len(at)), key=lambda i: excess[i]) if finite else None
+    highest = max(range(1, len(at) - 1), key=lambda i: excess[i]) if finite else None
     lowest = min((i for i in range(len(at)) if math.isfinite(losses[i])), key=lambda i: losses[i])
     return {
         "at": list(at),
         "losses": [_number(loss) for loss in losses],
+        "excess": None if highest is None else excess[highest],
+        "excess_at": None if highest is None else at[highest],
         "barrier": None if highest is None else max(excess[highest], 0.0),
-        "barrier_at": None if highest is None else at[highest],
         "rise": max(losses) - (first + last) / 2 if finite else None,
         "lowest": {"at": at[lowest], "loss": losses[lowest]},
     }
@@ -209,15 +211,15 @@ def analyze_connectivity(sources: list[Run | Pretrained], options: Options, veri
             for e, loss in zip(ends, losses, strict=True)
         ],
         "pairs": found,
-        "barrier_map": barrier_map(len(ends), found),
-        **({"aligned_barrier_map": barrier_map(len(ends), found, True)} if options.align else {}),
+        "excess_map": excess_map(len(ends), found),
+        **({"aligned_excess_map": excess_map(len(ends), found, True)} if options.align else {}),
     }
 
 
-def barrier_map(ends: int, pairs: Sequence[dict[str, Any]], is_aligned: bool = False) -> list[list[float | None]]:
+def excess_map(ends: int, pairs: Sequence[dict[str, Any]], is_aligned: bool = False) -> list[list[float | None]]:
     result: list[list[float | None]] = [[0.0] * ends for _ in range(ends)]
     for pair in pairs:
-        value = (pair["aligned"] if is_aligned else pair)["barrier"]
+        value = (pair["aligned"] if is_aligned else pair)["excess"]
         result[pair["from"]][pair["to"]] = result[pair["to"]][pair["from"]] = value
     return result
 
@@ -308,30 +310,26 @@ def describe(result: dict[str, Any]) -> str:
     ends, pairs = result["ends"], result["pairs"]
     lines = [f"connectivity over {result['tokens']:,} tokens, {result['points']} places on a line, {len(ends)} ends"]
     if len(ends) > 2:
-        known = [pair for pair in pairs if pair["barrier"] is not None]
+        known = [pair for pair in pairs if pair["excess"] is not None]
         if len(known) < len(pairs):
             lines.append(f"  {len(pairs) - len(known)} of {len(pairs)} lines lead through a loss that is not finite")
         if known:
-            most = max(known, key=lambda pair: pair["barrier"])
-            none = sum(pair["barrier"] < 0.01 for pair in known)
+            most = max(known, key=lambda pair: pair["excess"])
+            none = sum(pair["excess"] < 0.01 for pair in known)
             between = f"{ends[most['from']]['name']} and {ends[most['to']]['name']}"
-            lines.append(f"  largest barrier {most['barrier']:.4f} nats, between {between}; {none} of {len(known)} pairs below 0.01")
+            lines.append(f"  largest excess {most['excess']:+.4f} nats, between {between}; {none} of {len(known)} pairs below 0.01")
         return "\n".join(lines)
     pair = pairs[0]
     for title, found in (("as they are", pair), *((("aligned", pair["aligned"]),) if "aligned" in pair else ())):
-        lines.append(f"  {title}: {_barrier_text(found)}; cosine {found['cosine']:.4f}, distance {found['distance']:.4g}")
-        parts = sorted(found["parts"].items(), key=lambda item: -(math.inf if item[1]["barrier"] is None else item[1]["barrier"]))
-        lines.append("    alone: " + ", ".join(f"{name} {_barrier_text(part, short=True)}" for name, part in parts[:4]))
+        lines.append(f"  {title}: {_excess_text(found)}; cosine {found['cosine']:.4f}, distance {found['distance']:.4g}")
+        parts = sorted(found["parts"].items(), key=lambda item: -(math.inf if item[1]["excess"] is None else item[1]["excess"]))
+        lines.append("    alone: " + ", ".join(f"{name} {_excess_text(part, short=True)}" for name, part in parts[:4]))
     for end in ends:
         lines.append(f"  {end['name']}: loss {end['loss']:.4f}")
     return "\n".join(lines)
 
 
-def _barrier_text(found: dict[str, Any], short: bool = False) -> str:
-    if found["barrier"] is None:
+def _excess_text(found: dict[str, Any], short: bool = False) -> str:
+    if found["excess"] is None:
         return "not finite"
-    return (
-        f"{found['barrier']:.4f}"
-        if short
-        else f"barrier {found['barrier']:.4f} nats at {found['barrier_at']:.2f}, rise {found['rise']:.4f}"
-    )
+    return f"{found['excess']:+.4f}" if short else f"excess {found['excess']:+.4f} nats at {found['excess_at']:.2f}"

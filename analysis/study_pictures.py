@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.charts import layer_colour
-from analysis.pictures import MAP_COLOURS, RUN_COLOURS, STYLE, floats, log_axis, number_text, save_figure, say
+from analysis.pictures import RUN_COLOURS, STYLE, floats, log_axis, number_text, save_figure, say
 
 
 def covariance_picture(result: dict[str, Any], path: Path) -> Path:
@@ -174,8 +174,8 @@ def benchmark_picture(result: dict[str, Any], path: Path) -> Path:
 
 
 def connectivity_picture(result: dict[str, Any], path: Path) -> Path:
-    """Between two ends the loss along the line and each part's barrier; between several the barriers as a map, and from the last end."""
-    draw = _line_and_parts if len(result["ends"]) == 2 else _barrier_maps
+    """Between two ends the loss along the line, and each part alone; between several a map, and from the last end."""
+    draw = _line_and_parts if len(result["ends"]) == 2 else _maps
     with mpl.rc_context(STYLE):
         return save_figure(draw(result), path)
 
@@ -188,10 +188,10 @@ def _line_and_parts(result: dict[str, Any]) -> Figure:
     figure.suptitle(f"From {ends[0]['name']} to {ends[1]['name']}, {result['tokens']:,} tokens", x=0.01, ha="left", fontsize=12)
     thickness = 0.8 / len(ways)
     for i, (name, found) in enumerate(ways.items()):
-        label = f"{name}: barrier {number_text(found['barrier'])}, cosine {found['cosine']:.3f}"
+        label = f"{name}: excess {number_text(found['excess'])}, cosine {found['cosine']:.3f}"
         line.plot(found["at"], floats(found["losses"]), "o-", ms=3, color=RUN_COLOURS[i], label=label)
         at = np.arange(len(parts)) + (i - (len(ways) - 1) / 2) * thickness
-        bars.barh(at, floats([found["parts"][part]["barrier"] for part in parts]), height=thickness, color=RUN_COLOURS[i], label=name)
+        bars.barh(at, floats([found["parts"][part]["excess"] for part in parts]), height=thickness, color=RUN_COLOURS[i], label=name)
     line.plot([0, 1], [pair["losses"][0], pair["losses"][-1]], ":", color="#888888", lw=1, label="chord")
     line.set(title="Loss along the line, nats a token", xlabel="a, the share of the second")
     low, high = line.get_ylim()
@@ -199,28 +199,31 @@ def _line_and_parts(result: dict[str, Any]) -> Figure:
     line.legend(fontsize=8, loc="upper left")
     bars.set_yticks(range(len(parts)), parts)
     bars.invert_yaxis()
-    bars.set(title="Barrier of one part moved alone", xlabel="nats a token", xlim=(0, None))
+    bars.axvline(0, color="#888888", lw=1)
+    bars.set(title="Highest above the chord, one part moved alone", xlabel="nats a token")
     bars.grid(axis="y", visible=False)
     return figure
 
 
-def _barrier_maps(result: dict[str, Any]) -> Figure:
-    maps = {"": result["barrier_map"]} | ({", aligned": result["aligned_barrier_map"]} if "aligned_barrier_map" in result else {})
+def _maps(result: dict[str, Any]) -> Figure:
+    maps = {"": result["excess_map"]} | ({", aligned": result["aligned_excess_map"]} if "aligned_excess_map" in result else {})
     names = [end["name"].removeprefix("step ") for end in result["ends"]]
     figure, axes = plt.subplots(1, len(maps) + 1, figsize=(5.6 * (len(maps) + 1), 4.6), layout="constrained")
-    figure.suptitle(f"Barriers between {len(names)} checkpoints, {result['tokens']:,} tokens", x=0.01, ha="left", fontsize=12)
+    figure.suptitle(f"Lines between {len(names)} checkpoints, {result['tokens']:,} tokens", x=0.01, ha="left", fontsize=12)
     places = list(range(0, len(names), max(1, -(-len(names) // 8))))
     for i, (axis, (title, values)) in enumerate(zip(axes, maps.items(), strict=False)):
         array = np.array([floats(row) for row in values])
-        image = axis.imshow(array, cmap=MAP_COLOURS, vmin=0.0, vmax=max(float(np.nanmax(array)), 0.01), interpolation="nearest")
+        extent = max(float(np.nanmax(np.abs(array))), 0.01)
+        image = axis.imshow(array, cmap="RdBu_r", vmin=-extent, vmax=extent, interpolation="nearest")
         axis.set_xticks(places, [names[t] for t in places], rotation=45, ha="right")
         axis.set_yticks(places, [names[t] for t in places])
-        axis.set(title=f"Barrier on the line{title}")
+        axis.set(title=f"Highest above the chord{title}: red a barrier, blue a valley")
         axis.grid(visible=False)
         figure.colorbar(image, ax=axis, shrink=0.8, label="nats a token")
         last = array[-1, :-1]
         axes[-1].plot(range(len(last)), last, "o-", ms=3, color=RUN_COLOURS[i], label=f"to {result['ends'][-1]['name']}{title}")
     axes[-1].set_xticks(places, [names[t] for t in places], rotation=45, ha="right")
-    axes[-1].set(title="Barrier to the last one", ylabel="nats a token", ylim=(0, None))
+    axes[-1].axhline(0, color="#888888", lw=1)
+    axes[-1].set(title="The same, to the last one", ylabel="nats a token")
     axes[-1].legend(fontsize=8)
     return figure

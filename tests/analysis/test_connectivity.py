@@ -28,16 +28,17 @@ from tests.analysis.test_alignment import hidden_copy, make
 def test_a_barrier_in_numbers() -> None:
     found = barrier([0.0, 0.25, 0.5, 0.75, 1.0], [1.0, 2.0, 4.0, 3.0, 2.0])
     assert found["barrier"] == pytest.approx(4.0 - 1.5)
-    assert found["barrier_at"] == 0.5
+    assert found["excess_at"] == 0.5
     assert found["rise"] == pytest.approx(4.0 - 1.5)
     assert found["lowest"] == {"at": 0.0, "loss": 1.0}
 
     valley = barrier([0.0, 0.5, 1.0], [2.0, 1.0, 4.0])
     assert valley["barrier"] == 0.0
+    assert valley["excess"] == pytest.approx(1.0 - 3.0)
     assert valley["lowest"] == {"at": 0.5, "loss": 1.0}
 
     wall = barrier([0.0, 0.5, 1.0], [2.0, float("nan"), 4.0])
-    assert wall["barrier"] is None and wall["rise"] is None and wall["losses"] == [2.0, None, 4.0]
+    assert wall["barrier"] is None and wall["excess"] is None and wall["rise"] is None and wall["losses"] == [2.0, None, 4.0]
 
 
 def end_of(model: Transformer) -> End:
@@ -132,8 +133,8 @@ def test_a_run_is_a_map_over_its_checkpoints(run_folder: Path) -> None:
     assert main(["connectivity", str(run_folder), "--tokens", "64"]) == 0
     result = json.loads((run_folder / "report" / "connectivity.json").read_text())
     assert [end["step"] for end in result["ends"]] == [0, 10, 20]
-    barriers = torch.tensor(result["barrier_map"])
-    assert torch.equal(barriers, barriers.T) and (barriers.diagonal() == 0).all()
+    excess = torch.tensor(result["excess_map"])
+    assert torch.equal(excess, excess.T) and (excess.diagonal() == 0).all()
     # steps 0, 10 and 20 lie on a line: the middle of the outer two is the one between
     outer = next(pair for pair in result["pairs"] if (pair["from"], pair["to"]) == (0, 2))
     assert outer["losses"][1] == pytest.approx(result["ends"][1]["loss"], rel=1e-6)
