@@ -35,7 +35,7 @@ DEFINITIONS = {
     "excess_at": "the place a of it",
     "barrier": "excess, at least the 0 of the ends (2506.22712)",
     "rise": "the largest L(a) - (L(0) + L(1)) / 2, as Frankle et al. measure instability (1912.05671)",
-    "lowest": "the place of the lowest loss on the line: below 0 < a < 1 the mean of the weights is better than either end",
+    "lowest": "the lowest loss among the places, and its place: between 0 and 1 a mean of the weights is better than either end",
     "distance": "|theta_B - theta_A|, over all parameters, a tied one once",
     "cosine": "<theta_A, theta_B> / (|theta_A| |theta_B|)",
     "parts": "the same with one part of the network moved from A to B and the rest left at A, L(0) = L_A; `swapped`: L(1) - L_A",

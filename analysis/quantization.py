@@ -83,6 +83,13 @@ def quantise_linears(decoder: Decoder, groups: list[Projections], recipe: str) -
     Raises:
         InputError: a shape that the recipe cannot take, by the name of the first such map.
     """
+    names = {decoder.name(module) for group in groups for maps in group for module in maps}
+    for name in sorted(names):
+        rows, columns = decoder.network.get_submodule(name).weight.shape  # pyright: ignore
+        if recipe == "w4a8" and columns % GROUP_SIZE:
+            raise InputError(f"{name}: {rows} x {columns}: {columns} inputs do not divide into groups of {GROUP_SIZE}")
+        if recipe != "w4a8" and decoder.device.type == "cuda" and (rows % 8 or columns % 8):
+            raise InputError(f"{name}: {rows} x {columns}: int8 products on CUDA need multiples of 8 (torchao would use the CPU)")
     from torchao.quantization import (
         Int8DynamicActivationInt8WeightConfig,
         Int8DynamicActivationIntxWeightConfig,
@@ -92,13 +99,6 @@ def quantise_linears(decoder: Decoder, groups: list[Projections], recipe: str) -
         quantize_,
     )
 
-    names = {decoder.name(module) for group in groups for maps in group for module in maps}
-    for name in sorted(names):
-        rows, columns = decoder.network.get_submodule(name).weight.shape  # pyright: ignore
-        if recipe == "w4a8" and columns % GROUP_SIZE:
-            raise InputError(f"{name}: {rows} x {columns}: {columns} inputs do not divide into groups of {GROUP_SIZE}")
-        if recipe != "w4a8" and decoder.device.type == "cuda" and (rows % 8 or columns % 8):
-            raise InputError(f"{name}: {rows} x {columns}: int8 products on CUDA need multiples of 8 (torchao would use the CPU)")
     configuration = {
         "w8a8_dynamic": lambda: Int8DynamicActivationInt8WeightConfig(granularity=PerTensor(), set_inductor_config=False),
         "w8a8_per_token": lambda: Int8DynamicActivationInt8WeightConfig(granularity=PerRow(), set_inductor_config=False),

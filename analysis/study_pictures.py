@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 
 from analysis.charts import layer_colour
@@ -214,7 +215,8 @@ def _maps(result: dict[str, Any]) -> Figure:
     for i, (axis, (title, values)) in enumerate(zip(axes, maps.items(), strict=False)):
         array = np.array([floats(row) for row in values])
         extent = max(float(np.nanmax(np.abs(array))), 0.01)
-        image = axis.imshow(array, cmap="RdBu_r", vmin=-extent, vmax=extent, interpolation="nearest")
+        colours = SymLogNorm(0.01, vmin=-extent, vmax=extent)  # beside the way from random weights all else is small
+        image = axis.imshow(array, cmap="RdBu_r", norm=colours, interpolation="nearest")
         axis.set_xticks(places, [names[t] for t in places], rotation=45, ha="right")
         axis.set_yticks(places, [names[t] for t in places])
         axis.set(title=f"Highest above the chord{title}: red a barrier, blue a valley")

@@ -21,7 +21,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -46,21 +48,32 @@ def owned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Para
                 yield f"{module_name}.{leaf}" if module_name else leaf, module, parameter
 
 
-def initialize(model: Transformer, seed: int, gather: Gather = lambda parameter: nullcontext()) -> None:
+def initialize(model: Transformer, seed: int, gather: Gather | None = None) -> None:
     """Fill every parameter in place.
 
     Each tensor is drawn on the CPU in float32 from a generator of its own, seeded by (seed, name), and then cast: the values
     depend on neither device, dtype, number of ranks, ZeRO stage, nor on which other parameters exist.
 
     Args:
-        gather: wraps a parameter while it is written, so that a sharded one is whole inside (training/engine.py).
+        gather: wraps a parameter while it is written, so that a sharded one is whole inside (training/engine.py); one after another then,
+            since ranks gather together. Else several are drawn at a time: a generator has one thread.
     """
-    with torch.no_grad():
-        for name, module, parameter in owned_parameters(model):
-            if ".context_pruning." in name:  # model/context_pruning.py, which begins by itself
-                continue
-            with gather(parameter):
-                parameter.copy_(_initial_value(name, module, parameter.shape, model.config, seed))
+
+    def fill(name: str, module: nn.Module, parameter: nn.Parameter) -> None:
+        with torch.no_grad(), gather(parameter) if gather else nullcontext():
+            parameter.copy_(_initial_value(name, module, parameter.shape, model.config, seed))
+
+    # those of context pruning begin by themselves: model/context_pruning.py
+    owned = [one for one in owned_parameters(model) if ".context_pruning." not in one[0]]
+    if gather is not None:
+        for one in owned:
+            fill(*one)
+        return
+    with ThreadPoolExecutor(min(DRAWN_AT_ONCE, os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda one: fill(*one), owned))
+
+
+DRAWN_AT_ONCE = 8  # tensors, each whole in float32 on its way
 
 
 def _initial_value(name: str, module: nn.Module, shape: torch.Size, config: ModelConfig, seed: int) -> torch.Tensor:

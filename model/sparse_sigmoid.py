@@ -85,6 +85,8 @@ def _smaller(x: Tensor, alpha: float) -> Tensor:
     inside = x < 1 / a
     if alpha in CLOSED_FORMS:
         smaller = CLOSED_FORMS[alpha](x)
+    elif x.is_cuda:  # everywhere, since choosing would have it wait
+        smaller = _solve(torch.where(inside, x, 0), a)
     else:
         smaller = torch.zeros_like(x)
         smaller[inside] = _solve(x[inside], a)
@@ -95,24 +97,24 @@ def _solve(x: Tensor, a: float) -> Tensor:
     """q in (0, 1/2] with (1 - q)^a - q^a = a x, for x in [0, 1 / a)."""
     if x.numel() == 0:
         return x
-    tolerance = 4 * torch.finfo(x.dtype).eps
+    tolerance, every = 4 * torch.finfo(x.dtype).eps, 4 if x.is_cuda else 1  # a look at how far it is has a GPU wait
     target = a * x
     if a >= 1:  # unknown P = p^a: P - (1 - P^(1/a))^a - a x has slope 1 + (q / p)^(a - 1)
         unknown = target.clamp(min=0.5**a)
-        for _ in range(_NEWTON_STEPS):
+        for number in range(1, _NEWTON_STEPS + 1):
             p = unknown.pow(1 / a)
             q = 1 - p
             step = (unknown - q.pow(a) - target) / (1 + (q / p).pow(a - 1))
             unknown = (unknown - step).clamp(0.5**a, 1)
-            if (step.abs() <= tolerance * unknown).all():
+            if number % every == 0 and (step.abs() <= tolerance * unknown).all():
                 break
         return 1 - unknown.pow(1 / a)
     unknown = (1 - target).clamp(0, 0.5**a)  # Q = q^a: Q - (1 - Q^(1/a))^a + a x has slope 1 + (q / p)^(1 - a)
-    for _ in range(_NEWTON_STEPS):
+    for number in range(1, _NEWTON_STEPS + 1):
         q = unknown.pow(1 / a)
         # 1 - p^a without the difference of near numbers
         step = (unknown + torch.expm1(a * torch.log1p(-q)).neg() - (1 - target)) / (1 + (q / (1 - q)).pow(1 - a))
         unknown = (unknown - step).clamp(0, 0.5**a)
-        if (step.abs() <= tolerance * unknown.clamp(min=torch.finfo(x.dtype).tiny)).all():
+        if number % every == 0 and (step.abs() <= tolerance * unknown.clamp(min=torch.finfo(x.dtype).tiny)).all():
             break
     return unknown.pow(1 / a)

@@ -22,7 +22,8 @@ Rounds are interleaved, each begins with another subject, and figures are median
 drifts treats all alike. The ceiling is the fastest of a few large matrix products in that precision, measured in every round; a share
 of it counts 6 N_matmul + 12 depth width length FLOPs a token. On a GPU the table has MFU and peak memory. Several sizes come one after
 another, each with an equal share of what is left of --minutes and a file of its own, FILE_SIZE.json; a subject that the first round has no
-time for, or the machine no memory, is named and left out. 7b is there to be seen to fit, alone, by the plan's own choice of checkpointing.
+time for, the machine no memory, or that fails, is named and left out. 7b is there to be seen to fit, alone, by the plan's own choice of
+checkpointing.
 With --clock processor times are those of the process on its cores: what other programs do disturbs that less.
 """
 
@@ -40,6 +41,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +57,7 @@ from analysis.output import write_json
 from analysis.study_pictures import benchmark_picture
 from model.activation_checkpointing import ActivationCheckpointing
 from model.config import ModelConfig
-from model.errors import InputError
+from model.errors import InputError, one_line
 from model.linear_cross_entropy import chunk_rows
 from model.parametrization import initialize
 from model.transformer import Transformer
@@ -153,6 +155,7 @@ class Bench:
                 "sequence_length": self.length, "precision": arguments.precision, **shape.recipe.get("training", {}),
             },
             "deepspeed": shape.recipe.get("deepspeed", {"zero_optimization": {"stage": 2}}),
+            "logging": {"outliers_every": 0},  # what no subject measures is not to be planned for either
         }  # fmt: skip
         if ranks.is_first:
             self.base.write_text(json.dumps(tree))
@@ -217,26 +220,31 @@ def in_rounds(bench: Bench, share: float | None, out: Path | None) -> None:
         raise InputError(f"--subjects: none of them can run here: {absent}")
     seconds: dict[str, list[float]] = {name: [] for name in subjects}
     ceilings: list[float] = []
-    began, longest = time.perf_counter(), 0.0
+    began, longest, longest_turn = time.perf_counter(), 0.0, 0.0
     result: dict[str, Any] = {}
     for turn in range(rounds):
         turn_began = time.perf_counter()
         names, offset = list(subjects), turn * max(1, len(subjects) // rounds)
         ceilings.append(ceiling(bench))
         for name in names[offset % len(names) :] + names[: offset % len(names)]:
-            if turn == 0 and name != names[0] and is_time_up(time.perf_counter() - began, share, device):
+            if turn == 0 and name != names[0] and is_time_up(time.perf_counter() - began + longest_turn, share, device):
                 why = "--minutes left no time for it"
             else:
+                started = time.perf_counter()
                 why = take_turn(bench, name, subjects[name], seconds[name])
+                longest_turn = max(longest_turn, time.perf_counter() - started)
             if why is not None:
                 absent[name] = why
                 del subjects[name], seconds[name]
             elif is_first:
                 rate = bench.tokens_per_step / seconds[name][-1]
                 print(f"{bench.size}  round {turn + 1}/{rounds}  {name:<24}{rate:>12,.0f} tokens/s", flush=True)
+                if out and turn == 0:  # should the machine be needed for something else
+                    measured = {name: times for name, times in seconds.items() if times}
+                    write_json(out, summarise(bench, measured, ceilings, flops, parameters.total, absent))
         if is_first and seconds:
             result = summarise(bench, seconds, ceilings, flops, parameters.total, absent)
-            if out:  # after every round, should the machine be needed for something else
+            if out:
                 write_json(out, result)
         now = time.perf_counter()
         longest = max(longest, now - turn_began)
@@ -247,17 +255,26 @@ def in_rounds(bench: Bench, share: float | None, out: Path | None) -> None:
 
 
 def take_turn(bench: Bench, name: str, subject: Callable[[], list[float]], seconds: list[float]) -> str | None:
-    """Add the median of a turn's steps to `seconds`; or why there is none: no memory, of one rank alone."""
+    """Add the median of a turn's steps to `seconds`; or why there is none, of one rank alone: no memory, or a fault of this subject,
+    which is to cost the others nothing."""
     cuda, device = bench.device.type == "cuda", bench.device
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
+    why = None
     try:
         seconds.append(statistics.median(subject()))
-    except torch.OutOfMemoryError:
+    except Exception as error:
         if bench.ranks.world_size > 1:  # the others wait for this one
             raise
+        if isinstance(error, torch.OutOfMemoryError):
+            why = "out of memory"
+        else:
+            why = f"{type(error).__name__}: {one_line(error)}"
+            if not isinstance(error, InputError):
+                traceback.print_exc()
+    if why is not None:  # out here, where the traceback no longer holds what the subject had in memory
         clear(device)
-        return "out of memory"
+        return why
     if cuda:
         bench.memory[name] = max(bench.memory.get(name, 0), torch.cuda.max_memory_allocated(device))
     clear(device)
@@ -273,12 +290,13 @@ def is_time_up(seconds: float, share: float | None, device: torch.device) -> boo
 def choose(bench: Bench, parameters: int) -> tuple[dict[str, Callable[[], list[float]]], dict[str, str]]:
     """What runs here, in order, and of the others why they do not."""
     absent = {}
-    # first what the first comparison needs, should there be time for no more
-    mine: dict[str, Callable[[], list[float]]] = {name: lambda name=name: ours(bench, name) for name in OURS}
-    found = {"pre_norm": mine["pre_norm"], "bare_pytorch": lambda: bare_pytorch(bench)}
-    found["litgpt"] = lambda: peer(bench, "litgpt", str(bench.arguments.litgpt))
-    found |= mine | {"hf_trainer": lambda: peer(bench, "hf_trainer", sys.executable), "bare_deepspeed": lambda: bare_deepspeed(bench)}
-    found |= {"loop": lambda: loop(bench), BOUND: lambda: products_and_attention(bench)}
+    runs: dict[str, Callable[[], list[float]]] = {name: lambda name=name: ours(bench, name) for name in OURS}
+    runs |= {"bare_pytorch": lambda: bare_pytorch(bench), "bare_deepspeed": lambda: bare_deepspeed(bench), "loop": lambda: loop(bench)}
+    runs |= {name: lambda name=name, python=python: peer(bench, name, python) for name, python in python_of(bench).items()}
+    runs[BOUND] = lambda: products_and_attention(bench)
+    # first what the comparison needs, should there be time for no more, and what takes a moment; the Trainer takes longest to begin
+    first = ("pre_norm", "bare_pytorch", BOUND, "bare_deepspeed", "litgpt", "outlier_protected", "shaped", "functional_sam", "hf_trainer")
+    found = {name: runs[name] for name in (*first, *runs)}
     if parameters > LARGEST_LOOP:
         absent["loop"] = f"more than {LARGEST_LOOP:,} parameters: its checkpoints would be most of the time"
     if bench.arguments.clock == "processor":
@@ -289,10 +307,15 @@ def choose(bench: Bench, parameters: int) -> tuple[dict[str, Callable[[], list[f
         absent["litgpt"] = "not compiled on a CPU"
     if not bench.arguments.litgpt.exists():
         absent.setdefault("litgpt", f"{bench.arguments.litgpt} does not exist: see --help")
-    wanted = bench.arguments.subjects or SHAPES[bench.size].subjects or list(found)
+    wanted = [name for name in SHAPES[bench.size].subjects or found if name in (bench.arguments.subjects or found)]
     return {name: run for name, run in found.items() if name in wanted and name not in absent}, {
         n: w for n, w in absent.items() if n in wanted
     }
+
+
+def python_of(bench: Bench) -> dict[str, str]:
+    """The peers in processes of their own, and which python runs each."""
+    return {"litgpt": str(bench.arguments.litgpt), "hf_trainer": sys.executable}
 
 
 def ours(bench: Bench, name: str) -> list[float]:

@@ -56,6 +56,7 @@ README_COMMANDS = {
     "python -m analysis signal recipes/python_10m.yaml --depth 8 32": "help",
     "python -m analysis outliers runs/python_10m --data my_text.txt": "help",
     "python -m analysis quantization runs/quickstart_pre_norm runs/quickstart_outlier_protected --out int8": "help",
+    "python -m analysis connectivity runs/quickstart_pre_norm": "help",
     "python -m analysis report runs/quickstart_pre_norm runs/quickstart_outlier_protected --out compared": "help",
 }
 

@@ -2,6 +2,7 @@
 
 What it relies on beyond DeepSpeed's documentation is listed here and fenced by tests/distributed:
   * `deepspeed.ops.__compatible_ops__`: an entry set to False keeps the shared-memory collectives from being compiled;
+  * ZeRO-1 and 2's `step()` sets `overflow` to False, calls `check_overflow()`, and sets it again where the norm is not finite;
   * `engine.optimizer.overflow`, `_global_grad_norm` and `engine.skipped_steps`: whether the last step was applied; `skipped_steps`,
     `global_steps` and `global_samples` are set to what a checkpoint, or a step that is left out, makes of them;
   * DeepSpeed's optimizers end every step by calling `step()` of the optimizer they were given, with the reduced gradient of each
@@ -37,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from pydantic import ValidationError
 
 from analysis.checkpoint import Checkpoint
@@ -144,6 +146,8 @@ def deepspeed_config(recipe: Recipe, parameters: int, accumulation: int, world_s
     # Without ZeRO in fp32 our optimizer clips (see JointOptimizer); everywhere else DeepSpeed does.
     config["gradient_clipping"] = 0.0 if _unguarded(recipe) else recipe.training.gradient_clipping
     config.setdefault("steps_per_print", 10**9)  # the loop prints; DeepSpeed's own line would be a second one
+    if zero_stage(recipe) < 3:  # its clock waits for a GPU at each micro-batch and step; at stage 3 that wait keeps its streams in order
+        config.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
     config.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's AdamW serves offload too, without a compiler
     if "zero_optimization" in config:
         # DeepSpeed allocates the whole bucket, 5e8 elements by default, however small the model is
@@ -252,7 +256,7 @@ class Engine:
             _check_start(recipe, weights)
             load_pretrained(model, weights, self._gather, recipe.run.seed, self._share)
         else:
-            initialize(model, recipe.run.seed, gather=self._gather)
+            initialize(model, recipe.run.seed, gather=self._gather if self.stage == 3 else None)
         model.activation_checkpointing = choose_checkpointing(recipe, model_config, ranks.world_size, accumulation, device.type)
         if recipe.training.compile:
             for block in model.blocks:
@@ -267,6 +271,9 @@ class Engine:
             self.deepspeed, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=base, config=config)
         if isinstance(base, JointOptimizer):
             base.ready = True
+        if isinstance(optimizer, DeepSpeedZeroOptimizer) and not optimizer.cpu_offload:
+            # its norm finds what is not finite as well, and skips; a look before that is a wait and a dozen kernels a tensor
+            optimizer.check_overflow = lambda partition_gradients=True: None  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer: Any = optimizer  # DeepSpeed's wrapper, typed as something without parameter groups
         self.model: Any = model
         self._base = base

@@ -298,6 +298,8 @@ class MasterWeights:
         optimizer = self.optimizer
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        elif torch.cuda.is_available():
+            torch.cuda.synchronize()  # which gathering does by itself: the stream of later ones does not wait for what was written here
         optimizer.invalidate_secondary_tensor()
 
     # ------------------------------------------------------------------ which element is whose

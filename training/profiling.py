@@ -19,8 +19,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "attention": ("scaled_dot_product", "flash", "fmha", "flex_attention"),
     "optimizer": ("fused_adam", "foreach", "Optimizer.", "multi_tensor"),
     "loss": ("log_softmax", "nll_loss", "LinearCrossEntropy", "LinearProduct", "exp_", "scatter_add"),
+    "norms": ("norm", "rsqrt", "GammaBeta"),
     "matrix products": ("mm", "matmul", "linear", "gemm", "cutlass", "nvjet", "xmma"),
-    "norms": ("norm", "rsqrt"),
     "copies": ("copy", "Memcpy", "cat", "clone", "contiguous", "to_copy", "Memset"),
     "elementwise": (
         "mul",
@@ -65,9 +65,10 @@ def profiled(folder: Path, step: int, wanted: bool) -> Iterator[None]:
 def summary(recorded: Any, step: int, cuda: bool) -> str:
     """A screen: milliseconds by kind of work, and the operations that took most; of kernels on a GPU, of operations on a CPU."""
     averages = recorded.key_averages()
-    if cuda:  # the kernels themselves; an operation's device time is theirs once more
+    if cuda:  # the kernels themselves; an operation's device time is theirs once more, and so is a named span's
         on_device = torch.autograd.DeviceType.CUDA  # pyright: ignore[reportPrivateImportUsage]
-        times = {e.key: (e.self_device_time_total / 1e3, e.count) for e in averages if e.device_type == on_device}
+        kernels = [e for e in averages if e.device_type == on_device and not e.is_user_annotation]
+        times = {e.key: (e.self_device_time_total / 1e3, e.count) for e in kernels}
     else:
         times = {e.key: (e.self_cpu_time_total / 1e3, e.count) for e in averages}
     total = sum(time for time, _ in times.values())

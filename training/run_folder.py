@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -85,19 +85,30 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _version(package: str) -> str | None:
+    """None where it is not installed, or was put there without its metadata."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def describe_environment(world_size: int, device: torch.device) -> dict[str, Any]:
     """Versions, commit, hardware and command: what someone needs to get a figure of this run again."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+        except OSError:  # a machine without git
+            return None
         return done.stdout.strip() if done.returncode == 0 else None
 
     accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "command": _command(root),
         "python": platform.python_version(),
-        "packages": {"torch": str(torch.__version__), **{name: version(name) for name in _PACKAGES}},  # torch with its CUDA build
+        "packages": {"torch": str(torch.__version__), **{name: _version(name) for name in _PACKAGES}},  # torch with its CUDA build
         "git_commit": git("rev-parse", "HEAD"),
         "git_changed": bool(git("status", "--porcelain", "--untracked-files=no")),
         "world_size": world_size,
