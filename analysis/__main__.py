@@ -270,12 +270,13 @@ def place(arguments: argparse.Namespace, default: str | Path) -> Path:
     return out
 
 
+HUGGING_FACE = "a Hugging Face decoder (folder, GGUF file, package:NAME or hub name)"
 PATHS = {
     "": "a run folder, a folder of checkpoints, or one checkpoint",
-    "outliers": "a run folder, a DeepSpeed folder, a checkpoint folder, or a Hugging Face decoder (folder or GGUF file)",
-    "quantization": "a run folder (its last checkpoint), a checkpoint folder, or a Hugging Face decoder (folder or GGUF file)",
+    "outliers": f"a run folder, a DeepSpeed folder, a checkpoint folder, or {HUGGING_FACE}",
+    "quantization": f"a run folder (its last checkpoint), a checkpoint folder, or {HUGGING_FACE}",
     "connectivity": "one run, between whose checkpoints lines are drawn; or two and more runs, checkpoints or Hugging Face decoders",
-    "context": "a run, a checkpoint, an exported folder, or a Hugging Face decoder (folder, GGUF file, package:NAME or hub name)",
+    "context": f"a run, a checkpoint, an exported folder, or {HUGGING_FACE}",
     "signal": "recipes (each may be followed by model.key=value), checkpoints or Hugging Face decoders, drawn side by side",
 }
 

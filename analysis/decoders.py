@@ -1,6 +1,6 @@
-"""A decoder as the analyses see it, whoever made it: ours from a checkpoint, or one of Hugging Face's from a local folder.
+"""A decoder as the analyses see it, whoever made it: ours from a checkpoint, or one of Hugging Face's.
 
-    source = find_decoder("runs/X")          # a Run; or, for a folder with config.json or a GGUF file, a Pretrained
+    source = find_decoder("runs/X")          # a Run; or a Pretrained, of all that model/hub.py takes
     decoder = open_decoder(source)
     decoder.logits(tokens)
     with watch(decoder, look): ...           # look(place, x) at the residual stream entering each layer, and the unembedding
@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from analysis.runs import Run, find_run, read_json
 from analysis.shards import Checkpoint
+from model import hub
 from model.config import ModelConfig
-from model.errors import InputError, one_line
+from model.errors import InputError
 from model.transformer import Transformer
 
 LONGEST_SEQUENCE = 1024  # of a Hugging Face model, whose configuration may allow sequences that no machine here would hold
@@ -75,73 +76,62 @@ class Decoder:
 
 @dataclass
 class Pretrained:
-    """A Hugging Face decoder on disk: a folder with config.json and weights (one that `export` wrote of ours too), or a GGUF file."""
+    """A decoder of transformers, by what `model.hub` takes: a folder with config.json and weights (one that `export` wrote of ours too), a
+    GGUF file, `package:NAME`, or a name on the Hugging Face hub."""
 
-    path: Path
-    folder: Path
-    gguf: str | None  # the file's name in the folder
+    path: str
 
     @property
     def name(self) -> str:
-        return Path(self.gguf).stem if self.gguf else self.path.resolve().name
+        if self.path.startswith("package:"):
+            return self.path.removeprefix("package:")
+        place = Path(self.path).expanduser()
+        return place.stem if place.suffix == ".gguf" else place.resolve().name
 
     def default_report(self) -> Path:
-        """Where results go unless told otherwise."""
-        return self.folder / "report"
+        """Where results go unless told otherwise: report/ beside the weights, or of a model that is not a place here, in a folder of its
+        name."""
+        place = Path(self.path).expanduser()
+        if not place.exists():
+            return Path(self.name) / "report"
+        return (place.parent if place.is_file() else place) / "report"
 
     def encoder(self) -> Callable[[str], list[int]]:
-        """What turns text into this model's tokens. Raises InputError when the folder holds no tokenizer."""
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True, trust_remote_code=False, **self._from())
-        except Exception as error:  # each family fails in its own way
-            raise InputError(f"{self.path}: no tokenizer that can be read here: {one_line(error)}") from None
+        """What turns text into this model's tokens. Raises InputError where no tokenizer can be read."""
+        tokenizer = hub.open_tokenizer(self.path)
         return lambda text: tokenizer.encode(text, add_special_tokens=False)
 
     def load(self) -> Decoder:
-        """The network with its weights. Raises InputError when it is not a causal language model, or of an unknown build."""
-        from transformers import AutoModelForCausalLM
-
-        from model.huggingface import BurnishForCausalLM  # importing it makes our own exports known to transformers
-
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                str(self.folder),
-                local_files_only=True,
-                trust_remote_code=False,
-                dtype=torch.float32,
-                **self._from(),
-            )
-        except Exception as error:
-            raise InputError(f"{self.path}: not a decoder that transformers can load: {one_line(error)}") from None
-        if isinstance(model, BurnishForCausalLM):
-            decoder = run_decoder(model.network)
+        """The network with its weights, float32. Raises InputError when it is not a causal language model, or of an unknown build."""
+        model = hub.open_decoder(self.path)
+        ours = getattr(model, "network", None)
+        if isinstance(ours, Transformer):
+            decoder = run_decoder(ours)
         else:
             model.config.use_cache = False
-            decoder = huggingface_decoder(model, str(self.path))
+            decoder = huggingface_decoder(model, self.path)
         decoder.network.to("cuda" if torch.cuda.is_available() else "cpu")
         return decoder
 
-    def _from(self) -> dict[str, Any]:
-        return {"gguf_file": self.gguf} if self.gguf else {}
+
+def is_of_transformers(path: str) -> bool:
+    """A folder, a GGUF file, package:NAME, or else a name on the hub, if nothing of that name is on this machine."""
+    place = Path(path).expanduser()
+    if path.startswith("package:") or not place.exists():
+        return True
+    return place.suffix == ".gguf" or (place / "config.json").exists() or (place.is_dir() and any(place.glob("*.gguf")))
 
 
 def find_decoder(path: str | Path) -> Run | Pretrained:
-    """What lies at a path: a run or checkpoint of ours, or a Hugging Face decoder.
+    """What a path or name stands for: a run or checkpoint of ours, or a decoder of transformers.
 
     Raises:
-        InputError: nothing there that is a model.
+        InputError: nothing there that is a model, nor on the hub.
     """
-    path = Path(path)
-    if path.is_file() and path.suffix == ".gguf":
-        return Pretrained(path, path.parent, path.name)
-    if (path / "config.json").is_file():
-        return Pretrained(path, path, None)
-    files = sorted(path.glob("*.gguf")) if path.is_dir() else []
-    if len(files) > 1:
-        raise InputError(f"{path}: {len(files)} GGUF files here; name one of them: {', '.join(file.name for file in files)}")
-    return Pretrained(path, path, files[0].name) if files else find_run(path)
+    if not is_of_transformers(str(path)):
+        return find_run(path)
+    hub.locate(str(path))
+    return Pretrained(str(path))
 
 
 def open_decoder(source: Run | Pretrained, verify: bool = True) -> Decoder:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from analysis.checkpoint import Checkpoint
+from analysis.decoders import is_of_transformers
 from analysis.runs import Run, find_run, read_json
 from analysis.tokens import Tokenizer, run_tokenizer, tokenizer_of_transformers
 from model import pruning_files
@@ -102,7 +103,7 @@ def open_subject(path: str, precision: str = "fp32", verify: bool = True) -> Sub
     folder = Path(path).expanduser()
     if (folder / pruning_files.TENSORS).exists():
         subject = _saved(folder)
-    elif _is_of_transformers(path):
+    elif is_of_transformers(path):
         subject = _plain(path)
     else:
         subject = _of_run(find_run(folder), verify)
@@ -116,20 +117,12 @@ def learned_to_prune(path: str) -> bool:
     folder = Path(path).expanduser()
     if (folder / pruning_files.TENSORS).exists():
         return True
-    return not _is_of_transformers(path) and is_pruned(find_run(folder).oldest_first()[-1])
+    return not is_of_transformers(path) and is_pruned(find_run(folder).oldest_first()[-1])
 
 
 def is_pruned(checkpoint: Path) -> bool:
     """Whether it is a checkpoint of train.py with context pruning."""
     return (checkpoint / pruning_files.DESCRIPTION).exists() and not (checkpoint / pruning_files.TENSORS).exists()
-
-
-def _is_of_transformers(path: str) -> bool:
-    """A folder, a GGUF file, package:NAME, or else a name on the hub, if nothing of that name is on this machine."""
-    place = Path(path).expanduser()
-    if path.startswith("package:") or not place.exists():
-        return True
-    return place.suffix == ".gguf" or (place / "config.json").exists() or (place.is_dir() and any(place.glob("*.gguf")))
 
 
 def build(checkpoint: Checkpoint) -> tuple[Transformer | PretrainedDecoder, bool]:

@@ -27,7 +27,7 @@ def locate(source: str) -> tuple[str, dict[str, Any]]:
         path = Path(source).expanduser()
         if not path.exists():
             if source.startswith((".", "/", "~")) or source.count("/") > 1:
-                raise InputError(f"{source}: does not exist: give a folder, a GGUF file or a name on the Hugging Face hub")
+                raise InputError(f"{source}: no such file or folder; give one, a GGUF file, package:NAME or a name on the Hugging Face hub")
             _look_up(source)
             return source, {}
     if path.is_file():
@@ -35,8 +35,10 @@ def locate(source: str) -> tuple[str, dict[str, Any]]:
     if (path / "config.json").exists():
         return str(path), {}
     files = sorted(path.glob("*.gguf"))
-    if len(files) != 1:
-        raise InputError(f"{source}: neither a config.json nor one GGUF file is there")
+    if len(files) > 1:
+        raise InputError(f"{source}: {len(files)} GGUF files here; name one of them: {', '.join(file.name for file in files)}")
+    if not files:
+        raise InputError(f"{source}: neither a config.json nor a GGUF file is there")
     return str(path), {"gguf_file": files[0].name}
 
 

@@ -306,7 +306,7 @@ def test_bad_input_is_one_line(place, tmp_path, capsys):
         ([run, *text, "--length", "1"], "--length: 1, expected at least 2"),
         ([run, *text, "--length", "500"], "accepts at most 160 tokens"),
         ([run, *text, "--length", "20", "--needle"], "no room for the sentence"),
-        ([str(tmp_path / "nowhere"), *text], "does not exist"),
+        ([str(tmp_path / "nowhere"), *text], "no such file or folder"),
         ([str(tmp_path), *text], "no checkpoint here"),
     ):
         assert main(["context", *arguments, "--out", str(tmp_path / "out")]) == 2, arguments

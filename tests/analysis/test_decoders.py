@@ -155,10 +155,10 @@ def test_a_folder_is_read_with_its_own_tokenizer(tmp_path, capsys):
     with pytest.raises(InputError, match="does not say what text to measure it on: give --data"):
         analyze_outliers(source, progress=False)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="not a decoder that transformers can load"):
+    with pytest.raises(InputError, match="no model can be read from it"):
         open_decoder(source)
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(InputError, match="no tokenizer that can be read here"):
+    with pytest.raises(InputError, match="no tokenizer can be read from it"):
         source.encoder()
 
 
@@ -194,13 +194,15 @@ def test_an_exported_run_has_the_figures_of_the_run(tmp_path):
 
 def test_what_is_no_decoder_is_refused(tmp_path):
     (tmp_path / "a.gguf").touch()
-    assert find_decoder(tmp_path) == Pretrained(tmp_path, tmp_path, "a.gguf")
+    assert find_decoder(tmp_path) == Pretrained(str(tmp_path))
     assert find_decoder(tmp_path / "a.gguf").name == "a"
     (tmp_path / "b.gguf").touch()
     with pytest.raises(InputError, match=r"2 GGUF files here; name one of them: a\.gguf, b\.gguf"):
         find_decoder(tmp_path)
     with pytest.raises(InputError, match="no such file or folder"):
         find_decoder(tmp_path / "nothing")
+    with pytest.raises(InputError, match="package:nothing_such: no such package is installed"):
+        find_decoder("package:nothing_such")
     model = family("gpt2")
     model.config.n_layer = 3
     with pytest.raises(InputError, match="its decoder layers cannot be told: 0 lists of 3 modules"):

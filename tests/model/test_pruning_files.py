@@ -285,7 +285,7 @@ def test_damaged_files_are_one_clear_line(base: Path, trained: Any, tmp_path: Pa
     refused(describe(structure={**description["structure"], "window": 0}), "context_pruning.window: 0")
     refused(describe(threshold="high"), "threshold is high")
     refused(describe(standards=[[0, 1.0, -1.0]]), "standards are no numbers")
-    refused(describe(base=str(tmp_path / "gone")), "does not exist")
+    refused(describe(base=str(tmp_path / "gone")), "no such file or folder")
     refused(describe(base=None), "no config.json there, and context_pruning.json names no base")
     refused(describe(lora={"rankk": 3}), "unexpected keyword argument 'rankk'")
     refused(describe(lora={"rank": "3"}), "lora is {'rank': '3'}")

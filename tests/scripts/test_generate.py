@@ -104,7 +104,7 @@ def test_an_interruption_is_one_word(monkeypatch: pytest.MonkeyPatch, capsys: py
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["NOWHERE/x/y"], "does not exist"),
+        (["NOWHERE/x/y"], "no such file or folder"),
         (["ADAPTERS", "--prompt", ""], "the prompt has no token"),
         (["ADAPTERS", "--max-new-tokens", "0"], "--max-new-tokens: 0"),
         (["BASE", "--sample", "--temperature", "0"], "--temperature: 0.0, expected a number above 0"),

