@@ -27,7 +27,7 @@ def causal_mean(value: Tensor, starts: Tensor | None, queries: int) -> Tensor:
     if starts is None:
         counts = torch.arange(1, keys + 1, device=value.device)[:, None]
         return (running_sums(value.to(dtype)) / counts)[:, keys - queries :]
-    sums = value.cumsum(1, dtype=torch.float64)
+    sums = running_sums(value.double())
     before = F.pad(sums, (0, 0, 1, 0)).gather(1, starts[:, :, None].expand(len(value), queries, value.shape[2]))
     counts = torch.arange(keys - queries + 1, keys + 1, device=value.device) - starts
     return ((sums[:, keys - queries :] - before) / counts[:, :, None]).to(dtype)

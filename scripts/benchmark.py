@@ -220,19 +220,19 @@ def in_rounds(bench: Bench, share: float | None, out: Path | None) -> None:
         raise InputError(f"--subjects: none of them can run here: {absent}")
     seconds: dict[str, list[float]] = {name: [] for name in subjects}
     ceilings: list[float] = []
-    began, longest, longest_turn = time.perf_counter(), 0.0, 0.0
+    began, longest, last_turn = time.perf_counter(), 0.0, 0.0
     result: dict[str, Any] = {}
     for turn in range(rounds):
         turn_began = time.perf_counter()
         names, offset = list(subjects), turn * max(1, len(subjects) // rounds)
         ceilings.append(ceiling(bench))
         for name in names[offset % len(names) :] + names[: offset % len(names)]:
-            if turn == 0 and name != names[0] and is_time_up(time.perf_counter() - began + longest_turn, share, device):
+            if turn == 0 and name != names[0] and is_time_up(time.perf_counter() - began + last_turn, share, device):
                 why = "--minutes left no time for it"
             else:
                 started = time.perf_counter()
                 why = take_turn(bench, name, subjects[name], seconds[name])
-                longest_turn = max(longest_turn, time.perf_counter() - started)
+                last_turn = time.perf_counter() - started
             if why is not None:
                 absent[name] = why
                 del subjects[name], seconds[name]

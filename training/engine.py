@@ -38,7 +38,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from pydantic import ValidationError
 
 from analysis.checkpoint import Checkpoint
@@ -66,6 +65,7 @@ import deepspeed.comm  # noqa: E402
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine  # noqa: E402
 from deepspeed.runtime.config import DeepSpeedConfigError  # noqa: E402
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: E402
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 
 from training.master_weights import MasterWeights, Vector  # noqa: E402

@@ -48,7 +48,7 @@ def peak_of(name: str) -> float | None:
 class PeakMemory:
     """Peak memory of this process since construction, in bytes.
 
-    On a GPU: what the allocator gave out. On a CPU: growth of the resident set, so the interpreter and its libraries,
+    On a GPU: what the allocator gave out, since DeepSpeed last set its count back while it built the optimizer. On a CPU: growth of the resident set, so the interpreter and its libraries,
     which were there before, do not count.
     """
 
