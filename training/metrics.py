@@ -48,8 +48,8 @@ def peak_of(name: str) -> float | None:
 class PeakMemory:
     """Peak memory of this process since construction, in bytes.
 
-    On a GPU: what the allocator gave out, since DeepSpeed last set its count back while it built the optimizer. On a CPU: growth of the resident set, so the interpreter and its libraries,
-    which were there before, do not count.
+    On a GPU: what the allocator gave out, since DeepSpeed last set its count back while it built the optimizer. On a CPU: growth of the
+    resident set, so the interpreter and its libraries, which were there before, do not count.
     """
 
     def __init__(self, device: torch.device) -> None:
