@@ -243,6 +243,13 @@ class ModelConfig:
             for name in needed
             if getattr(self, name) is None
         ]
+        if self.depth_exponent and self.is_simplified:
+            problems.append(f"parametrization: {self.parametrization} weights both branches by depth, and {self.block} adds one; use mup")
+        if self.depth_exponent and self.skip_gain != 1.0:
+            problems.append(
+                f"skip_gain: under {self.parametrization} branches fall with the depth, so that a skip of {self.skip_gain:g} would leave "
+                "nothing of the stream; leave one of the two out"
+            )
         allowed = (*needed, "base_head_dim") if needed else ()
         return problems + [
             f"{name}: parametrization {self.parametrization} does not use it; leave it out, or set parametrization"
@@ -255,6 +262,21 @@ class ModelConfig:
         found = []
         if self.attention_softcap is not None and self.attention == "shaped" and self.query_init == "zero":
             found.append("model.attention_softcap with zero queries: scores start at 0, where a cap does nothing")
+        if self.query_init == "zero" and self.qk_norm != "none":
+            found.append(
+                f"model.query_init zero with qk_norm: a norm's derivative at 0 is {self.norm_epsilon**-0.5:.0f}, so that the first "
+                "gradients are nearly all of the queries and attention does not stay near the identity; set query_init: normal"
+            )
+        if self.is_simplified and self.attention == "softmax":
+            found.append(
+                f"model.attention softmax in {self.block}: without a skip around it tokens are alike after a few layers "
+                "(python -m analysis signal); use shaped"
+            )
+        if self.width_ratio != 1.0 and self.mlp_width != self._default_mlp_width():
+            found.append(
+                f"model.mlp_width {self.mlp_width} under {self.parametrization}, which takes it to be as many widths at every width: "
+                "let it grow along"
+            )
         if self.block != "outlier_protected":
             return found
         if self.qk_norm == "none" and self.attention_softcap is None:

@@ -4,7 +4,8 @@
     settings_of(model).alpha = 4.0               # soft decisions, for training; infinity, the default: keep or drop
     model.generate(...)                          # with a cache that shrinks (model/pruned_cache.py)
 
-With X what a layer's attention reads, k the token that decides and j < k one that it decides on (section 3 of the paper):
+With X what a layer's attention reads, k the token that decides and j < k one that it decides on (section 3 of the paper, which has neither
+the norm, m and s, nor the slope):
 
     Q_int = norm(X W_Q), K_int = norm(X W_K)                one pair of (width x r) matrices a layer, shared by its heads
     x[k, j] = (<Q_int[k], K_int[j]> / sqrt(r) - m) / s + beta + slope log(k - j) - threshold

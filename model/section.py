@@ -38,7 +38,7 @@ class ModelSection(Section):
     preset: Literal["paper", "released_code", "shaped_transformer"] | None = Field(
         default=None,
         description="The Outlier-Protected network as its paper has it for CodeParrot, or as its authors' code builds it; "
-        "or the Shaped Transformer (with init_std 1 / sqrt(width)).",
+        "or the Shaped Transformer, with init_std 1 / sqrt(width) and embeddings of variance 1.",
     )
     pretrained: str | None = Field(
         default=None,
@@ -144,6 +144,11 @@ class ModelSection(Section):
             fields = dict(fields)
             for field, (_, value) in stands_for(fields.get("preset"), fields.get("size")).items():
                 fields.setdefault(field, value)
+            width = fields.get("width")
+            if fields.get("preset") == "shaped_transformer" and isinstance(width, int) and width > 0:  # what its theory is about
+                std = fields.setdefault("init_std", width**-0.5)
+                if isinstance(std, int | float) and std > 0:
+                    fields.setdefault("embedding_multiplier", 1.0 / std)
         return fields
 
     def config(self, vocab_size: int, sequence_length: int) -> ModelConfig:

@@ -19,11 +19,12 @@ from model.config import SIZES
 from model.errors import InputError
 from training.communication import scaling
 from training.distributed import leave, one_clear_line
-from training.plan import plan
-from training.recipe import Recipe, model_config
+from training.plan import passes, plan, planned_network
+from training.recipe import Recipe
 from training.recipe_file import load_recipe
 
 LARGEST_MICRO_BATCH = 1024
+LATE = 10**9  # a step by which every sharpness-aware one has begun
 
 
 def main() -> None:
@@ -43,6 +44,8 @@ def main() -> None:
             raise InputError("--gigabytes: give the memory of a GPU, or --scaling")
         if arguments.gpus < 1:
             raise InputError(f"--gpus: expected a positive number, found {arguments.gpus}")
+        if arguments.sizes and recipe.model.pretrained is not None:
+            raise InputError(f"--sizes: {recipe.model.pretrained} has the size that it has; leave it out")
         if arguments.gigabytes is not None:
             print(what_fits(recipe, arguments))
         if arguments.scaling:
@@ -59,7 +62,7 @@ def what_fits(recipe: Recipe, arguments: argparse.Namespace) -> str:
     ]
     sizes: list[str | None] = [None, *(SIZES if arguments.sizes else [])]
     for size in sizes:
-        for stage in (0, 1, 2, 3):
+        for stage in stages(recipe):
             cells = []
             for checkpointing in (False, "selective", True):
                 found = largest_micro_batch(variant(recipe, size, stage, checkpointing), arguments.gpus, budget)
@@ -67,11 +70,18 @@ def what_fits(recipe: Recipe, arguments: argparse.Namespace) -> str:
             name = size or "the recipe's"
             lines.append(f"{name:<18}{stage:>6}{cells[0]:>14}{cells[1]:>8}{cells[2]:>12}{cells[3]:>8}{cells[4]:>17}{cells[5]:>8}")
     if arguments.sizes:
-        fitting = [size for size in SIZES if largest_micro_batch(variant(recipe, size, 3, True), arguments.gpus, budget)[0]]
+        fitting = [
+            size for size in SIZES if largest_micro_batch(variant(recipe, size, stages(recipe)[-1], True), arguments.gpus, budget)[0]
+        ]
         lines.append(
             f"the largest model.size that trains: {fitting[-1] if fitting else 'none'}; -: not even one sequence, which takes so much"
         )
     return "\n".join(lines)
+
+
+def stages(recipe: Recipe) -> tuple[int, ...]:
+    """Those that the recipe's optimizer can be trained at."""
+    return (0, 1, 2, 3) if recipe.optimizer.kind == "adamw" else (0,)
 
 
 def variant(recipe: Recipe, size: str | None, stage: int, checkpointing: bool | int | str) -> Recipe:
@@ -86,7 +96,7 @@ def variant(recipe: Recipe, size: str | None, stage: int, checkpointing: bool | 
 
 def largest_micro_batch(recipe: Recipe, ranks: int, budget: int) -> tuple[int, int]:
     """The largest power of two of sequences that fits, and the bytes that it takes; 0 and those of one sequence if none does."""
-    config, found = model_config(recipe, recipe.data.tokenizer.vocab_size), (0, 0)
+    config, found = planned_network(recipe), (0, 0)
     # more than one micro-batch a step, so that gradients add up as they do in a long run; and as many as the ascent needs
     size, accumulation = 1, max(2, round(1 / recipe.optimizer.sharpness.ascent_fraction))
     while size <= LARGEST_MICRO_BATCH:
@@ -101,23 +111,32 @@ def largest_micro_batch(recipe: Recipe, ranks: int, budget: int) -> tuple[int, i
 
 def how_it_scales(recipe: Recipe, arguments: argparse.Namespace) -> str:
     """Weak scaling: a rank's tokens stay as on one host's GPUs, those of the recipe's step over 8 ranks."""
-    config, training = model_config(recipe, recipe.data.tokenizer.vocab_size), recipe.training
+    config, training = planned_network(recipe), recipe.training
+    work = passes(recipe, LATE, LATE)
     unit = training.micro_batch_size * training.sequence_length
     accumulation = max(1, training.tokens_per_step // (8 * unit))
     made = plan(at_ranks(recipe, 8, accumulation), config, 8, device="cuda")
     lines = [
-        f"{made.parameters.total:,} parameters, {accumulation} micro-batches of {unit} tokens a step and rank, "
+        f"{made.parameters.total:,} parameters, {accumulation} micro-batches of {unit} tokens a step and rank"
+        f"{f', gone over {work:.3g} times' if work != 1 else ''}, "
         f"{arguments.teraflops:g} TFLOP/s a GPU alone (training/communication.py has the formula)",
         f"{'GPUs':>6}{'stage':>7}{'GB sent a step':>16}{'GB of memory':>14}{'tokens/s, nothing hidden':>26}"
         f"{'all hidden':>14}{'efficiency':>18}",
     ]
     for ranks in arguments.scaling:
-        for stage in (0, 1, 2, 3):
+        for stage in stages(recipe):
             asked = training.activation_checkpointing
             case = at_ranks(variant(recipe, None, stage, True if asked == "auto" else asked), ranks, accumulation)
             memory = plan(case, config, ranks, device="cuda").memory.total
             s = scaling(
-                stage, made.parameters.total, made.flops_per_token, accumulation * unit, accumulation, ranks, arguments.teraflops * 1e12
+                stage,
+                made.parameters.total,
+                made.flops_per_token,
+                accumulation * unit,
+                accumulation,
+                ranks,
+                arguments.teraflops * 1e12,
+                work,
             )
             lines.append(
                 f"{ranks:>6}{stage:>7}{s.sent / 1e9:>16.2f}{memory / 1e9:>14.1f}{s.exposed:>26,.0f}{s.hidden:>14,.0f}"

@@ -47,11 +47,19 @@ class Scaling:
 
 
 def scaling(
-    stage: int, parameters: int, flops_per_token: float, tokens_of_a_rank: int, accumulation: int, ranks: int, sustained: float
+    stage: int,
+    parameters: int,
+    flops_per_token: float,
+    tokens_of_a_rank: int,
+    accumulation: int,
+    ranks: int,
+    sustained: float,
+    passes: float = 1.0,
 ) -> Scaling:
-    """Of `ranks` GPUs that each sustain `sustained` FLOP/s alone, with `tokens_of_a_rank` tokens a step and rank (weak scaling)."""
-    computing = tokens_of_a_rank * flops_per_token / sustained
-    sent = bytes_sent(stage, parameters, ranks, accumulation)
+    """Of `ranks` GPUs that each sustain `sustained` FLOP/s alone, with `tokens_of_a_rank` tokens a step and rank (weak scaling), which a
+    sharpness-aware step goes over `passes` times and counts once."""
+    computing = passes * tokens_of_a_rank * flops_per_token / sustained
+    sent = bytes_sent(stage, parameters, ranks, accumulation, passes=passes)
     sending = sent / (NVLINK if ranks <= GPUS_OF_A_HOST else NETWORK)
     shares = [computing / max(computing, sending), computing / (computing + sending)]
     alone = ranks * tokens_of_a_rank / computing

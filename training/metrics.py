@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,13 @@ class PeakMemory:
         return max(0, self._status("VmHWM") - self.before)
 
 
+def _finite(value: Any) -> Any:
+    """A copy with None in the place of every number that is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class Metrics:
     """Writes one record a logged step on the first rank; the other ranks do nothing."""
 
@@ -91,10 +99,11 @@ class Metrics:
                 self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1 if start_step else None)
 
     def record(self, values: dict[str, Any]) -> None:
-        """Append one record (it must hold "step") to metrics.jsonl and its numbers to TensorBoard."""
+        """Append one record (it must hold "step") to metrics.jsonl and its numbers to TensorBoard. What is not finite is null in JSON,
+        which has no word for it."""
         if self.file is None:
             return
-        self.file.write(json.dumps({k: v for k, v in values.items() if v is not None}) + "\n")
+        self.file.write(json.dumps(_finite({k: v for k, v in values.items() if v is not None}), allow_nan=False) + "\n")
         if self.writer is not None:
             for key, value in values.items():
                 if key not in ("step", "tokens") and isinstance(value, int | float):

@@ -357,6 +357,19 @@ def memory_advice(plan: Plan, during: str) -> Iterator[None]:
         ) from None
 
 
+def planned_network(recipe: Recipe) -> ModelConfig | PretrainedModel:
+    """The network of a recipe before its data are prepared. Raises InputError where the model or tokenizer that it names cannot be had."""
+    tokenizer = recipe.data.tokenizer
+    vocab_size = tokenizer.vocab_size
+    if tokenizer.kind == "pretrained" and tokenizer.path is not None:
+        from training.tokenizer import pretrained_tokenizer  # transformers takes seconds to import
+
+        vocab_size = pretrained_tokenizer(tokenizer.path).vocab_size
+    elif recipe.model.pretrained is not None:
+        vocab_size = 1  # the model's own tokenizer, which fits
+    return model_config(recipe, vocab_size)
+
+
 def print_plan(loaded: LoadedRecipe, world_size: int) -> None:
     """The plan of a recipe on so many ranks, to standard output; nothing is prepared and nothing is written.
 
@@ -366,15 +379,7 @@ def print_plan(loaded: LoadedRecipe, world_size: int) -> None:
     recipe = loaded.recipe
     if world_size < 1:
         raise InputError(f"--ranks: expected a positive number, found {world_size}")
-    tokenizer = recipe.data.tokenizer
-    vocab_size = tokenizer.vocab_size
-    if tokenizer.kind == "pretrained" and tokenizer.path is not None:
-        from training.tokenizer import pretrained_tokenizer  # transformers takes seconds to import
-
-        vocab_size = pretrained_tokenizer(tokenizer.path).vocab_size
-    elif recipe.model.pretrained is not None:
-        vocab_size = 1  # the model's own tokenizer, which fits
-    config = model_config(recipe, vocab_size)
+    config = planned_network(recipe)
     print(f"{loaded.path} is a valid recipe; its run folder is {loaded.run_folder}\n")
     print(format_plan(plan(recipe, config, world_size)))
     for warning in config.warnings():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from model.config import ModelConfig, PruningConfig
 from model.errors import InputError
@@ -231,7 +231,9 @@ class LoggingSection(Section):
     every: int = Field(default=10, ge=1, description="Steps between lines of metrics.jsonl, TensorBoard and the console.")
     tensorboard: bool = True
     outliers_every: int = Field(
-        default=100, ge=0, description="Steps between measurements of the activations' outliers, on that step's own tokens; 0: never."
+        default=100,
+        ge=0,
+        description="Steps between measurements of the activations' outliers, on that step's own tokens; 0: never. Not of pretrained ones.",
     )
 
 
@@ -316,8 +318,16 @@ class Recipe(Section):
     logging: LoggingSection = LoggingSection()
     context_pruning: ContextPruningSection | None = Field(default=None, description="Learn to drop context; default: not.")
     deepspeed: dict[str, Any] = Field(
-        default_factory=lambda: {"zero_optimization": {"stage": 2}}, description="DeepSpeed's own keys, passed through."
+        default_factory=lambda: {"zero_optimization": {"stage": 2}},
+        description="DeepSpeed's own keys, passed through. zero_optimization.stage is 2 where it is not given.",
     )
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _zero_2_unless_told(cls, section: dict[str, Any]) -> dict[str, Any]:
+        """DeepSpeed's own default is stage 0, which would come with any other of its keys."""
+        zero = section.get("zero_optimization", {})
+        return {**section, "zero_optimization": {"stage": 2, **zero}} if isinstance(zero, dict) else section
 
 
 def model_config(recipe: Recipe, vocab_size: int) -> ModelConfig | PretrainedModel:

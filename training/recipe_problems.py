@@ -171,6 +171,16 @@ def _pruning_problems(recipe: Recipe) -> list[str]:
             "optimizer.sharpness_aware: functional_sam holds the loss's derivative at the logits, and the sparsity term does not go "
             "through them; use sam"
         )
+    split, curvature = recipe.optimizer.sharpness.split_every, recipe.evaluation.curvature_every
+    for name, value in (("optimizer.sharpness.split_every", split), ("evaluation.curvature_every", curvature)):
+        if value and recipe.model.pretrained is None:
+            problems.append(
+                f"{name}: holds the loss's derivative at the logits too, which leaves context pruning's terms out; leave it out"
+            )
+    if recipe.model.parametrization != "standard":
+        problems.append(
+            f"model.parametrization: {recipe.model.parametrization} has no rule for context pruning's interactions; use standard"
+        )
     return problems
 
 

@@ -31,7 +31,7 @@ from training.recipe_file import LoadedRecipe, load_recipe
 VOCAB, LENGTH, SEQUENCES, SIZE = 333, 32, 8, 2
 # Blocks with gains of their own, each with a parametrization whose factors reach into the network and the optimizer
 NETWORKS = {
-    "simplified": ["model.block=simplified", "model.activation=relu", "model.parametrization=complete_p", "model.base_depth=1"],
+    "simplified": ["model.block=simplified", "model.activation=relu", "model.parametrization=mup"],
     "simplified_parallel": ["model.block=simplified_parallel", "model.activation=relu", "model.parametrization=mup"],
     "shaped": ["model.attention=shaped", "model.kv_heads=1", "model.parametrization=depth_mup", "model.base_depth=1"],
     "outlier_protected": ["model.block=outlier_protected", "model.attention=shaped", "model.activation=shaped_relu"],

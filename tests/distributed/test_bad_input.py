@@ -202,3 +202,5 @@ def test_diverging_run_stops_and_names_the_place(launch: Launch, workplace: Path
     assert "(3 in a row): output of blocks." in done.stdout or "(3 in a row): output of" in done.stdout
     assert "stopped at step" in done.stderr and "max_skipped_steps" in done.stderr
     assert [r["skipped_steps"] for r in records(workplace / "runs" / "diverged") if "skipped_steps" in r][-1] == 3
+    lines = (workplace / "runs" / "diverged" / "metrics.jsonl").read_text()
+    assert "null" in lines and "NaN" not in lines and "Infinity" not in lines  # which JSON does not know

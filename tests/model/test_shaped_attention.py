@@ -325,6 +325,11 @@ def test_checkpointing_and_no_token_sees_the_future(fields: dict[str, Any]) -> N
         ({"base_width": 16}, "model.base_width: parametrization standard does not use it"),
         ({"parametrization": "mup", "base_width": 16, "base_depth": 2}, "model.base_depth: parametrization mup does not use it"),
         ({"parametrization": "mup", "base_width": 16, "attention_temperature": 1.0}, "model.attention_temperature: mup scales"),
+        (
+            {"block": "simplified", "parametrization": "complete_p", "base_width": 16, "base_depth": 2},
+            "model.parametrization: complete_p weights",
+        ),
+        ({"skip_gain": 0.9, "parametrization": "depth_mup", "base_width": 16, "base_depth": 2}, "model.skip_gain: under depth_mup"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(fields: dict[str, Any], problem: str) -> None:

@@ -324,6 +324,19 @@ def test_combinations_that_do_not_work_warn(fields: dict, reason: str) -> None:
     assert ModelConfig(**SMALL, block="outlier_protected", attention_softcap=30.0).warnings() == []
 
 
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"block": "outlier_protected", "attention": "shaped"}, "query_init zero with qk_norm"),
+        ({"block": "simplified", "attention": "softmax", "activation": "relu"}, "tokens are alike after a few layers"),
+        ({"parametrization": "mup", "base_width": 16, "mlp_width": 48}, "let it grow along"),
+    ],
+)
+def test_what_is_known_not_to_work_warns_in_any_block(fields: dict, reason: str) -> None:
+    (warning,) = ModelConfig(**SMALL, **fields).warnings()
+    assert reason in warning
+
+
 def test_norm_places_that_cannot_be_are_refused() -> None:
     for fields, reason in (
         ({"block": "post_norm", "norm_places": ["mlp"]}, "norms elsewhere"),

@@ -231,6 +231,24 @@ def test_a_recipe_that_cannot_be_is_refused(overrides: list[str], message: str) 
         load_recipe(ROOT / "recipes" / "context_pruning_smollm2.yaml", overrides)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.sharpness={split_every: 16}", "split_every: holds the loss's derivative"),
+        ("evaluation.curvature_every=10", "curvature_every: holds the loss's derivative"),
+        ("model.parametrization=mup", "mup has no rule for context pruning"),
+    ],
+)
+def test_what_does_not_go_with_pruning_of_our_own_network_is_refused(override: str, message: str) -> None:
+    more = (
+        ["context_pruning={sparsity_weight: 0.3}", "model.base_width=64"]
+        if "mup" in override
+        else ["context_pruning={sparsity_weight: 0.3}"]
+    )
+    with pytest.raises(InputError, match=message):
+        load_recipe(ROOT / "recipes" / "sam_nano.yaml", [*more, override])
+
+
 def test_decisions_to_begin_with_need_a_pretrained_model() -> None:
     with pytest.raises(InputError, match=r"context_pruning\.start: decisions go with the pretrained model"):
         load_recipe(ROOT / "recipes" / "adamw_nano.yaml", ["context_pruning={start: somewhere, target_kept: 0.5}"])

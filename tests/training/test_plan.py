@@ -40,7 +40,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def recipe(deepspeed: dict[str, Any] | None = None, **training: Any) -> Recipe:
     values = {"tokens": 10**7, "tokens_per_step": 1024, "micro_batch_size": 2, "sequence_length": 64, "precision": "fp32"}
-    return Recipe.model_validate({"model": {"size": "nano"}, "training": values | training, "deepspeed": deepspeed or {}})
+    return Recipe.model_validate(
+        {"model": {"size": "nano"}, "training": values | training, "deepspeed": deepspeed or {"zero_optimization": {"stage": 0}}}
+    )
 
 
 def network(**fields: Any) -> ModelConfig:
@@ -515,6 +517,8 @@ def test_what_is_sent_against_the_rings_themselves(stage: int) -> None:
 def test_scaling_lies_between_its_bounds() -> None:
     slow = scaling(3, 10**9, 6e9, 10**4, 1, 64, sustained=4e14)
     assert 0 < slow.share_exposed < slow.share_hidden <= 1
+    twice = scaling(3, 10**9, 6e9, 10**4, 1, 64, sustained=4e14, passes=2.0)
+    assert twice.exposed == pytest.approx(slow.exposed / 2) and twice.sent == 2 * slow.sent
     alone = scaling(3, 10**9, 6e9, 10**4, 1, 1, sustained=4e14)
     assert alone.share_exposed == alone.share_hidden == 1 and alone.hidden == pytest.approx(4e14 / 6e9)
 

@@ -11,7 +11,7 @@ import pytest
 import train
 from model.errors import InputError
 from training.plan import print_plan
-from training.recipe import Recipe, model_config
+from training.recipe import Recipe, model_config, zero_stage
 from training.recipe_file import differences, dump_recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -300,7 +300,7 @@ def test_optimizers_of_whole_matrices_are_refused_where_zero_cuts_them(recipe: P
         assert f"optimizer.kind: {kind} needs whole matrices, which ZeRO stage {stage} cuts" in message
         assert "set deepspeed.zero_optimization.stage: 0" in message
     assert load_recipe(recipe, [f"optimizer.kind={kind}", "deepspeed.zero_optimization.stage=0"]).recipe.optimizer.kind == kind
-    assert load_recipe(recipe, [f"optimizer.kind={kind}", "deepspeed={}"]).recipe.optimizer.kind == kind
+    assert load_recipe(recipe, [f"optimizer.kind={kind}", "deepspeed.zero_optimization.stage=0"]).recipe.optimizer.kind == kind
 
 
 def test_an_optimizers_option_that_the_kind_does_not_have_is_refused(recipe: Path) -> None:
@@ -340,3 +340,19 @@ def test_a_dry_run_says_what_would_end_a_launch_on_this_machine(recipe: Path, tm
 def test_a_dry_run_says_what_it_does_not_look_at(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     print_plan(load_recipe(recipe, [f"run.folder={tmp_path}", "data.source=huggingface", "data.dataset=someone/texts"]), 1)
     assert capsys.readouterr().out.endswith("not looked at: the text itself, and whether the data set someone/texts can be had\n")
+
+
+@pytest.mark.parametrize(
+    ("section", "stage"),
+    [
+        (None, 2),
+        ({"wall_clock_breakdown": False}, 2),
+        ({"zero_optimization": {"overlap_comm": True}}, 2),
+        ({"zero_optimization": {"stage": 0}}, 0),
+    ],
+)
+def test_zero_2_is_there_unless_a_recipe_says_otherwise(section: dict[str, Any] | None, stage: int) -> None:
+    """Another of DeepSpeed's keys does not bring its own default, stage 0, along."""
+    tree: dict[str, Any] = {"model": {"size": "nano"}, "training": {"tokens": 1e6, "tokens_per_step": 1024, "micro_batch_size": 2}}
+    tree["training"]["sequence_length"] = 64
+    assert zero_stage(Recipe.model_validate(tree | ({"deepspeed": section} if section is not None else {}))) == stage
