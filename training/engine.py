@@ -35,10 +35,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from analysis.checkpoint import Checkpoint
 from analysis.files import load_file
@@ -62,11 +62,18 @@ if not torch.cuda.is_available():
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 import deepspeed  # noqa: E402
 import deepspeed.comm  # noqa: E402
+from deepspeed.comm.config import CommsLoggerConfig  # noqa: E402
+from deepspeed.compile.config import CompileConfig  # noqa: E402
+from deepspeed.monitor.config import CometConfig, CSVConfig, WandbConfig  # noqa: E402
+from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig  # noqa: E402
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine  # noqa: E402
 from deepspeed.runtime.config import DeepSpeedConfigError  # noqa: E402
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config  # noqa: E402
+from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT  # noqa: E402
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: E402
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
+from deepspeed.utils.config import DeepSpeedThroughputTimerConfig  # noqa: E402
 
 from training.master_weights import MasterWeights, Vector  # noqa: E402
 
@@ -119,22 +126,84 @@ def gpu_of(ranks: Ranks, visible: int, environment: Mapping[str, str]) -> int:
     )
 
 
-def zero_section_problems(zero: dict[str, Any]) -> list[str]:
-    """What DeepSpeed would refuse in its `zero_optimization` section, as `key: what is wrong`."""
+class _Strict(BaseModel):
+    """Of a section for which DeepSpeed has no model, and takes what it finds: unknown keys and other types are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+class _TorchAutocast(_Strict):
+    enabled: bool = False
+    dtype: Literal["bf16", "bfloat16", "torch.bfloat16", "fp16", "float16", "torch.float16", "half"] | None = None
+    lower_precision_safe_modules: list[str] | None = None
+
+
+class _Timers(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    throughput: DeepSpeedThroughputTimerConfig = Field(default_factory=DeepSpeedThroughputTimerConfig)
+
+
+def _model_of_defaults(name: str, defaults: Mapping[str, Any]) -> type[BaseModel]:
+    """A model whose fields have the types of these defaults; None stands for a text that may be left out."""
+    fields: dict[str, Any] = {key: (str | None if value is None else type(value), value) for key, value in defaults.items()}
+    return create_model(name, __base__=_Strict, **fields)
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "zero_optimization": DeepSpeedZeroConfig,
+    "bf16": DeepSpeedBF16Config,
+    "comms_logger": CommsLoggerConfig,
+    "compile": CompileConfig,
+    "wandb": WandbConfig,
+    "csv_monitor": CSVConfig,
+    "comet": CometConfig,
+    "timers": _Timers,
+    "torch_autocast": _TorchAutocast,
+    "aio": _model_of_defaults("Aio", AIO_DEFAULT_DICT),
+    "flops_profiler": _model_of_defaults("FlopsProfiler", vars(DeepSpeedFlopsProfilerConfig({}))),
+}
+
+
+def deepspeed_section_problems(name: str, section: dict[str, Any]) -> list[str]:
+    """What DeepSpeed would refuse in one of its sections, or ignore, a line each. What is no ZeRO stage is not looked at."""
+    key, model = f"deepspeed.{name}", _SECTIONS[name]
+    problems = [_unknown(key, other, model) for other in section if other not in _known_keys(model)]
+    known = {other: value for other, value in section.items() if other in _known_keys(model)}
+    if name == "zero_optimization" and not (type(section.get("stage")) is int and 0 <= section["stage"] <= 3):
+        known.pop("stage", None)
     try:
-        DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if key != "stage"})
+        model(**known)
     except ValidationError as error:
-        problems = []
         for details in error.errors():
-            *section, key = (str(part) for part in details["loc"])
+            place = [str(part) for part in details["loc"]]
             if details["type"] == "extra_forbidden":
-                near = difflib.get_close_matches(key, DeepSpeedZeroConfig.model_fields, n=1)
-                advice = f"; did you mean {near[0]}?" if near and not section else " to DeepSpeed"
-                problems.append(f"{'.'.join([*section, key])}: unknown key{advice}")
-            else:
-                problems.append(f"{'.'.join([*section, key])}: {details['msg']}, found {details['input']!r}")
-        return problems
-    return []
+                problems.append(_unknown(".".join([key, *place[:-1]]), place[-1], _section_below(model, place[:-1])))
+            elif place:
+                problems.append(f"{'.'.join([key, *place])}: {details['msg']}, found {repr(details['input'])[:80]}")
+            else:  # about keys that do not go together
+                problems.append(f"{key}: {details['msg'].removeprefix('Assertion failed, ').removeprefix('Value error, ')}")
+    except AssertionError as error:  # of a key that has another name now, and is given under both
+        problems.append(f"{key}: {error}")
+    return problems
+
+
+def _unknown(section: str, key: str, model: type[BaseModel] | None) -> str:
+    near = difflib.get_close_matches(key, _known_keys(model), n=1)
+    return f"{section}.{key}: unknown key" + (f"; did you mean {near[0]}?" if near else " to DeepSpeed")
+
+
+def _known_keys(model: type[BaseModel] | None) -> list[str]:
+    """The keys of a section of DeepSpeed's, by each of their names."""
+    fields = {} if model is None else model.model_fields
+    return [*fields, *(field.alias for field in fields.values() if field.alias is not None)]
+
+
+def _section_below(model: type[BaseModel] | None, keys: list[str]) -> type[BaseModel] | None:
+    for key in keys:
+        field = None if model is None else model.model_fields.get(key)
+        kinds = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+    return model
 
 
 def deepspeed_config(recipe: Recipe, parameters: int, accumulation: int, world_size: int) -> dict[str, Any]:

@@ -46,6 +46,25 @@ _DEEPSPEED_SECTIONS = (
     "csv_monitor", "comet",
 )  # fmt: skip
 
+# And the ones that are switches
+_DEEPSPEED_SWITCHES = (
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "dump_state", "memory_breakdown", "wall_clock_breakdown",
+    "disable_allgather",
+)  # fmt: skip
+
+# What `data_types` may have: DeepSpeed asks for these keys one by one, and sees no other
+_DATA_TYPES = ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules")
+_PRECISIONS = ("fp32", "bf16", "fp16")
+
+# Which sources read a key of the data section; the others are read with any.
+_READ_BY = {
+    "paths": ("files",),
+    "dataset": ("huggingface",),
+    "subset": ("huggingface",),
+    "split": ("huggingface",),
+    "text_field": ("files", "huggingface"),
+}
+
 
 def _given(section: Section) -> list[str]:
     """The keys of a section that are not at their defaults; a run's resolved recipe, which has them all, must load again."""
@@ -113,7 +132,60 @@ def problems_between_fields(recipe: Recipe) -> list[str]:
         )
     if any(not 0 <= beta < 1 for beta in recipe.optimizer.betas):
         problems.append(f"optimizer.betas: expected two numbers in [0, 1), found {list(recipe.optimizer.betas)}")
-    return problems + _pruning_problems(recipe) + _optimizer_problems(recipe) + _sharpness_problems(recipe) + _deepspeed_problems(recipe)
+    for look in (_unread_problems, _pruning_problems, _optimizer_problems, _sharpness_problems, _deepspeed_problems):
+        problems.extend(look(recipe))
+    return problems
+
+
+def _unread_problems(recipe: Recipe) -> list[str]:
+    """Keys that the recipe gives and nothing would read: the run would go, and not be the one that was meant."""
+    data, problems = recipe.data, []
+    for key in _given(data):
+        if key in _READ_BY and data.source not in _READ_BY[key]:
+            meant = " or ".join(_READ_BY[key])
+            problems.append(
+                f"data.{key}: does nothing with data.source {data.source}; did you mean data.source: {meant}? Else leave it out"
+            )
+    # vocab_size is not here: with a pretrained tokenizer too, the plan and the benchmarks make a network of that many tokens
+    kind_of = {"path": "pretrained", "sample_megabytes": "sentencepiece"}
+    if recipe.model.pretrained is None or data.tokenizer.kind == "pretrained":
+        problems.extend(
+            f"data.tokenizer.{key}: does nothing with data.tokenizer.kind {data.tokenizer.kind}; did you mean data.tokenizer.kind: "
+            f"{kind_of[key]}? Else leave it out"
+            for key in _given(data.tokenizer)
+            if key in kind_of and data.tokenizer.kind != kind_of[key]
+        )
+    spikes, evaluation, checkpoint, pruning = recipe.training.loss_spikes, recipe.evaluation, recipe.checkpoint, recipe.context_pruning
+    # Said to be off, it is off on purpose, to compare with; not said, it was forgotten. A run's resolved recipe says all.
+    if spikes.action == "none" and "action" not in spikes.model_fields_set and (given := _given(spikes)):
+        problems.append(f"training.loss_spikes.{given[0]}: does nothing without training.loss_spikes.action; say skip, rewind or none")
+    if evaluation.curvature_every is None and "curvature_every" not in evaluation.model_fields_set:
+        problems.extend(
+            f"evaluation.{key}: does nothing without evaluation.curvature_every; say every how many steps, or null"
+            for key in _given(evaluation)
+            if key in ("curvature_iterations", "curvature_lanczos")
+        )
+    if checkpoint.keep_every is not None and checkpoint.keep_last is None and "keep_last" not in checkpoint.model_fields_set:
+        problems.append(
+            "checkpoint.keep_every: does nothing without checkpoint.keep_last, since none is deleted then; say how many to keep, or null"
+        )
+    if pruning is None and "context_pruning" not in recipe.model_fields_set and "pruning_learning_rate_factor" in _given(recipe.optimizer):
+        problems.append("optimizer.pruning_learning_rate_factor: does nothing without context_pruning; give that section, or null")
+    if pruning is not None and pruning.trainable != "lora":
+        problems.extend(
+            f"context_pruning.{key}: does nothing with context_pruning.trainable {pruning.trainable}; did you mean "
+            "context_pruning.trainable: lora? Else leave it out"
+            for key in _given(pruning)
+            if key in ("lora_rank", "lora_alpha")
+        )
+    last_step = recipe.training.tokens // recipe.training.tokens_per_step
+    beyond = [step for step in recipe.training.profile if not 1 <= step <= last_step]
+    if beyond and last_step:
+        problems.append(
+            f"training.profile: step {beyond[0]}, expected steps from 1 to {last_step}, the last one of training.tokens over "
+            "training.tokens_per_step"
+        )
+    return problems
 
 
 def _pretrained_problems(recipe: Recipe) -> list[str]:
@@ -189,6 +261,13 @@ def _optimizer_problems(recipe: Recipe) -> list[str]:
     for field, kind in (("momentum", "muon"), ("precondition_frequency", "soap"), ("largest_preconditioner", "soap")):
         if getattr(optimizer, field) is not None and optimizer.kind != kind:
             problems.append(f"optimizer.{field}: only {kind} has it, and optimizer.kind is {optimizer.kind}; leave it out")
+    for field in _given(optimizer):
+        if field in ("betas", "epsilon") and optimizer.kind == "adafactor":  # muon has them for what is beside the blocks' matrices
+            problems.append(f"optimizer.{field}: only adamw, muon and soap have it, and optimizer.kind is adafactor; leave it out")
+        if field == "decay_fraction" and optimizer.schedule != "warmup_stable_decay":
+            problems.append(
+                f"optimizer.decay_fraction: only warmup_stable_decay has it, and optimizer.schedule is {optimizer.schedule}; leave it out"
+            )
     zero = recipe.deepspeed.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
     if optimizer.kind != "adamw" and stage != 0:
@@ -267,6 +346,17 @@ def _deepspeed_problems(recipe: Recipe) -> list[str]:
         if not isinstance(recipe.deepspeed.get(key, {}), dict):
             example = " such as {stage: 2}" if key == "zero_optimization" else ""
             problems.append(f"deepspeed.{key}: expected a mapping{example}, found {str(recipe.deepspeed[key])[:80]!r}")
+    for key in _DEEPSPEED_SWITCHES:
+        if not isinstance(found := recipe.deepspeed.get(key, False), bool):
+            problems.append(f"deepspeed.{key}: expected true or false, found {str(found)[:80]!r}")
+    problems.extend(_data_types_problems(recipe.deepspeed.get("data_types", {})))
+    # DeepSpeed takes seconds to import: not for what is empty, nor for a stage alone, which is looked at below
+    for key in (key for key in _DEEPSPEED_SECTIONS if key != "data_types"):
+        section = recipe.deepspeed.get(key)
+        if isinstance(section, dict) and section.keys() - ({"stage"} if key == "zero_optimization" else set()):
+            from training.engine import deepspeed_section_problems
+
+            problems.extend(deepspeed_section_problems(key, section))
     zero = recipe.deepspeed.get("zero_optimization", {})
     if not isinstance(zero, dict):
         return problems
@@ -288,28 +378,40 @@ def _deepspeed_problems(recipe: Recipe) -> list[str]:
         )
     types = recipe.deepspeed.get("data_types", {})
     accumulated = types.get("grad_accum_dtype") if isinstance(types, dict) else None
-    if recipe.training.precision == "bf16" and stage == 0 and accumulated not in (None, "bf16"):
+    if recipe.training.precision == "bf16" and stage == 0 and accumulated in ("fp32", "fp16"):
         problems.append(
             f"deepspeed.data_types.grad_accum_dtype: {accumulated} with bf16 needs ZeRO stage 1 to 3; at stage 0 leave it out, or use "
             "training.precision fp32"
         )
-    if zero.keys() - {"stage"}:
-        from training.engine import zero_section_problems  # DeepSpeed takes seconds to import
-
-        problems.extend(f"deepspeed.zero_optimization.{problem}" for problem in zero_section_problems(zero))
     return problems
+
+
+def _data_types_problems(types: Any) -> list[str]:
+    problems = []
+    for key, found in types.items() if isinstance(types, dict) else ():
+        if key not in _DATA_TYPES:
+            near = difflib.get_close_matches(key, _DATA_TYPES, n=1)
+            advice = f"did you mean {near[0]}?" if near else f"known here: {', '.join(_DATA_TYPES)}"
+            problems.append(f"deepspeed.data_types.{key}: unknown key; {advice}")
+        elif key == "keep_in_fp32_modules":
+            if found != "auto" and not (isinstance(found, list) and all(isinstance(name, str) for name in found)):
+                problems.append(f"deepspeed.data_types.{key}: expected auto or a list of names, found {str(found)[:80]!r}")
+        elif found is not None and found not in _PRECISIONS:
+            problems.append(_no_precision(f"data_types.{key}", found))
+    return problems
+
+
+def _no_precision(key: str, found: Any) -> str:
+    near = difflib.get_close_matches(str(found), _PRECISIONS, n=1)
+    return f"deepspeed.{key}: {found!r} is not one of {', '.join(_PRECISIONS)}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _reduction_problems(deepspeed: dict[str, Any], stage: Any, scattered: Any) -> list[str]:
     """Of the plain values that DeepSpeed looks at when it is built, or in the first step, and refuses with an exception."""
     problems = []
-    kinds, found = ("fp32", "bf16", "fp16"), deepspeed.get("communication_data_type")
-    if found is not None and found not in kinds:
-        near = difflib.get_close_matches(str(found), kinds, n=1)
-        problems.append(
-            f"deepspeed.communication_data_type: {found!r} is not one of {', '.join(kinds)}"
-            + (f"; did you mean {near[0]}?" if near else "")
-        )
+    found = deepspeed.get("communication_data_type")
+    if found is not None and found not in _PRECISIONS:
+        problems.append(_no_precision("communication_data_type", found))
     found = deepspeed.get("steps_per_print")
     if found is not None and (type(found) is not int or found < 1):
         problems.append(f"deepspeed.steps_per_print: expected a whole number from 1 on, found {found!r}")

@@ -127,6 +127,138 @@ def test_what_would_do_nothing_or_fail_inside_is_refused(recipe: Path, override:
     assert expected in problems(recipe, override)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["data.paths=[my.txt]"], "data.paths: does nothing with data.source python_source; did you mean data.source: files? Else leave"),
+        (["data.source=huggingface", "data.dataset=a/b", "data.paths=[my.txt]"], "data.paths: does nothing with data.source huggingface"),
+        (["data.dataset=a/b"], "data.dataset: does nothing with data.source python_source; did you mean data.source: huggingface?"),
+        (["data.source=files", "data.paths=[my.txt]", "data.dataset=a/b"], "data.dataset: does nothing with data.source files"),
+        (["data.subset=small"], "data.subset: does nothing with data.source python_source; did you mean data.source: huggingface?"),
+        (["data.split=test"], "data.split: does nothing with data.source python_source; did you mean data.source: huggingface?"),
+        (["data.text_field=body"], "data.text_field: does nothing with data.source python_source; did you mean data.source: files or"),
+        (["data.tokenizer.path=gpt2"], "data.tokenizer.path: does nothing with data.tokenizer.kind sentencepiece; did you mean "
+         "data.tokenizer.kind: pretrained?"),
+        (["data.tokenizer={kind: pretrained, path: gpt2, sample_megabytes: 3}"], "data.tokenizer.sample_megabytes: does nothing with "
+         "data.tokenizer.kind pretrained; did you mean data.tokenizer.kind: sentencepiece?"),
+        *(([f"training.loss_spikes.{key}={value}"], f"training.loss_spikes.{key}: does nothing without training.loss_spikes.action; say "
+           "skip, rewind or none")
+          for key, value in (("threshold", 5), ("window", 64), ("warmup", 8), ("rewind_steps", 50), ("limit", 3))),
+        *(([f"evaluation.{key}=7"], f"evaluation.{key}: does nothing without evaluation.curvature_every; say every how many steps, or null")
+          for key in ("curvature_iterations", "curvature_lanczos")),
+        *((["optimizer.kind=adafactor", "deepspeed={}", f"optimizer.{key}={value}"], f"optimizer.{key}: only adamw, muon and soap have it, "
+           "and optimizer.kind is adafactor; leave it out")
+          for key, value in (("betas", "[0.8, 0.9]"), ("epsilon", "1e-6"))),
+        (["optimizer.schedule=linear", "optimizer.decay_fraction=0.5"], "optimizer.decay_fraction: only warmup_stable_decay has it, and "
+         "optimizer.schedule is linear; leave it out"),
+        (["optimizer.pruning_learning_rate_factor=5"], "optimizer.pruning_learning_rate_factor: does nothing without context_pruning; give "
+         "that section, or null"),
+        *(([f"context_pruning={{target_kept: 0.5, {key}: 4}}"], f"context_pruning.{key}: does nothing with context_pruning.trainable all; "
+           "did you mean context_pruning.trainable: lora?")
+          for key in ("lora_rank", "lora_alpha")),
+        (["checkpoint.keep_every=500"], "checkpoint.keep_every: does nothing without checkpoint.keep_last, since none is deleted then; "
+         "say how many to keep, or null"),
+        *(([f"training.profile=[3, {step}]"], f"training.profile: step {step}, expected steps from 1 to 244, the last one of")
+          for step in (0, -1, 245)),
+    ],
+)  # fmt: skip
+def test_what_nothing_would_read_is_refused(recipe: Path, overrides: list[str], expected: str) -> None:
+    message = problems(recipe, *overrides)
+    assert expected in message and "1 problem in the recipe" in message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data.source=files", "data.paths=[my.txt]", "data.text_field=body", "data.dataset=null"],
+        ["data.source=huggingface", "data.dataset=a/b", "data.subset=small", "data.split=test", "data.text_field=body", "data.paths=[]"],
+        ["data.tokenizer={kind: pretrained, path: gpt2, vocab_size: 50257}"],  # the plan and the benchmarks go by it
+        ["training.loss_spikes={threshold: 5, rewind_steps: 50, action: none}"],
+        ["evaluation.curvature_every=null", "evaluation.curvature_lanczos=9"],
+        ["optimizer.pruning_learning_rate_factor=5", "context_pruning=null"],
+        ["checkpoint.keep_every=500", "checkpoint.keep_last=null"],
+        ["optimizer.kind=muon", "deepspeed={}", "optimizer.betas=[0.8, 0.9]", "optimizer.epsilon=1e-6"],
+        ["training.profile=[1, 244]"],
+    ],
+)
+def test_what_is_read_or_switched_off_on_purpose_is_taken_and_loads_again(recipe: Path, overrides: list[str]) -> None:
+    loaded = load_recipe(recipe, overrides)
+    saved = recipe.with_name("resolved.yaml")
+    saved.write_text(dump_recipe(loaded))
+    assert load_recipe(saved).recipe == loaded.recipe
+
+
+def test_what_nothing_reads_since_a_value_was_refused_is_no_problem_of_its_own(recipe: Path) -> None:
+    for overrides in (
+        ["data.source=filez", "data.paths=[my.txt]"],
+        ["data.tokenizer={kind: pretraind, path: gpt2}"],
+        ["training.loss_spikes={action: skipp, threshold: 5}"],
+        ["evaluation.curvature_every=0", "evaluation.curvature_lanczos=9"],
+        ["optimizer.schedule=wsd", "optimizer.decay_fraction=0.5"],
+        ["checkpoint={keep_last: 0, keep_every: 5}"],
+    ):
+        assert "1 problem in the recipe" in problems(recipe, *overrides), overrides
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ("data_types: {grad_accum_dtyp: fp32}", "data_types.grad_accum_dtyp: unknown key; did you mean grad_accum_dtype?"),
+        ("data_types: {grad_accum_dtype: fp31}", "data_types.grad_accum_dtype: 'fp31' is not one of fp32, bf16, fp16; did you mean fp32?"),
+        ("data_types: {keep_in_fp32_modules: norm}", "data_types.keep_in_fp32_modules: expected auto or a list of names, found 'norm'"),
+        ("aio: {block_sizes: 4096}", "aio.block_sizes: unknown key; did you mean block_size?"),
+        ("aio: {queue_depth: deep}", "aio.queue_depth: "),
+        ("bf16: {imediate_grad_update: true}", "bf16.imediate_grad_update: unknown key; did you mean immediate_grad_update?"),
+        ("bf16: {check_grad_overflow: 7}", "bf16.check_grad_overflow: "),
+        ("comms_logger: {verbos: true}", "comms_logger.verbos: unknown key; did you mean verbose?"),
+        ("compile: {deep_compile: true}", "compile.deep_compile: unknown key; did you mean deepcompile?"),
+        ("csv_monitor: {enable: true}", "csv_monitor.enable: unknown key; did you mean enabled?"),
+        ("wandb: {projet: x}", "wandb.projet: unknown key; did you mean project?"),
+        ("comet: {samples_log_interval: often}", "comet.samples_log_interval: "),
+        ("flops_profiler: {profile_stp: 5}", "flops_profiler.profile_stp: unknown key; did you mean profile_step?"),
+        ("flops_profiler: {output_file: 5}", "flops_profiler.output_file: "),
+        ("timers: {througput: {enabled: true}}", "timers.througput: unknown key; did you mean throughput?"),
+        ("timers: {throughput: {enable: true}}", "timers.throughput.enable: unknown key; did you mean enabled?"),
+        ("torch_autocast: {enabld: true}", "torch_autocast.enabld: unknown key; did you mean enabled?"),
+        ("torch_autocast: {enabled: true, dtype: bf61}", "torch_autocast.dtype: "),
+        ("bf16: {self: 1}", "bf16.self: unknown key"),
+        ("wall_clock_breakdown: sometimes", "wall_clock_breakdown: expected true or false, found 'sometimes'"),
+    ],
+)
+def test_deepspeeds_other_sections_are_checked_too(recipe: Path, section: str, expected: str) -> None:
+    message = problems(recipe, f"deepspeed={{zero_optimization: {{stage: 2}}, {section}}}")
+    assert f"  deepspeed.{expected}" in message and "1 problem in the recipe" in message
+
+
+@pytest.mark.parametrize(
+    ("zero", "expected"),
+    [
+        ("stage: 2, offload_optimizer: {device: cpu, ratio: 0.5}", "Partial offloading only supported for ZeRO Stage 3."),
+        ("stage: 3, compute_grad_norm: false", "compute_grad_norm=false is supported only with ZeRO Stage 1 or 2"),
+        ("stage: 2, cpu_offload: true, offload_optimizer: {device: cpu}", "Cannot provide deprecated parameter 'cpu_offload'"),
+    ],
+)
+def test_keys_of_deepspeeds_that_do_not_go_together_are_one_line(recipe: Path, zero: str, expected: str) -> None:
+    lines = problems(recipe, f"deepspeed.zero_optimization={{{zero}}}").splitlines()
+    assert len(lines) == 2 and lines[1].startswith(f"  deepspeed.zero_optimization: {expected}")
+    load_recipe(recipe, ["deepspeed.zero_optimization={stage: 3, offload_optimizer: {device: cpu, ratio: 0.5}}"])
+
+
+def test_what_deepspeed_takes_in_its_other_sections_is_left_alone(recipe: Path) -> None:
+    sections = (
+        "data_types: {grad_accum_dtype: fp32, keep_in_fp32_modules: auto}",
+        "aio: {block_size: 4096, queue_depth: 4, intra_op_parallelism: 2, single_submit: true, overlap_events: false, use_gds: false}",
+        "bf16: {enabled: true, check_grad_overflow: false}",
+        "comms_logger: {enabled: true, prof_all: false, prof_ops: [all_reduce]}",
+        "flops_profiler: {enabled: true, recompute_fwd_factor: 1, profile_step: 2, module_depth: -1, detailed: false, output_file: x.txt}",
+        "timers: {throughput: {enabled: true, synchronized: false}}",
+        "torch_autocast: {enabled: false, dtype: bfloat16, lower_precision_safe_modules: [torch.nn.Linear]}",
+        "wandb: {enabled: false}, csv_monitor: {}, comet: {}, compile: {}, memory_breakdown: true, wall_clock_breakdown: false",
+    )
+    loaded = load_recipe(recipe, [f"deepspeed={{zero_optimization: {{stage: 2}}, {', '.join(sections)}}}"])
+    assert len(loaded.recipe.deepspeed) == 14
+
+
 def test_what_deepspeed_takes_at_stage_1_is_left_alone(recipe: Path) -> None:
     zero = "{zero_optimization: {stage: 1}, gradient_predivide_factor: 2, prescale_gradients: true, communication_data_type: fp32}"
     load_recipe(recipe, [f"deepspeed={zero}"])
