@@ -138,7 +138,7 @@ def _one_file(checkpoint: Checkpoint, path: Path, dtype: torch.dtype) -> str:
 
 def _folder(run: Run, checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, shard_gigabytes: float, compare: bool) -> list[str]:
     """Fill a Hugging Face folder; what to say about it."""
-    source = checkpoint.path
+    source = checkpoint.named
     if (source / "model_config.json").exists():
         prefix = BURNISH_PREFIX
     elif (source / "config.json").exists():
@@ -381,12 +381,17 @@ def sample(model: Any, folder: Path, tokens: Tensor, longest: int) -> str:
 
 def _live_model(checkpoint: Checkpoint) -> Any:
     """The network filled from the source itself."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from model.transformer import Transformer
 
     if (checkpoint.path / "model_config.json").exists():
         network = Transformer(read_config(checkpoint.path))
+        checkpoint.load_into(network)
+        return network.eval()
+    if checkpoint.named != checkpoint.path:  # a trainer's folder: what lies beside, if anything, is rounded
+        config = AutoConfig.from_pretrained(str(checkpoint.named), local_files_only=True, trust_remote_code=False)
+        network = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
         checkpoint.load_into(network)
         return network.eval()
     try:
