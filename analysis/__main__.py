@@ -18,7 +18,7 @@ from analysis.outlier_neurons import Thresholds
 from analysis.output import check_writable
 from analysis.quantization import RECIPES
 from analysis.runs import Run, find_run, folder_names
-from model.errors import InputError
+from model.errors import InputError, of_a_file
 
 Found = TypeVar("Found", Run, Run | Pretrained)
 
@@ -417,8 +417,8 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except PermissionError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {of_a_file(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

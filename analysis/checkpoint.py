@@ -51,6 +51,7 @@ class Checkpoint:
 
     Attributes:
         path: the folder or file.
+        named: what it was opened by: `path`, or the folder of a library whose DeepSpeed folder `path` is; there config.json lies.
         format: how it is stored, in words: "DeepSpeed ZeRO 2", "safetensors", ...
         step: optimizer steps taken when it was saved; where the files do not say, the number at the end of its name, else 0.
         step_is_said: by the files, or by a name like step1000 or 1000; not so where the number may mean something else.
@@ -68,7 +69,7 @@ class Checkpoint:
     zero_stage: int | None = None
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = self.named = path
         self.manifest = read_manifest(path) if path.is_dir() else None
         self.step = step_of_name(path)
         self.step_is_said = _said_step(path) is not None

@@ -83,6 +83,8 @@ class Setting:
             if value is not None and value < smallest:
                 reason = "" if name in ("depth", "tokens", "samples") else f", {'twice ' * (name == 'width')}the tokens"
                 raise InputError(f"--{name.replace('_', '-')} {value}: expected at least {smallest}{reason}")
+        if self.seed < 0:
+            raise InputError(f"--seed {self.seed}: expected 0 or more")
         for name in ("temperature", "time_step"):
             if not getattr(self, name) > 0:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name):g}: expected a positive number")

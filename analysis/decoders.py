@@ -12,6 +12,7 @@ what a linear map is for follows from the order in which it is called.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from model.config import ModelConfig
 from model.errors import InputError
 from model.transformer import Transformer
 
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
 LONGEST_SEQUENCE = 1024  # of a Hugging Face model, whose configuration may allow sequences that no machine here would hold
 
 
@@ -168,10 +170,44 @@ def model_config_of(checkpoint: Checkpoint) -> ModelConfig:
         )
     if not path.exists():
         raise InputError(f"{path}: missing, so the network cannot be built; this verb reads checkpoints that train.py wrote")
+    return read_config(checkpoint)
+
+
+def read_config(checkpoint: Checkpoint) -> ModelConfig:
+    """model_config.json of a checkpoint, of the sizes that its weights have: a network of others, which may fill the memory, is not built.
+
+    Raises:
+        InputError: not a configuration, or one of another network; the first size that differs is named.
+    """
+    path = checkpoint.path / "model_config.json"
     try:
-        return ModelConfig(**read_json(path))
-    except TypeError as error:
+        config = ModelConfig(**read_json(path))
+    except (TypeError, OverflowError) as error:
         raise InputError(f"{path}: not a model configuration: {error}") from None
+
+    def size(name: str, dimension: int) -> int | None:
+        shape = checkpoint.shapes.get(checkpoint.aliases.get(name, name), ())
+        return shape[dimension] if len(shape) > dimension else None
+
+    assert config.head_dim is not None and config.kv_heads is not None
+    block = "blocks.0."
+    sizes = {
+        "vocab_size": (config.vocab_size, size("embedding.weight", 0)),
+        "width": (config.width, size("embedding.weight", 1)),
+        "depth": (config.depth, len({match[1] for match in map(_BLOCK.match, checkpoint.shapes) if match})),
+        "mlp_width": (config.mlp_width, size(f"{block}mlp.up.weight", 0)),
+        "heads x head_dim": (config.heads * config.head_dim, size(f"{block}attention.query.weight", 0)),
+        "kv_heads x head_dim": (config.kv_heads * config.head_dim, size(f"{block}attention.key.weight", 0)),
+    }
+    if config.positions == "learned":
+        sizes["sequence_length"] = (config.sequence_length, size("position_embedding.weight", 0))
+    for name, (said, found) in sizes.items():
+        if said != found or not isinstance(said, int):
+            has = "none of that name" if found is None else str(found)
+            raise InputError(
+                f"{path}: {name} {said}, and the weights beside it have {has}: these are not this model's weights; restore the right file"
+            )
+    return config
 
 
 def run_decoder(model: Transformer) -> Decoder:

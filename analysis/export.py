@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analysis.checkpoint import Checkpoint
+from analysis.decoders import read_config
 from analysis.formats.deepspeed import DeepSpeedCheckpoint
 from analysis.formats.tensor_files import BURNISH_PREFIX, DTYPES, read_safetensors
 from analysis.output import check_writable
@@ -138,8 +139,9 @@ def _one_file(checkpoint: Checkpoint, path: Path, dtype: torch.dtype) -> str:
 
 def _folder(run: Run, checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, shard_gigabytes: float, compare: bool) -> list[str]:
     """Fill a Hugging Face folder; what to say about it."""
-    source = checkpoint.path
-    if (source / "model_config.json").exists():
+    source = checkpoint.named
+    config = read_config(checkpoint) if (checkpoint.path / "model_config.json").exists() else None
+    if config is not None:
         prefix = BURNISH_PREFIX
     elif (source / "config.json").exists():
         prefix = BURNISH_PREFIX if read_json(source / "config.json").get("model_type") == "burnish" else ""
@@ -162,8 +164,8 @@ def _folder(run: Run, checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, 
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     compared = compare_tensors(checkpoint, [folder / name for name in names], dtype, prefix)
     lines = [f"{sum(map(len, parts))} tensors in {count} file{'s' * (count > 1)}; read back: {compared}"]
-    if (source / "model_config.json").exists():
-        lines += _burnish_files(run, source, folder, dtype)
+    if config is not None:
+        lines += _burnish_files(run, config, folder, dtype)
     else:
         for pattern in _CARRIED:
             for file in source.glob(pattern):
@@ -281,13 +283,12 @@ def compare_tensors(checkpoint: Checkpoint, files: Sequence[Path], dtype: torch.
 # ---- a Burnish network as a transformers model -----------------------------------------------------------------------
 
 
-def _burnish_files(run: Run, source: Path, folder: Path, dtype: torch.dtype) -> list[str]:
+def _burnish_files(run: Run, network: ModelConfig, folder: Path, dtype: torch.dtype) -> list[str]:
     """config.json, generation_config.json and the tokenizer of a Burnish network."""
     from transformers import GenerationConfig
 
     from model.huggingface import transformers_config
 
-    network = read_config(source)
     end: dict[str, int] = {}
     lines = ["no tokenizer/ beside the checkpoints: the folder has none"]
     tokenizer = run.folder / "tokenizer" if run.folder else None
@@ -297,14 +298,6 @@ def _burnish_files(run: Run, source: Path, folder: Path, dtype: torch.dtype) -> 
     transformers_config(network, dtype, **end).save_pretrained(folder)
     GenerationConfig(**end).save_pretrained(folder)
     return lines
-
-
-def read_config(folder: Path) -> ModelConfig:
-    """model_config.json of a checkpoint. Raises InputError when it is not one."""
-    try:
-        return ModelConfig(**read_json(folder / "model_config.json"))
-    except TypeError as error:
-        raise InputError(f"{folder / 'model_config.json'}: not a model configuration: {error}") from None
 
 
 def copy_tokenizer(source: Path, folder: Path) -> tuple[int | None, str]:
@@ -381,12 +374,17 @@ def sample(model: Any, folder: Path, tokens: Tensor, longest: int) -> str:
 
 def _live_model(checkpoint: Checkpoint) -> Any:
     """The network filled from the source itself."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from model.transformer import Transformer
 
     if (checkpoint.path / "model_config.json").exists():
-        network = Transformer(read_config(checkpoint.path))
+        network = Transformer(read_config(checkpoint))
+        checkpoint.load_into(network)
+        return network.eval()
+    if checkpoint.named != checkpoint.path:  # a trainer's folder: what lies beside, if anything, is rounded
+        config = AutoConfig.from_pretrained(str(checkpoint.named), local_files_only=True, trust_remote_code=False)
+        network = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
         checkpoint.load_into(network)
         return network.eval()
     try:

@@ -26,6 +26,16 @@ def is_deepspeed(folder: Path) -> bool:
     return folder.is_dir() and any(file.name.endswith("_states.pt") for file in folder.iterdir())  # glob would pass over what is locked
 
 
+def latest_tag(folder: Path) -> str | None:
+    """The folder inside that `latest`, which DeepSpeed writes beside its folders, names; None without that file, or where it names none."""
+    file = folder / "latest"
+    if not file.is_file():
+        return None
+    with file.open("rb") as stream:
+        tag = stream.read(256).decode(errors="replace").strip()
+    return tag if tag not in ("", "..") and "\0" not in tag and Path(tag).name == tag else None
+
+
 def checkpoint_files(folder: Path) -> tuple[list[Path], dict[int, Path]]:
     """(model-states files by rank, {rank: optimizer-states file}) of a folder."""
     if not folder.exists():

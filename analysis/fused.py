@@ -75,7 +75,7 @@ def parts_of_shape(source: str, name: str, shape: Size, heads: Heads | None) -> 
 
 def heads_of(checkpoint: Checkpoint) -> Heads | None:
     """From config.json of a Hugging Face folder; None where it does not say."""
-    path = checkpoint.path / "config.json"
+    path = checkpoint.named / "config.json"
     if not path.is_file():
         return None
     try:

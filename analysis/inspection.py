@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from analysis.formats.tensor_files import is_tensor_file
 from analysis.output import short
 from analysis.runs import Run
 from analysis.shards import Checkpoint, open_checkpoint
@@ -13,6 +14,7 @@ from model.errors import InputError
 
 DEFINITIONS = {
     "parameters": "elements of trained and frozen parameters, tied ones once; buffers do not count",
+    "read": "the folder inside that the path stands for, or null where it is the path itself",
     "precision": "what trained weights are read in; fp32 means float32 master weights",
     "optimizer_state": "whether Adam's moments of the trained parameters are in the files",
     "bytes": "of all files that the checkpoint is read from",
@@ -47,6 +49,7 @@ def _inspect(path: Path, verify: bool) -> dict[str, Any]:
             kinds[kind_of(name)] = kinds.get(kind_of(name), 0) + shape.numel()
         result |= {
             "format": checkpoint.format,
+            "read": _what_is_read(checkpoint),
             "step": checkpoint.step,
             "ranks": checkpoint.world_size,
             "precision": checkpoint.precision,
@@ -69,6 +72,14 @@ def _inspect(path: Path, verify: bool) -> dict[str, Any]:
     except InputError as error:
         result["problem"] = str(error)
     return result
+
+
+def _what_is_read(checkpoint: Checkpoint) -> str | None:
+    """Which of a trainer's two forms of the weights is read, in words; None where there is one folder alone."""
+    if checkpoint.named == checkpoint.path:
+        return None
+    beside = is_tensor_file(checkpoint.named)
+    return f"{checkpoint.path.name}/, DeepSpeed's files{', and not the weights that lie beside it' if beside else ''}"
 
 
 def _has_moments(checkpoint: Checkpoint) -> bool:
@@ -96,6 +107,8 @@ def describe(result: dict[str, Any]) -> str:
                 f"  {found['format']}, step {found['step']}, {found['ranks']} rank{'s' * (found['ranks'] > 1)}, weights in "
                 f"{found['precision']}, {state}; {found['bytes'] / 1e6:,.1f} MB, {'a' if found['manifest'] else 'no'} manifest"
             )
+            if found["read"]:
+                lines.append(f"  read: {found['read']}")
             kinds = ", ".join(f"{kind} {short(count)}" for kind, count in found["parameters_by_kind"].items())
             lines.append(f"  {found['parameters']:,} parameters in {len(found['tensors'])} tensors: {kinds}")
             for what in ("tied", "frozen", "buffers"):

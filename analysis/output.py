@@ -38,7 +38,7 @@ def check_writable(folder: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written: {error.strerror}") from None
+        raise InputError(f"{folder}: cannot be written: {error.strerror}; give --out a place that can be") from None
     finally:
         for one in made:
             with suppress(OSError):

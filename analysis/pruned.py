@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from analysis.checkpoint import Checkpoint
-from analysis.decoders import is_of_transformers
+from analysis.decoders import is_of_transformers, read_config
 from analysis.runs import Run, find_run, read_json
 from analysis.tokens import Tokenizer, run_tokenizer, tokenizer_of_transformers
 from model import pruning_files
-from model.config import ModelConfig, PruningConfig
+from model.config import PruningConfig
 from model.context_pruning import Policy, Settings, structure_of
 from model.errors import InputError
 from model.hub import open_decoder, open_tokenizer
@@ -138,7 +138,7 @@ def build(checkpoint: Checkpoint) -> tuple[Transformer | PretrainedDecoder, bool
             lora = None if fields["lora"] is None else LoraShape(**fields.pop("lora"))
             network = PretrainedDecoder(PretrainedModel(**{**fields, "lora": lora}))
         elif (folder / "model_config.json").exists():
-            network = Transformer(ModelConfig(**read_json(folder / "model_config.json")))
+            network = Transformer(read_config(checkpoint))
         else:
             raise InputError(f"{folder}: neither model_config.json nor pretrained.json, which train.py writes: no network can be built")
         prunes = (folder / pruning_files.DESCRIPTION).exists()

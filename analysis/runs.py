@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from analysis.checkpoint import Checkpoint, step_of_name, verify_checkpoints
+from analysis.files import is_deepspeed
 from analysis.formats.tensor_files import refuse_part
-from analysis.shards import is_checkpoint, open_checkpoint
+from analysis.shards import deepspeed_inside, is_checkpoint, is_of_trainer, open_checkpoint
 from model.errors import InputError
 
 SUFFIXES = "a file ending in .safetensors, .pt, .pth, .bin or .ckpt"
@@ -86,7 +87,7 @@ class Run:
         """
         if all(_of_train(path) for path in self.checkpoints):
             return self.checkpoints
-        return [checkpoint.path for checkpoint in self.open(verify=False)]
+        return [checkpoint.named for checkpoint in self.open(verify=False)]
 
 
 def find_run(path: str | Path) -> Run:
@@ -99,7 +100,7 @@ def find_run(path: str | Path) -> Run:
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     refuse_part(path)
-    if is_checkpoint(path):
+    if is_checkpoint(path) and not _is_save_folder(path):
         parent = path.resolve().parent
         return Run(path, parent.parent if parent.name == "checkpoints" else None, [path])
     if not path.is_dir():
@@ -115,6 +116,14 @@ def find_run(path: str | Path) -> Run:
     if not tags:
         raise InputError(f"{path}: no checkpoint here (expected a run folder, a checkpoint, or a folder of checkpoints)")
     return Run(path, path if is_run or (path / "metrics.jsonl").exists() else None, tags)
+
+
+def _is_save_folder(path: Path) -> bool:
+    """Whether DeepSpeed, or train.py, saves its checkpoints in this folder: a run of them also while there is only one."""
+    try:
+        return not is_deepspeed(path) and deepspeed_inside(path) is not None and not is_of_trainer(path)
+    except PermissionError:  # opening it says so
+        return False
 
 
 def folder_names(runs: Sequence[Any]) -> list[str]:

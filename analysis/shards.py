@@ -12,11 +12,12 @@ file cannot run code. None of the libraries that wrote them is needed but torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 from analysis.checkpoint import AdamSettings, Checkpoint, Kind, Segment
-from analysis.files import is_deepspeed
+from analysis.files import is_deepspeed, latest_tag
 from analysis.formats.deepspeed import DeepSpeedCheckpoint
 from analysis.formats.distributed import DistributedCheckpoint, is_distributed
 from analysis.formats.tensor_files import TensorFiles, is_tensor_file
@@ -24,7 +25,68 @@ from analysis.formats.tensor_parallel import TensorParallelCheckpoint, is_tensor
 from analysis.formats.universal import UniversalCheckpoint, is_universal
 from model.errors import InputError
 
-__all__ = ["FORMATS", "AdamSettings", "Checkpoint", "Kind", "Segment", "is_checkpoint", "open_checkpoint"]
+__all__ = [
+    "FORMATS",
+    "AdamSettings",
+    "Checkpoint",
+    "Kind",
+    "Segment",
+    "deepspeed_inside",
+    "is_checkpoint",
+    "is_of_trainer",
+    "open_checkpoint",
+]
+
+_TRAINER_FOLDER = re.compile(r"checkpoint-(\d+)")  # Hugging Face's Trainer counts its optimizer's steps in it
+
+
+def is_of_trainer(folder: Path) -> bool:
+    """Whether a folder is one checkpoint by its name, checkpoint-N, or by what a library other than DeepSpeed wrote into it."""
+    return _TRAINER_FOLDER.fullmatch(folder.resolve().name) is not None or (folder / "config.json").exists() or is_tensor_file(folder)
+
+
+def deepspeed_inside(folder: Path) -> Path | None:
+    """The DeepSpeed folder that a folder stands for: the only one in it; among several, in a trainer's folder, the one `latest` names.
+
+    Trainers put DeepSpeed's own files one level deeper: Hugging Face's into checkpoint-N/global_stepN, Lightning into X.ckpt/checkpoint.
+    Several in a folder that DeepSpeed alone wrote are the checkpoints of a run.
+    """
+    if not folder.is_dir():
+        return None
+    tag = latest_tag(folder)
+
+    def holds_files(child: Path) -> bool:
+        try:
+            return is_deepspeed(child)
+        except PermissionError:  # what is named is not passed over for worse weights: opening it says that it is locked
+            return child.name == tag
+
+    found = [child for child in sorted(folder.iterdir()) if not child.name.startswith(".") and holds_files(child)]
+    if len(found) > 1 and is_of_trainer(folder):
+        found = [child for child in found if child.name == tag]
+    return found[0] if len(found) == 1 else None
+
+
+def _open_inside(folder: Path) -> Checkpoint:
+    """The checkpoint of `deepspeed_inside`, by the name and the step of the folder around it.
+
+    Raises:
+        InputError: `latest` names another, which is not there.
+    """
+    inside, tag = deepspeed_inside(folder), latest_tag(folder)
+    assert inside is not None
+    if tag is not None and tag != inside.name:
+        raise InputError(f"{folder / 'latest'}: names {tag}, which holds no checkpoint here: restore it, or name {inside} itself")
+    checkpoint = open_checkpoint(inside)
+    checkpoint.named = folder
+    if match := _TRAINER_FOLDER.fullmatch(folder.resolve().name):
+        checkpoint.step, checkpoint.step_is_said = int(match[1]), True
+    return checkpoint
+
+
+def _has_deepspeed_inside(path: Path) -> bool:
+    return deepspeed_inside(path) is not None
+
 
 # (does a path look like this format?, what opens it): the first that fits
 FORMATS: list[tuple[Callable[[Path], bool], Callable[[Path], Checkpoint]]] = [
@@ -32,6 +94,7 @@ FORMATS: list[tuple[Callable[[Path], bool], Callable[[Path], Checkpoint]]] = [
     (is_distributed, DistributedCheckpoint),
     (is_tensor_parallel, TensorParallelCheckpoint),
     (is_deepspeed, DeepSpeedCheckpoint),
+    (_has_deepspeed_inside, _open_inside),  # float32 masters and moments: before 16-bit weights beside them
     (is_tensor_file, TensorFiles),
 ]
 
@@ -47,7 +110,7 @@ def is_checkpoint(path: Path) -> bool:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open one checkpoint: a folder or file of any format in docs/analysis.md's table.
 
-    For a folder with several inside use `analysis.runs.find_run`.
+    A folder with one of DeepSpeed's inside stands for that. For a folder with several inside use `analysis.runs.find_run`.
 
     Raises:
         InputError: nothing there, a file missing, truncated, damaged, unreadable, or of a kind this reader does not know.

@@ -145,6 +145,11 @@ def read_recipe(path: str, overrides: list[str]) -> tuple[ModelSection, int, int
     except ValidationError as error:
         problems = "; ".join(f"model.{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors())
         raise InputError(f"{path}: {problems}") from None
+    if section.pretrained is not None:
+        raise InputError(
+            f"{path}: the recipe begins with a pretrained model, so there are no initial weights to draw; give that model and a text: "
+            f"python -m analysis signal {section.pretrained} --data FILES"
+        )
     missing = [name for name in ("width", "depth", "heads") if getattr(section, name) is None]
     if missing:
         raise InputError(f"{path}: model: give a size, or also {' and '.join(missing)}")

@@ -9,6 +9,13 @@ class InputError(Exception):
     """
 
 
+def of_a_file(error: OSError) -> str:
+    """One line about a path that the system refuses. Raises the error again where it is of no path, and so a fault of ours."""
+    if error.filename is None:
+        raise error
+    return f"{error.filename}: {error.strerror}; give the path of a file or folder that can be read"
+
+
 def one_line(error: BaseException) -> str:
     """The first line of what a library says, or the kind of error where it says nothing."""
     said = next(iter(str(error).strip().splitlines()), "")

@@ -24,7 +24,7 @@ from transformers import TextStreamer
 
 from analysis.tokens import read_text
 from model.context_pruning import dense
-from model.errors import InputError
+from model.errors import InputError, of_a_file
 from model.hub import open_decoder, open_tokenizer
 from model.pretrained import longest_text
 from model.pruned_cache import PrunedLayer
@@ -87,6 +87,9 @@ def main() -> int:
         generate(arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {of_a_file(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from typing import TYPE_CHECKING
 
-from model.errors import InputError
-from training.data import PreparedData, prepare, require_step
-from training.recipe_file import load_recipe
+from training.early_stop import answer_at_once
+
+if TYPE_CHECKING:
+    from training.data import PreparedData
 
 
 def summary(prepared: PreparedData) -> str:
@@ -36,6 +38,10 @@ def main() -> int:
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
+    from model.errors import InputError, of_a_file  # what is imported from here on takes seconds
+    from training.data import prepare, require_step
+    from training.recipe_file import load_recipe
+
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides).recipe
         start = time.perf_counter()
@@ -44,10 +50,14 @@ def main() -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {of_a_file(error)}", file=sys.stderr)
+        return 2
     print(summary(prepared))
     print(f"seconds     {time.perf_counter() - start:.1f}")
     return 0
 
 
 if __name__ == "__main__":
+    answer_at_once("the data was not ready yet, and nothing half-done is used")
     sys.exit(main())

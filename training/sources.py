@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 WHOLE_FILE_BYTES = 1 << 20  # a text file up to this size is one document; a larger one is a collection, cut at line ends
 PIECE_BYTES = 1 << 16  # size of the documents that a larger text file is cut into
 BLOCK_BYTES = 1 << 20
+ZSTD_BLOCK_BYTES = 1 << 12  # of compressed content: a byte of Zstandard may stand for 32 KiB
+LINE_BYTES = 64 << 20  # the longest line of a .jsonl: a few kilobytes of gzip may hold one that fills the memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +235,7 @@ def _zstd_blocks(file: Path, raw: Any) -> Iterator[bytes]:
     whole = False
     pending = b""
     try:
-        while pending or (pending := raw.read(BLOCK_BYTES)):
+        while pending or (pending := raw.read(ZSTD_BLOCK_BYTES)):
             if whole:
                 frame = zstandard.ZstdDecompressor().decompressobj()
             block = frame.decompress(pending)
@@ -296,15 +298,19 @@ def _jsonl_texts(file: Path, field: str) -> Iterator[bytes]:
 
 
 def _lines(file: Path) -> Iterator[bytes]:
+    """The lines of a file. Raises InputError for one of more than `LINE_BYTES`."""
     parts: list[bytes] = []
+    length, number = 0, 1  # of the line that `parts` are of
     for block in _blocks(file):
-        lines = block.split(b"\n")
-        if len(lines) == 1:
-            parts.append(block)
-            continue
-        yield b"".join(parts) + lines[0]
-        yield from lines[1:-1]
-        parts = [lines[-1]]
+        for i, part in enumerate(block.split(b"\n")):
+            if i > 0:
+                yield b"".join(parts)
+                parts, length, number = [], 0, number + 1
+            parts.append(part)
+            length += len(part)
+            if length > LINE_BYTES:
+                limit = f"{LINE_BYTES / (1 << 20):g} MiB"
+                raise InputError(f"{file}:{number}: a line of more than {limit}; expected one JSON object: cut its text into several")
     yield b"".join(parts)
 
 

@@ -297,3 +297,8 @@ def test_numbers_that_make_no_sense(options: str, message: str, tmp_path: Path, 
     assert main(["covariance", *options.split(), "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_negative_seed_is_named(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["covariance", "--seed", "-1", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "error: --seed -1: expected 0 or more\n"

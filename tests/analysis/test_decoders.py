@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -15,16 +16,28 @@ import torch
 from torch import nn
 
 from analysis.__main__ import main
-from analysis.decoders import Decoder, Pretrained, find_decoder, huggingface_decoder, open_decoder, projection_groups, run_decoder, watch
+from analysis.decoders import (
+    Decoder,
+    Pretrained,
+    build_model,
+    find_decoder,
+    huggingface_decoder,
+    open_decoder,
+    projection_groups,
+    run_decoder,
+    watch,
+)
 from analysis.fake_quantization import check_sites, intercept
 from analysis.outlier_neurons import OutlierFeatures, Thresholds, watch_projections
 from analysis.outliers import analyze_outliers, measure
+from analysis.pruned import build
 from analysis.quantization import quantise_linears
+from analysis.shards import open_checkpoint
 from model.config import ModelConfig
 from model.errors import InputError
 from model.parametrization import initialize
 from model.transformer import Transformer
-from tests.analysis.conftest import write_checkpoint
+from tests.analysis.conftest import CONFIG, write_checkpoint
 
 SIZES = {
     "vocab_size": 61,
@@ -226,3 +239,43 @@ def test_a_pretrained_model_has_massive_activations_and_outlier_features(tmp_pat
     assert last["loss"] < 2.5  # ln 49152 = 10.8
     assert sum(found["count"] for found in last["massive_activations"].values()) > 0
     assert last["outlier_features"]["residual"]["features"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("width", 3_600_000, "width 3600000, and the weights beside it have 16"),
+        ("depth", 100_000_000, "depth 100000000, and the weights beside it have 2"),
+        ("vocab_size", 10**12, "vocab_size 1000000000000, and the weights beside it have 64"),
+        ("mlp_width", 10**12, "mlp_width 1000000000000, and the weights beside it have 64"),
+        ("head_dim", 10**12, "heads x head_dim 2000000000000, and the weights beside it have 16"),
+        ("width", 16.0, r"width 16\.0, and the weights beside it have 16"),
+        ("width", 10**400, "not a model configuration"),
+    ],
+)
+def test_a_network_of_other_sizes_than_the_weights_is_not_built(run_folder, tmp_path, capsys, field, value, said):
+    """It could take all memory, or forever."""
+    checkpoint = run_folder / "checkpoints" / "step-00000020"
+    file = checkpoint / "model_config.json"
+    config = {**json.loads(file.read_text()), field: value}
+    file.write_text(json.dumps(config))
+    (checkpoint / "manifest.json").unlink()
+    with pytest.raises(InputError, match=rf"model_config\.json: {said}"):
+        build_model(open_checkpoint(checkpoint))
+    with pytest.raises(InputError, match=rf"model_config\.json: {said}"):
+        build(open_checkpoint(checkpoint))
+    assert main(["outliers", str(checkpoint), "--out", str(tmp_path / "out")]) == 2
+    assert main(["export", str(checkpoint), "--out", str(tmp_path / "exported")]) == 2
+    assert not (tmp_path / "exported").exists()
+    assert capsys.readouterr().err.count("model_config.json: ") == 2
+
+
+def test_learned_positions_are_counted_too(tmp_path):
+    config = dataclasses.replace(CONFIG, positions="learned")
+    write_checkpoint(tmp_path / "run", Transformer(config), 1)
+    assert build_model(open_checkpoint(tmp_path / "run")).config == config
+    file = tmp_path / "run" / "model_config.json"
+    file.write_text(json.dumps({**config.to_dict(), "sequence_length": 10**12}))
+    (tmp_path / "run" / "manifest.json").unlink()
+    with pytest.raises(InputError, match="sequence_length 1000000000000, and the weights beside it have 16"):
+        build_model(open_checkpoint(tmp_path / "run"))

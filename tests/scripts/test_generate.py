@@ -37,6 +37,12 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return generate.main()
 
 
+def test_a_path_that_is_too_long_is_bad_input(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    assert call(monkeypatch, "x" * 300) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "File name too long" in line
+
+
 def test_text_and_figures(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     prompt = "the quick brown fox " * 3
     assert call(monkeypatch, folders[1], "--prompt", prompt, "--max-new-tokens", 20, "--compare") == 0

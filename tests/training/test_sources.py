@@ -86,6 +86,27 @@ def test_long_jsonl_lines_cross_blocks(tmp_path: Path) -> None:
     assert files(tmp_path / "a.jsonl") == [str(row["text"]).encode() for row in rows]
 
 
+@pytest.mark.parametrize("ending", ["gz", "zst"])
+def test_a_line_that_would_fill_the_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    """A few kilobytes, compressed, that are one line of any length."""
+    monkeypatch.setattr(sources, "LINE_BYTES", 3 << 20)
+    largest = [{"text": "x" * 2_000_000}, {"text": "y" * 3_000_000}]
+    bomb = jsonl(largest) + b'{"text": "' + b"z" * (16 << 20)
+    packed = gzip.compress(bomb) if ending == "gz" else zstandard.ZstdCompressor().compress(bomb)
+    assert len(packed) < 1 << 16
+    (tmp_path / f"a.jsonl.{ending}").write_bytes(packed)
+    found = FilesSource([str(tmp_path)], "text").texts(ReadCounts())
+    assert [len(next(found)), len(next(found))] == [2_000_000, 3_000_000]
+    with pytest.raises(InputError, match=rf"a\.jsonl\.{ending}:3: a line of more than 3 MiB; expected one JSON object: cut its text"):
+        next(found)
+
+
+def test_a_block_of_zstandard_is_bounded(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.ZstdCompressor(level=19).compress(bytes(300 << 20)))
+    assert (tmp_path / "a.jsonl.zst").stat().st_size < 1 << 16
+    assert max(map(len, sources._blocks(tmp_path / "a.jsonl.zst"))) <= sources.ZSTD_BLOCK_BYTES << 15
+
+
 def test_duplicates_and_empty_texts_are_left_out_and_counted(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl([{"text": text} for text in ("x", "y", "x", "", None, "z", "y")]))
     counts = ReadCounts()

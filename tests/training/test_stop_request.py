@@ -67,6 +67,19 @@ def test_a_signal_before_there_is_anything_to_save_ends_it_with_one_line(number:
         assert (process.returncode, said) == (code, expected if rank == "0" else "")
 
 
+def test_preparing_data_is_stopped_with_one_line_too() -> None:
+    command = [sys.executable, "-m", "scripts.prepare_data", "recipes/quickstart_pre_norm.yaml"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not catches(process.pid, signal.SIGUSR1):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (
+        130,
+        "stopped by SIGINT: the data was not ready yet, and nothing half-done is used; launch again\n",
+    )
+
+
 def test_nothing_that_takes_time_is_imported_before_signals_are_answered() -> None:
-    program = "import sys, train; assert not {'torch', 'pydantic', 'numpy', 'yaml'} & set(sys.modules)"
+    program = "import sys, train, scripts.prepare_data; assert not {'torch', 'pydantic', 'numpy', 'yaml'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60).returncode == 0
