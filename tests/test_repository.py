@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -149,6 +150,12 @@ def test_a_batch_equation_in_a_comment_is_true(path: Path) -> None:
         recipe = load_recipe(path).recipe
         batch = plan(recipe, model_config(recipe, recipe.data.tokenizer.vocab_size), int(ranks)).batch
         assert (batch.micro_batch_size, batch.accumulation, batch.sequence_length) == (int(micro), int(accumulation), int(length))
+
+
+def test_every_program_of_scripts_can_be_imported() -> None:
+    """Evidence is made by some of them alone, where a renamed function would show only then."""
+    for path in sorted((ROOT / "scripts").glob("[!_]*.py")):
+        importlib.import_module(f"scripts.{path.stem}")
 
 
 def test_schema_is_up_to_date() -> None:

@@ -16,6 +16,7 @@ from model.cache import Cache
 from model.config import ModelConfig
 from model.errors import InputError
 from model.parametrization import initialize, is_decayed, owned_parameters
+from model.section import ModelSection
 from model.shaped_attention import causal_mean, running_sums, shape_by_blocks
 from model.transformer import Transformer
 
@@ -336,3 +337,12 @@ def test_what_cannot_be_is_refused_by_name(fields: dict[str, Any], problem: str)
     with pytest.raises(InputError) as error:
         ModelConfig(**{**SMALL, **fields})
     assert str(error.value).startswith(problem)
+
+
+def test_the_preset_brings_what_its_theory_is_about() -> None:
+    """Weights of variance 1/width and embeddings of variance 1, at any width; what a recipe says itself stays."""
+    config = ModelSection.model_validate({"preset": "shaped_transformer", "size": "10m"}).config(100, 64)
+    assert config.init_std == pytest.approx(config.width**-0.5)
+    assert config.init_std * config.embedding_multiplier == pytest.approx(1.0)  # pyright: ignore[reportOperatorIssue]
+    own = ModelSection.model_validate({"preset": "shaped_transformer", "size": "10m", "init_std": 0.1, "embedding_multiplier": 3.0})
+    assert (own.init_std, own.embedding_multiplier) == (0.1, 3.0)
