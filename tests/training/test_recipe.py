@@ -21,6 +21,9 @@ training: {tokens: 1e6, tokens_per_step: 4096, micro_batch_size: 8, sequence_len
 """
 
 
+NO_ZERO = "deepspeed.zero_optimization.stage=0"
+
+
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "small.yaml"
@@ -146,7 +149,7 @@ def test_what_would_do_nothing_or_fail_inside_is_refused(recipe: Path, override:
           for key, value in (("threshold", 5), ("window", 64), ("warmup", 8), ("rewind_steps", 50), ("limit", 3))),
         *(([f"evaluation.{key}=7"], f"evaluation.{key}: does nothing without evaluation.curvature_every; say every how many steps, or null")
           for key in ("curvature_iterations", "curvature_lanczos")),
-        *((["optimizer.kind=adafactor", "deepspeed={}", f"optimizer.{key}={value}"], f"optimizer.{key}: only adamw, muon and soap have it, "
+        *((["optimizer.kind=adafactor", NO_ZERO, f"optimizer.{key}={value}"], f"optimizer.{key}: only adamw, muon and soap have it, "
            "and optimizer.kind is adafactor; leave it out")
           for key, value in (("betas", "[0.8, 0.9]"), ("epsilon", "1e-6"))),
         (["optimizer.schedule=linear", "optimizer.decay_fraction=0.5"], "optimizer.decay_fraction: only warmup_stable_decay has it, and "
@@ -177,7 +180,7 @@ def test_what_nothing_would_read_is_refused(recipe: Path, overrides: list[str], 
         ["evaluation.curvature_every=null", "evaluation.curvature_lanczos=9"],
         ["optimizer.pruning_learning_rate_factor=5", "context_pruning=null"],
         ["checkpoint.keep_every=500", "checkpoint.keep_last=null"],
-        ["optimizer.kind=muon", "deepspeed={}", "optimizer.betas=[0.8, 0.9]", "optimizer.epsilon=1e-6"],
+        ["optimizer.kind=muon", "deepspeed.zero_optimization.stage=0", "optimizer.betas=[0.8, 0.9]", "optimizer.epsilon=1e-6"],
         ["training.profile=[1, 244]"],
     ],
 )
