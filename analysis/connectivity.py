@@ -21,6 +21,7 @@ from torch import Size, Tensor
 from tqdm import tqdm
 
 from analysis.decoders import Decoder, Pretrained, build_model, model_config_of, run_decoder
+from analysis.output import number_or_none
 from analysis.runs import Run
 from analysis.tokens import check_vocabulary, held_out_tokens, sequences_at_once
 from analysis.trajectory import kind_of, layer_of
@@ -120,7 +121,7 @@ class Line:
             self.place(a, b, 0.0, names)
             swapped = losses[-1] - loss_of_a
             weights = sum(self.parameters[name].numel() for name in names)
-            found[part] = {"weights": weights, **barrier([0.0, *PART_PLACES], losses), "swapped": _number(swapped)}
+            found[part] = {"weights": weights, **barrier([0.0, *PART_PLACES], losses), "swapped": number_or_none(swapped)}
         return found
 
     def separation(self, a: End, b: End) -> dict[str, float]:
@@ -142,7 +143,7 @@ def barrier(at: Sequence[float], losses: Sequence[float]) -> dict[str, Any]:
     lowest = min((i for i in range(len(at)) if math.isfinite(losses[i])), key=lambda i: losses[i])
     return {
         "at": list(at),
-        "losses": [_number(loss) for loss in losses],
+        "losses": [number_or_none(loss) for loss in losses],
         "excess": None if highest is None else excess[highest],
         "excess_at": None if highest is None else at[highest],
         "barrier": None if highest is None else max(excess[highest], 0.0),
@@ -173,6 +174,8 @@ def analyze_connectivity(sources: list[Run | Pretrained], options: Options, veri
     if options.tokens < 1:
         raise InputError(f"--tokens {options.tokens}: expected at least 1")
     decoder, ends = open_ends(sources, options.every, verify)
+    if options.align and not isinstance(decoder.network, Transformer):
+        raise InputError("--align: only networks of Burnish's own can be aligned; of others the symmetries are not known")
     data = list(options.data) if options.data else None
     sequences, origin = held_out_tokens(sources[0], data, options.tokens, decoder.sequence_length)
     check_vocabulary(sequences, decoder.vocab_size, origin)
@@ -273,8 +276,7 @@ def aligned(line: Line, a: End, b: End, points: int, with_parts: bool, bar: tqdm
     from analysis.alignment import align
 
     network = line.decoder.network
-    if not isinstance(network, Transformer):
-        raise InputError("--align: only networks of Burnish's own can be aligned; of others the symmetries are not known")
+    assert isinstance(network, Transformer)
 
     def standing_at(end: End) -> Transformer:
         line.place(end, end, 0.0)
@@ -299,10 +301,6 @@ def aligned(line: Line, a: End, b: End, points: int, with_parts: bool, bar: tqdm
         found["parts"] = walker.parts(ends[0], ends[1], losses[0])
     beside = {"cosine_before": result.cosine[0], "rounds": result.rounds, "logits_deviation": deviation, "in_place": result.in_place}
     return {**found, **beside}
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def describe(result: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -48,6 +49,11 @@ def check_writable(folder: Path) -> None:
 def write_json(path: Path, value: dict[str, Any]) -> Path:
     """Write JSON; numbers that are not finite are a fault."""
     return write_whole(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def number_or_none(value: float) -> float | None:
+    """A JSON number, or None for what is not one."""
+    return float(value) if math.isfinite(value) else None
 
 
 def short(number: float) -> str:

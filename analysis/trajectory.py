@@ -19,6 +19,7 @@ import numpy as np
 from analysis.checkpoint import verify_checkpoints
 from analysis.fused import Heads, heads_of, parts_of
 from analysis.grams import increment_grams
+from analysis.output import number_or_none
 from analysis.ranks import Ranks
 from analysis.runs import Run
 from model.errors import InputError
@@ -100,30 +101,32 @@ def summarize(gram: np.ndarray, rounding: Sequence[float] | None = None, steps: 
     relative = relative_cosines[np.ix_(moved, moved)]
     relative_grid = _grid_weights(steps[1:] if steps is not None else range(count - 1))[moved]
     return {
-        "omega": _number(weight_cosines.mean()),
-        "omega_off_diagonal": _number(_off_diagonal_mean(weight_cosines)),
-        "omega_grid": _number(float(grid @ weight_cosines @ grid)),
-        "omega_relative": _number(relative.mean()) if moved.any() else None,
-        "omega_relative_off_diagonal": _number(_off_diagonal_mean(relative)),
-        "omega_relative_grid": _number(float(relative_grid @ relative @ relative_grid) / relative_grid.sum() ** 2) if moved.any() else None,
+        "omega": number_or_none(weight_cosines.mean()),
+        "omega_off_diagonal": number_or_none(_off_diagonal_mean(weight_cosines)),
+        "omega_grid": number_or_none(float(grid @ weight_cosines @ grid)),
+        "omega_relative": number_or_none(relative.mean()) if moved.any() else None,
+        "omega_relative_off_diagonal": number_or_none(_off_diagonal_mean(relative)),
+        "omega_relative_grid": number_or_none(float(relative_grid @ relative @ relative_grid) / relative_grid.sum() ** 2)
+        if moved.any()
+        else None,
         "displacements": int(moved.sum()),
         "length": length,
-        "straightness": _number(total / length if length else math.nan),
+        "straightness": number_or_none(total / length if length else math.nan),
         "weight_norms": weight_norms.tolist(),
         "displacement_norms": [0.0, *displacement_norms.tolist()],
         "update_norms": update_norms.tolist(),
-        "radial_updates": [_number(x) for x in radial],
-        "tangential_updates": [_number(x) for x in np.sqrt(np.maximum(update_norms**2 - radial**2, 0.0))],
+        "radial_updates": [number_or_none(x) for x in radial],
+        "tangential_updates": [number_or_none(x) for x in np.sqrt(np.maximum(update_norms**2 - radial**2, 0.0))],
         "consecutive_update_angles": _degrees(np.diag(update_cosines, 1)),
         "displacement_angles": _degrees(to_total),
         "apex_angles": _degrees(relative_cosines[:, -1]),
         "origin_angles": _degrees(weight_cosines[:, 0]),
-        "rounding_ratios": [_number(x) for x in rounding_ratios],
+        "rounding_ratios": [number_or_none(x) for x in rounding_ratios],
         "consecutive_update_angle_errors": _angle_errors(u[1:], u[:-1], weights, errors),
         "displacement_angle_errors": _angle_errors(u, whole, weights, errors),
         "apex_angle_errors": _angle_errors(delta, whole, weights, errors),
-        "trajectory_map": [[_number(x) for x in row] for row in weight_cosines],
-        "relative_map": [[_number(x) for x in row] for row in relative_cosines],
+        "trajectory_map": [[number_or_none(x) for x in row] for row in weight_cosines],
+        "relative_map": [[number_or_none(x) for x in row] for row in relative_cosines],
         **_principal_components(displacements),
     }
 
@@ -149,7 +152,7 @@ def _angle_errors(first: np.ndarray, second: np.ndarray, weights: np.ndarray, er
     with np.errstate(divide="ignore", invalid="ignore"):
         before = np.where((left[0] > 0) & (left[1] > 0), inner / np.sqrt(left[0] * left[1]), np.nan)
         before = np.where(np.abs(before) > 1 + 1e-6, np.nan, before)
-    return [_number(x) for x in np.abs(np.degrees(np.arccos(np.clip(before, -1, 1)) - np.arccos(np.clip(observed, -1, 1))))]
+    return [number_or_none(x) for x in np.abs(np.degrees(np.arccos(np.clip(before, -1, 1)) - np.arccos(np.clip(observed, -1, 1))))]
 
 
 def _principal_components(displacements: np.ndarray) -> dict[str, Any]:
@@ -406,12 +409,7 @@ def _off_diagonal_mean(cosines: np.ndarray) -> float:
 
 
 def _degrees(cosines: np.ndarray) -> list[float | None]:
-    return [_number(x) for x in np.degrees(np.arccos(np.clip(cosines, -1.0, 1.0)))]
-
-
-def _number(value: float) -> float | None:
-    """A JSON number, or None for what is not one."""
-    return float(value) if math.isfinite(value) else None
+    return [number_or_none(x) for x in np.degrees(np.arccos(np.clip(cosines, -1.0, 1.0)))]
 
 
 def _text(value: float | None) -> str:

@@ -19,6 +19,7 @@ from analysis.connectivity import End, Line, Options, analyze_connectivity, barr
 from analysis.decoders import run_decoder
 from analysis.runs import find_run
 from model.config import ModelConfig
+from model.errors import InputError
 from model.parametrization import initialize
 from model.transformer import Transformer
 from tests.analysis.conftest import CONFIG, write_checkpoint
@@ -198,6 +199,8 @@ def test_hugging_face_decoders(run_folder: Path, tmp_path: Path, monkeypatch: py
         expected = models[0](input_ids=sequences, labels=sequences, use_cache=False).loss
     assert result["pairs"][0]["losses"][1] == pytest.approx(float(expected), rel=1e-5)
     assert {"layer 0", "layer 1", "embedding"} <= set(result["pairs"][0]["parts"])
+    with pytest.raises(InputError, match="--align: only networks of Burnish's own"):
+        analyze_connectivity([find_decoder(p) for p in paths], Options(tokens=64, data=[str(text)], align=True), progress=False)
 
 
 def test_what_cannot_be_drawn_is_one_line(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
